@@ -1,0 +1,91 @@
+"""`distill-pretrain capture`."""
+
+from __future__ import annotations
+
+import argparse
+
+from distill_pretrain.cli.console import progress, say
+from distill_pretrain.cli.recipe import Recipe
+from distill_pretrain.config import dump_recipe, require
+from distill_pretrain.dist.env import launch_rank, launch_world_size
+
+SECTIONS = ("data", "teacher", "capture")
+HELP = """
+Runs the teacher over the training sequences and stores, for every position, a sparse sample of its next-token
+distribution. Students then train from this cache at the cost of plain cross-entropy.
+
+Reads   data.tokens (.bin/.idx), teacher.path
+Writes  capture.output_dir: plan.json, s-*.dpt, manifest.json (last)
+
+Killed and started again, or started with another number of processes, it goes on where it stopped; the bytes are
+the same.
+
+    distill-pretrain capture distill.yaml
+    torchrun --nproc-per-node=2 -m distill_pretrain capture distill.yaml
+"""
+
+
+def run(recipe: Recipe, args: argparse.Namespace) -> None:
+    """Capture the cache of a recipe."""
+    require(recipe, "capture", "data", "teacher", "capture")
+    assert recipe.data and recipe.teacher and recipe.capture
+    from distill_pretrain.data.sources import open_sequences
+    from distill_pretrain.dist.process import process_group, set_cpu_threads
+    from distill_pretrain.formats.cache_writer import CacheWriter
+    from distill_pretrain.mcore.config import ParallelConfig
+    from distill_pretrain.mcore.parallel import model_parallel
+    from distill_pretrain.teacher.capture import capture_shards, finish_capture, make_plan
+    from distill_pretrain.teacher.engines import open_engine
+
+    set_cpu_threads(recipe.capture.threads)
+    sequences = open_sequences(recipe.data)
+    with process_group(), model_parallel(ParallelConfig(), seed=0):
+        import torch.distributed as dist
+
+        engine = open_engine(
+            recipe.teacher.kind,
+            recipe.teacher.path,
+            recipe.teacher.dtype,
+            vocab_size=sequences.vocab_size,
+            seq_len=recipe.data.seq_len,
+            tokenizer_sha256=sequences.tokenizer_sha256,
+        )
+        plan = make_plan(sequences, recipe.capture, engine.identity)
+        writer = CacheWriter.create_or_resume(
+            recipe.capture.output_dir,
+            plan,
+            labels_of=lambda sequence: sequences.plan.read([sequence])[1][0],
+        )
+        if launch_rank() == 0:
+            dump_recipe(recipe, recipe.capture.output_dir / "recipe.yaml")
+        left = sum(plan.shard_range(shard)[1] for shard in writer.pending())
+        say(f"{plan.num_sequences - left} of {plan.num_sequences} sequences are captured already")
+        first_shard = launch_rank() * plan.num_shards // launch_world_size()
+        with progress(
+            left * plan.seq_len // launch_world_size(), "capturing", unit="positions"
+        ) as bar:
+            capture_shards(
+                writer, engine, sequences, first_shard=first_shard, progress=bar.advance
+            )
+        dist.barrier()
+        manifest = finish_capture(writer) if launch_rank() == 0 else None
+        dist.barrier()
+    if launch_rank() == 0:
+        _summarise(recipe, manifest)
+
+
+def _summarise(recipe: Recipe, manifest: object) -> None:
+    assert recipe.capture
+    if manifest is None:
+        say("other processes are still writing shards; the last one to finish publishes the cache")
+        return
+    from distill_pretrain.formats.manifest import Manifest
+
+    assert isinstance(manifest, Manifest)
+    totals = manifest.totals
+    say(
+        f"cache complete: {recipe.capture.output_dir}\n"
+        f"  {totals['tokens']:,} positions, {totals['bytes_per_token']:.1f} bytes/token, "
+        f"{totals['entries_per_token']:.2f} unique ids/position\n"
+        f"  true next token among the stored ids: {totals['canary_hit_rate']:.1%}"
+    )

@@ -1,0 +1,153 @@
+"""`distill-pretrain VERB RECIPE.yaml [section.key=value ...]`.
+
+A verb is a module `distill_pretrain.cli.<verb>` with `HELP` (text), `SECTIONS` (recipe sections it reads) and
+`run(recipe, args)`; `add_arguments(parser)` is optional. Importing it must be cheap: `VERB --help` does, so torch and
+megatron-core are imported inside `run`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from distill_pretrain import __version__
+from distill_pretrain.errors import DistillPretrainError
+
+PROG = "distill-pretrain"
+
+RECIPE_VERBS = {
+    "tokenize": "text files, folders or JSONL -> tokenised corpus",
+    "capture": "teacher + tokenised corpus -> cache of sparse logits",
+    "verify": "check a cache: every checksum, and that it belongs to the corpus",
+    "train": "train a model on the text, from a cache, or both",
+    "eval": "held-out figures of trained models",
+    "report": "markdown report that compares runs",
+}
+OTHER_VERBS = {
+    "inspect": "say what a cache, a tokenised corpus, a run or a checkpoint contains",
+    "doctor": "check this machine and the installed packages",
+}
+VERBS = {**RECIPE_VERBS, **OTHER_VERBS}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        0, or 2 for a user's mistake (printed without a traceback), or 130 when interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if arguments[0] == "--version":
+        print(f"{PROG} {__version__}")
+        return 0
+    verb = arguments.pop(0)
+    if verb not in VERBS:
+        close = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"expected one of: {', '.join(VERBS)}"
+        print(f"{PROG}: error: unknown verb {verb}; {hint}", file=sys.stderr)
+        return 2
+    try:
+        _run(verb, arguments)
+    except DistillPretrainError as error:
+        from distill_pretrain.dist.env import launch_rank
+
+        if launch_rank() == 0:
+            print(f"{PROG} {verb}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def overview() -> str:
+    """The text of `--help`."""
+    width = max(map(len, VERBS))
+    return "\n".join(
+        [
+            f"usage: {PROG} VERB RECIPE.yaml [section.key=value ...]",
+            "",
+            "Pretrains language models by offline distillation: a teacher's next-token distribution",
+            "is sampled once into a cache, and any number of students train from it.",
+            "",
+            "verbs that read a recipe, in their usual order:",
+            *(f"  {verb:<{width}}  {text}" for verb, text in RECIPE_VERBS.items()),
+            "",
+            "others:",
+            *(f"  {verb:<{width}}  {text}" for verb, text in OTHER_VERBS.items()),
+            "",
+            f"`{PROG} VERB --help` explains a verb, with an example and the recipe's keys.",
+            "On several processes: torchrun --nproc-per-node=2 -m distill_pretrain VERB ...",
+        ]
+    )
+
+
+def verb_parser(verb: str, module: ModuleType) -> argparse.ArgumentParser:
+    """The argument parser of one verb."""
+    from distill_pretrain.cli.recipe import Recipe
+    from distill_pretrain.config import describe
+
+    takes_recipe = verb in RECIPE_VERBS
+    keys = f"Keys of the recipe sections it reads:\n\n{describe(Recipe, module.SECTIONS)}"
+    parser = argparse.ArgumentParser(
+        prog=f"{PROG} {verb}",
+        description=module.HELP.strip(),
+        epilog=keys if takes_recipe else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    if takes_recipe:
+        parser.add_argument("recipe", metavar="RECIPE.yaml", help="the job's settings")
+        parser.add_argument(
+            "overrides",
+            metavar="section.key=value",
+            nargs="*",
+            help="settings that win over the recipe's; the value is YAML",
+        )
+        parser.add_argument(
+            "--print-recipe",
+            action="store_true",
+            help="print the resolved recipe, with every default, and stop",
+        )
+    elif verb == "inspect":
+        parser.add_argument(
+            "path",
+            type=Path,
+            metavar="PATH",
+            help="cache folder, token prefix, run folder or checkpoint folder",
+        )
+    if hasattr(module, "add_arguments"):
+        module.add_arguments(parser)
+    return parser
+
+
+def _run(verb: str, arguments: list[str]) -> None:
+    module = importlib.import_module(f"distill_pretrain.cli.{verb}")
+    args = verb_parser(verb, module).parse_intermixed_args(arguments)
+    if verb in OTHER_VERBS:
+        module.run(None, args)
+        return
+    from distill_pretrain.cli.recipe import Recipe
+    from distill_pretrain.config import load_recipe
+
+    path: Path | None = Path(args.recipe)
+    if "=" in args.recipe and not Path(args.recipe).exists():
+        path, args.overrides = None, [args.recipe, *args.overrides]
+    recipe = load_recipe(Recipe, path, args.overrides)
+    if args.print_recipe:
+        from distill_pretrain.config import recipe_text
+
+        print(recipe_text(recipe), end="")
+        return
+    module.run(recipe, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

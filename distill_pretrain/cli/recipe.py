@@ -1,0 +1,41 @@
+"""The recipe: every section in one place. Nothing below `cli` sees it whole."""
+
+from __future__ import annotations
+
+from distill_pretrain.config import Section
+from distill_pretrain.corpus.config import CorpusConfig, TokenizerConfig
+from distill_pretrain.data.config import DataConfig
+from distill_pretrain.eval.config import EvalConfig, ReportConfig
+from distill_pretrain.losses.config import ObjectiveConfig
+from distill_pretrain.mcore.config import ModelConfig, OptimizerConfig, ParallelConfig
+from distill_pretrain.teacher.config import CaptureConfig, TeacherConfig
+from distill_pretrain.train.config import TrainConfig
+
+
+class Recipe(Section):
+    """A whole job. A verb needs only some sections; it names those that are missing."""
+
+    corpus: CorpusConfig | None = None
+    """Raw text (tokenize)."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """Tokenizer (tokenize)."""
+    data: DataConfig | None = None
+    """Tokenised corpus and cache (capture, verify, train, eval)."""
+    teacher: TeacherConfig | None = None
+    """Teacher (capture, eval)."""
+    capture: CaptureConfig | None = None
+    """Targets and cache layout (capture)."""
+    model: ModelConfig | None = None
+    """Student (train)."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Parallel layout (train)."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer (train)."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """Loss (train)."""
+    train: TrainConfig | None = None
+    """Training run (train)."""
+    eval: EvalConfig | None = None
+    """Held-out evaluation (eval)."""
+    report: ReportConfig | None = None
+    """Comparison of runs (report)."""

@@ -1,0 +1,59 @@
+"""`distill-pretrain tokenize`."""
+
+from __future__ import annotations
+
+import argparse
+
+from distill_pretrain.cli.console import progress, say
+from distill_pretrain.cli.recipe import Recipe
+from distill_pretrain.config import require
+from distill_pretrain.dist.env import launch_rank
+
+SECTIONS = ("corpus", "tokenizer")
+
+HELP = """
+Turns raw text into the token files that everything else reads.
+
+Reads   corpus.paths: text files (one document each), JSONL files (one document a line, under corpus.text_key),
+        or folders of them. The text must be UTF-8.
+Writes  corpus.output_dir, complete or not at all:
+          train.bin/.idx, held_out.bin/.idx   tokens in Megatron's format, each document closed by an
+                                              end-of-document token
+          tokenizer.model or tokenizer/       the tokenizer: the one given, or one trained on this corpus
+          tokens.json, sources.json           fingerprints of all of these, and of what was read
+          recipe.yaml                         the settings that made it
+
+Running it again with the same recipe does nothing; with another recipe it refuses to overwrite.
+
+Example
+  distill-pretrain tokenize recipe.yaml corpus.paths=[texts/] corpus.output_dir=runs/tokens
+
+  with recipe.yaml:
+    corpus:
+      paths: [texts/, more.jsonl]
+      output_dir: runs/tokens
+    tokenizer:
+      vocab_size: 8192
+"""
+
+
+def run(recipe: Recipe, args: argparse.Namespace) -> None:
+    """Tokenises the corpus; one process does it, with its own worker processes."""
+    require(recipe, "tokenize", "corpus")
+    if launch_rank() != 0:
+        return
+    from distill_pretrain.corpus.build import tokenize_corpus
+
+    assert recipe.corpus is not None
+    with progress(None, "tokenising", unit="bytes") as bar:
+        result = tokenize_corpus(recipe.corpus, recipe.tokenizer, say=say, on_progress=bar.reach)
+    if result.already_done:
+        say("already done:", result.output_dir)
+    skipped = result.sources
+    if skipped.num_empty:
+        say(f"left out {skipped.num_empty:,} empty files")
+    if skipped.num_repeated:
+        say(f"left out {skipped.num_repeated:,} files that corpus.paths names more than once")
+    for name, documents in result.num_documents.items():
+        say(f"{name}: {documents:,} documents, {result.num_tokens[name]:,} tokens")
+    say("tokens are in", result.output_dir)

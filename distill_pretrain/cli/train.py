@@ -1,0 +1,47 @@
+"""`distill-pretrain train`."""
+
+from __future__ import annotations
+
+import argparse
+
+from distill_pretrain.cli.console import say
+from distill_pretrain.cli.recipe import Recipe
+from distill_pretrain.config import dump_recipe, require
+
+SECTIONS = ("data", "model", "parallel", "optimizer", "objective", "train")
+HELP = """
+Trains a model with megatron-core: on the text alone (a teacher, or a baseline), from a cache of sparse teacher
+logits, or on a mix of both, as the section `objective` says.
+
+Reads   data.tokens (.bin/.idx), and data.cache when objective.kd_weight > 0
+Writes  train.output_dir: recipe.yaml, metrics.jsonl (one record per step), checkpoints/
+
+Started again with the same recipe it goes on from the newest checkpoint, under any parallel layout.
+
+    distill-pretrain train student.yaml
+    torchrun --nproc-per-node=2 -m distill_pretrain train student.yaml parallel.tensor=2
+"""
+
+
+def run(recipe: Recipe, args: argparse.Namespace) -> None:
+    """Train the model of a recipe."""
+    require(recipe, "train", "data", "model", "train")
+    assert recipe.data and recipe.model and recipe.train
+    from distill_pretrain.train.job import train_student
+
+    output_dir = recipe.train.output_dir
+
+    def save_recipe() -> None:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        dump_recipe(recipe, output_dir / "recipe.yaml")
+
+    train_student(
+        data=recipe.data,
+        model=recipe.model,
+        parallel=recipe.parallel,
+        optimizer=recipe.optimizer,
+        objective=recipe.objective,
+        train=recipe.train,
+        say=say,
+        save_recipe=save_recipe,
+    )

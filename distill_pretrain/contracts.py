@@ -1,0 +1,94 @@
+"""Values that cross package borders.
+
+Shapes: B sequences, L positions (seq_len), T = B * L tokens, K kept entries, V vocabulary (real, unpadded),
+E entries in all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+IGNORED_LABEL = -100
+"""Label of a position that has no next token; it counts in no loss and in no average."""
+
+NO_ENTRY = -1
+"""Target id that pads a row of `SparseTargets`."""
+
+TargetKind = Literal["counts", "logprobs"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaggedTargets:
+    """Sparse teacher targets of T consecutive positions, as stored (compressed rows).
+
+    Attributes:
+        kind: "counts": values are draw counts that sum to num_draws in each non-empty row;
+            "logprobs": values are natural-log teacher probabilities (top-k), row mass <= 1.
+        num_draws: draws per position (counts) or the k of top-k (logprobs): the most entries a row can have.
+        entries_per_token: int32[T]; 0 where the position has no target.
+        ids: int32[E], strictly ascending within a row.
+        values: int32[E] counts, or float32[E] log-probabilities.
+    """
+
+    kind: TargetKind
+    num_draws: int
+    entries_per_token: npt.NDArray[np.int32]
+    ids: npt.NDArray[np.int32]
+    values: npt.NDArray[Any]
+
+    def probs(self) -> npt.NDArray[np.float32]:
+        """float32[E]: the target probability of every entry."""
+        if self.kind == "counts":
+            return (self.values / np.float32(self.num_draws)).astype(np.float32)
+        return np.exp(self.values).astype(np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseTargets:
+    """Sparse teacher targets as the loss reads them.
+
+    Attributes:
+        ids: int64[..., K], padded with -1.
+        probs: float32[..., K], zero where padded.
+    """
+
+    ids: torch.Tensor
+    probs: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBatch:
+    """What a language model trains on.
+
+    Attributes:
+        tokens: int64[B, L] inputs.
+        labels: int64[B, L] next tokens, -100 where there is none.
+        targets: sparse teacher targets [B, L, K], or None for plain cross-entropy.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    targets: SparseTargets | None = None
+
+
+class LogitsEngine(Protocol):
+    """Something that scores sequences: a teacher at capture, any model at evaluation."""
+
+    vocab_size: int
+    """V: real vocabulary of the logits it returns."""
+
+    device: torch.device
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """JSON-able: engine kind, weight-file sha256s, dtype. Recorded in the cache's plan."""
+        ...
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Next-token logits, float32[B, L, V], for tokens int64[B, L] (causal, no padding)."""
+        ...

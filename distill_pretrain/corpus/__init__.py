@@ -1,0 +1,1 @@
+"""Raw text to tokenised corpora: readers, tokenizers, the tokenize job."""

@@ -1,0 +1,355 @@
+"""The tokenize job: a corpus and a tokenizer in, one folder of token files out.
+
+The folder is built as `<output_dir>.part` and renamed when complete, so a killed run leaves nothing under the
+final name.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from distill_pretrain import __version__
+from distill_pretrain.config import Section, dump_recipe, load_recipe
+from distill_pretrain.corpus.config import CorpusConfig, TokenizerConfig
+from distill_pretrain.corpus.encode import encode_batches
+from distill_pretrain.corpus.readers import SourceList, batches_of, list_sources
+from distill_pretrain.corpus.tokenizers import (
+    Tokenizer,
+    load_recorded_tokenizer,
+    load_tokenizer,
+    tokenizer_sha256,
+    train_tokenizer,
+)
+from distill_pretrain.errors import ConfigError, CorpusError, TokenizerMismatch
+from distill_pretrain.formats.atomic import fsync_dir
+from distill_pretrain.formats.token_index import TokenIndex
+from distill_pretrain.formats.token_writer import TokenIndexWriter
+from distill_pretrain.formats.tokens_record import FILE_NAME as RECORD
+from distill_pretrain.formats.tokens_record import TokensRecord
+
+TRAIN, HELD_OUT = "train", "held_out"
+RECIPE, SOURCES = "recipe.yaml", "sources.json"
+
+
+class TokenizeRecipe(Section):
+    """What `tokenize` was asked to do; kept beside its output as recipe.yaml."""
+
+    corpus: CorpusConfig
+    """Raw text."""
+    tokenizer: TokenizerConfig
+    """Tokenizer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizeResult:
+    """What a tokenize job made.
+
+    Attributes:
+        output_dir: the folder.
+        already_done: nothing was written: an earlier run had made the same.
+        num_documents: documents of "train" and "held_out".
+        num_tokens: tokens of the same, end-of-document tokens included.
+        sources: the files that were read, and how many were left out.
+    """
+
+    output_dir: Path
+    already_done: bool
+    num_documents: dict[str, int]
+    num_tokens: dict[str, int]
+    sources: SourceList
+
+
+def tokenize_corpus(
+    corpus: CorpusConfig,
+    tokenizer: TokenizerConfig,
+    *,
+    say: Callable[[str], None] = lambda _: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> TokenizeResult:
+    """Writes the tokens of a corpus, or finds that an earlier run has.
+
+    Args:
+        corpus: files, split and output folder.
+        tokenizer: which tokenizer, or how to train one.
+        say: receives a line per stage.
+        on_progress: receives bytes done and bytes in all while tokens are written.
+
+    Raises:
+        CorpusError: the text cannot be read, a split came out empty, or the output folder holds something else.
+        ConfigError: the tokenizer cannot be loaded or trained.
+    """
+    sources = list_sources(corpus)
+    recipe = TokenizeRecipe(corpus=corpus, tokenizer=tokenizer)
+    if (corpus.output_dir / RECORD).exists():
+        return _result(_check_done(recipe, sources), corpus.output_dir, sources, already_done=True)
+    with _building(corpus.output_dir) as folder:
+        tokens = _tokenizer(recipe, sources, say)
+        tokenizer_file = tokens.save(folder)
+        say(f"writing the tokens of {len(sources.files):,} files, {sources.num_bytes:,} bytes")
+        corpora = _write_splits(
+            recipe, tokens, folder / tokenizer_file, folder, sources, on_progress
+        )
+        dump_recipe(recipe, folder / RECIPE)
+        (folder / SOURCES).write_text(json.dumps(_describe(sources), indent=2) + "\n")
+        record = TokensRecord(
+            tokenizer={
+                "kind": tokens.kind,
+                "sha256": tokens.sha256,
+                "vocab_size": tokens.vocab_size,
+                "file": tokenizer_file,
+            },
+            vocab_size=tokens.vocab_size,
+            eod_id=tokens.eod_id,
+            corpora=corpora,
+            software=_software(tokens.kind),
+        )
+        record.save(folder)
+    return _result(record, corpus.output_dir, sources, already_done=False)
+
+
+def load_tokenizer_of(tokens_dir: Path) -> Tokenizer:
+    """Loads the tokenizer that made the tokens in a folder.
+
+    Raises:
+        TokenizerMismatch: the file beside them is another one.
+        TokenDataError: the folder has no tokens.json.
+    """
+    record = TokensRecord.load(tokens_dir)
+    return load_recorded_tokenizer(
+        tokens_dir,
+        kind=record.tokenizer["kind"],
+        file=record.tokenizer["file"],
+        sha256=record.tokenizer["sha256"],
+    )
+
+
+def is_held_out(document: int, *, seed: int, fraction: float) -> bool:
+    """Whether a document, by its number in the corpus, is kept out of training."""
+    digest = hashlib.blake2b(f"{seed}:{document}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < int(fraction * 2**64)
+
+
+def _tokenizer(
+    recipe: TokenizeRecipe, sources: SourceList, say: Callable[[str], None]
+) -> Tokenizer:
+    config = recipe.tokenizer
+    if config.path is not None:
+        return load_tokenizer(config.kind, config.path)
+    if config.kind != "sentencepiece":
+        raise ConfigError(
+            "only sentencepiece tokenizers are trained here",
+            where="tokenizer.path",
+            found="null",
+            expected=f"the folder of a tokenizer for tokenizer.kind={config.kind}",
+        )
+    sample = min(config.training_bytes, sources.num_bytes)
+    say(f"training a tokenizer of {config.vocab_size:,} tokens on {sample:,} bytes")
+    return train_tokenizer(recipe.corpus, config, sources)
+
+
+def _write_splits(
+    recipe: TokenizeRecipe,
+    tokenizer: Tokenizer,
+    tokenizer_path: Path,
+    folder: Path,
+    sources: SourceList,
+    on_progress: Callable[[int, int], None],
+) -> dict[str, dict[str, Any]]:
+    """Writes train.* and held_out.*; returns the fingerprint of each."""
+    corpus = recipe.corpus
+    names = [TRAIN, HELD_OUT] if corpus.held_out_fraction > 0 else [TRAIN]
+    with ExitStack() as stack:
+        writers = {
+            name: stack.enter_context(TokenIndexWriter(folder / name, tokenizer.vocab_size))
+            for name in names
+        }
+        encoded = encode_batches(
+            list(batches_of(sources)),
+            kind=tokenizer.kind,
+            tokenizer_path=tokenizer_path,
+            text_key=corpus.text_key,
+            workers=corpus.workers,
+        )
+        stack.enter_context(closing(encoded))
+        number = num_bytes = 0
+        for batch in encoded:
+            for ids in batch.documents:
+                held_out = is_held_out(number, seed=corpus.seed, fraction=corpus.held_out_fraction)
+                writers[HELD_OUT if held_out else TRAIN].add_document(ids)
+                number += 1
+            num_bytes += batch.num_bytes
+            on_progress(num_bytes, sources.num_bytes)
+        _check_not_empty(writers, corpus, number)
+    return {name: TokenIndex.open(folder / name).fingerprint.as_dict() for name in names}
+
+
+def _check_not_empty(
+    writers: dict[str, TokenIndexWriter], corpus: CorpusConfig, num_documents: int
+) -> None:
+    if num_documents == 0:
+        raise CorpusError(
+            "the corpus is empty",
+            where="corpus.paths",
+            found="files, but no document with text in them",
+        )
+    for name, writer in writers.items():
+        if writer.num_documents == 0:
+            raise CorpusError(
+                f"the {name} split is empty",
+                where="corpus.held_out_fraction",
+                found=f"{corpus.held_out_fraction} of {num_documents} documents",
+                expected="at least one document in each split",
+                remedy="use more documents, another corpus.seed, or "
+                "corpus.held_out_fraction=0 for no held-out split",
+            )
+
+
+@contextmanager
+def _building(output_dir: Path) -> Iterator[Path]:
+    """A scratch folder that becomes `output_dir` on success and disappears on failure."""
+    if output_dir.is_dir() and any(output_dir.iterdir()):
+        raise CorpusError(
+            "the output folder holds something else",
+            where=output_dir,
+            found=f"{min(path.name for path in output_dir.iterdir())} and no {RECORD}",
+            expected="a new or empty folder, or a finished tokenisation",
+            remedy="set corpus.output_dir to another folder",
+        )
+    if output_dir.exists() and not output_dir.is_dir():
+        raise CorpusError("corpus.output_dir is a file", where=output_dir)
+    folder = output_dir.with_name(f"{output_dir.name}.part")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(lock, folder)
+        # What is in it was left by a run that was killed.
+        _clear(folder)
+        try:
+            yield folder
+            fsync_dir(folder)
+            folder.rename(output_dir)
+            fsync_dir(output_dir.parent)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    finally:
+        os.close(lock)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CorpusError(
+            "another process is tokenising into this folder",
+            where=folder,
+            remedy="wait for it, or set corpus.output_dir to another folder",
+        ) from None
+    except OSError:
+        # A file system without locks: two runs at once are then the user's to avoid.
+        return
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _check_done(recipe: TokenizeRecipe, sources: SourceList) -> TokensRecord:
+    """Checks that the output folder is what this recipe would make."""
+    folder = recipe.corpus.output_dir
+    record = TokensRecord.load(folder)
+    recorded = load_recipe(TokenizeRecipe, folder / RECIPE)
+    different = _differences(recorded, recipe)
+    if different:
+        raise _stale(folder, f"another value of {', '.join(different)}")
+    if json.loads((folder / SOURCES).read_text())["fingerprint"] != sources.fingerprint():
+        raise _stale(folder, "other source files: some came, went, or changed size")
+    config = recipe.tokenizer
+    if config.path is not None:
+        load_tokenizer(config.kind, config.path)
+        if tokenizer_sha256(config.kind, config.path) != record.tokenizer["sha256"]:
+            raise TokenizerMismatch(
+                "the folder was made with another tokenizer than tokenizer.path is now",
+                where=folder,
+                remedy="set corpus.output_dir to another folder",
+            )
+    load_tokenizer_of(folder)
+    for name, fingerprint in record.corpora.items():
+        index = TokenIndex.open(folder / name, vocab_size=record.vocab_size)
+        if index.fingerprint.as_dict() != fingerprint:
+            raise CorpusError(
+                "the tokens are not what was written",
+                where=folder / name,
+                expected="the fingerprint in tokens.json",
+                remedy="remove the folder and tokenize again",
+            )
+    return record
+
+
+def _differences(recorded: TokenizeRecipe, recipe: TokenizeRecipe) -> list[str]:
+    """Keys whose values lead to other tokens."""
+    old, new = recorded.model_dump(mode="json"), recipe.model_dump(mode="json")
+    # Where the output is and how many processes write it changes none of its bytes, and of the paths what
+    # counts is the files found there.
+    ignored = {"corpus": {"output_dir", "workers", "paths"}, "tokenizer": {"path"}}
+    if recipe.tokenizer.path is not None and recorded.tokenizer.path is not None:
+        ignored["tokenizer"] |= {"vocab_size", "model_type", "training_bytes"}
+    else:
+        ignored["tokenizer"].discard("path")
+    return [
+        f"{section}.{key}"
+        for section in ("corpus", "tokenizer")
+        for key in new[section]
+        if key not in ignored[section] and old[section][key] != new[section][key]
+    ]
+
+
+def _stale(folder: Path, found: str) -> CorpusError:
+    return CorpusError(
+        "the output folder holds the tokens of another recipe",
+        where=folder,
+        found=f"made from {found}",
+        remedy="set corpus.output_dir to another folder; nothing was overwritten",
+    )
+
+
+def _describe(sources: SourceList) -> dict[str, Any]:
+    return {
+        "files": len(sources.files),
+        "bytes": sources.num_bytes,
+        "fingerprint": sources.fingerprint(),
+        "empty_files_skipped": sources.num_empty,
+        "repeated_files_skipped": sources.num_repeated,
+    }
+
+
+def _software(kind: str) -> dict[str, str]:
+    library = "sentencepiece" if kind == "sentencepiece" else "tokenizers"
+    packages = ("megatron-core", "numpy", library)
+    return {"distill-pretrain": __version__, **{name: version(name) for name in packages}}
+
+
+def _result(
+    record: TokensRecord, output_dir: Path, sources: SourceList, *, already_done: bool
+) -> TokenizeResult:
+    return TokenizeResult(
+        output_dir=output_dir,
+        already_done=already_done,
+        num_documents={name: part["num_documents"] for name, part in record.corpora.items()},
+        num_tokens={name: part["num_tokens"] for name, part in record.corpora.items()},
+        sources=sources,
+    )

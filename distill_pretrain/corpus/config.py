@@ -1,0 +1,46 @@
+"""Recipe sections `corpus` and `tokenizer`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from distill_pretrain.config import Section
+
+
+class CorpusConfig(Section):
+    """Raw text in, Megatron .bin/.idx out."""
+
+    paths: tuple[Path, ...] = Field(min_length=1)
+    """Text files, JSONL files, or directories searched recursively."""
+    include: tuple[str, ...] = ("*.txt", "*.md", "*.jsonl")
+    """Glob patterns on file names, used inside directories only."""
+    exclude: tuple[str, ...] = ()
+    """Glob patterns on paths below a directory (and on each folder name) to leave out."""
+    text_key: str = "text"
+    """Key of the text in a JSONL object."""
+    held_out_fraction: float = Field(default=0.01, ge=0.0, lt=1.0)
+    """Share of documents kept out of training, chosen by a hash of their position and `seed`."""
+    seed: int = Field(default=1234, ge=0)
+    """Seed of the train / held-out split."""
+    workers: int = Field(default=0, ge=0)
+    """Tokenising processes; 0 means one per CPU core."""
+    output_dir: Path
+    """Folder that receives train.bin/.idx, held_out.bin/.idx, tokens.json and the tokenizer."""
+
+
+class TokenizerConfig(Section):
+    """Which tokenizer; trained from the corpus when no path is given (sentencepiece only)."""
+
+    kind: Literal["sentencepiece", "hf"] = "sentencepiece"
+    """Tokenizer library."""
+    path: Path | None = None
+    """sentencepiece .model file, or folder of a Hugging Face tokenizer; null trains a sentencepiece one."""
+    vocab_size: int = Field(default=32000, ge=64, le=1 << 20)
+    """Size of a tokenizer trained here; ignored when `path` is given."""
+    model_type: Literal["bpe", "unigram"] = "bpe"
+    """sentencepiece algorithm of a tokenizer trained here."""
+    training_bytes: int = Field(default=20_000_000, ge=1)
+    """At most this much text, spread over the corpus, trains the tokenizer."""

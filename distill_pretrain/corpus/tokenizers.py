@@ -1,0 +1,301 @@
+"""Tokenizers: sentencepiece (loaded, or trained here) and Hugging Face folders."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from distill_pretrain.corpus.config import CorpusConfig, TokenizerConfig
+from distill_pretrain.corpus.readers import Slice, SourceList, read_sample
+from distill_pretrain.errors import ConfigError, MissingDependency, TokenizerMismatch
+
+SAMPLE_BYTES = 1 << 16
+HF_FILES = (
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back.
+
+    Attributes:
+        kind: "sentencepiece" or "hf".
+        vocab_size: V; every id is below it.
+        eod_id: token that ends a document.
+        sha256: of the files that define it.
+    """
+
+    kind: str
+    vocab_size: int
+    eod_id: int
+    sha256: str
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, nothing added."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids."""
+        ...
+
+    def id_to_piece(self, token_id: int) -> str:
+        """How the tokenizer writes one token."""
+        ...
+
+    def save(self, folder: Path) -> str:
+        """Copies the tokenizer's files into a folder; returns the name it has there."""
+        ...
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece model; documents end with its `</s>`."""
+
+    kind = "sentencepiece"
+
+    def __init__(self, model: bytes, *, where: object) -> None:
+        import sentencepiece
+
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError:
+            raise ConfigError("not a sentencepiece model", where=where) from None
+        self._model = model
+        self.vocab_size = int(self._processor.vocab_size())
+        self.eod_id = int(self._processor.eos_id())
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        if self.eod_id < 0:
+            raise ConfigError(
+                "the tokenizer has no end-of-document token",
+                where=where,
+                expected="a sentencepiece model with </s>",
+            )
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text."""
+        return [list(ids) for ids in self._processor.encode(texts, num_threads=1)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids."""
+        return str(self._processor.decode([int(token_id) for token_id in ids]))
+
+    def id_to_piece(self, token_id: int) -> str:
+        """The piece, with U+2581 for a space."""
+        return str(self._processor.id_to_piece(int(token_id)))
+
+    def save(self, folder: Path) -> str:
+        """Writes tokenizer.model."""
+        (folder / "tokenizer.model").write_bytes(self._model)
+        return "tokenizer.model"
+
+
+class HfTokenizer:
+    """A Hugging Face tokenizer in a local folder; documents end with its eos token."""
+
+    kind = "hf"
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from transformers import AutoTokenizer
+        except ImportError:
+            raise MissingDependency(
+                "transformers", extra="hf", needed_for="Hugging Face tokenizers"
+            ) from None
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:  # transformers raises nearly anything here
+            raise ConfigError(
+                "tokenizer cannot be loaded",
+                where=folder,
+                found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+                expected="a folder with a Hugging Face tokenizer, such as tokenizer.json",
+            ) from error
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(
+                "the tokenizer has no end-of-document token",
+                where=folder,
+                found="no eos_token",
+                remedy="set eos_token in its tokenizer_config.json",
+            )
+        # Text that happens to spell a special token stays text.
+        tokenizer.split_special_tokens = True
+        self._tokenizer = tokenizer
+        self._folder = folder
+        self.vocab_size = len(tokenizer)
+        self.eod_id = int(tokenizer.eos_token_id)
+        self.sha256 = _sha256_of_hf_folder(folder)
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens."""
+        encoded = self._tokenizer(
+            texts, add_special_tokens=False, verbose=False, split_special_tokens=True
+        )
+        return [list(ids) for ids in encoded["input_ids"]]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids."""
+        plain = [int(token_id) for token_id in ids]
+        return str(self._tokenizer.decode(plain, clean_up_tokenization_spaces=False))
+
+    def id_to_piece(self, token_id: int) -> str:
+        """The token as the vocabulary writes it."""
+        return str(self._tokenizer.convert_ids_to_tokens(int(token_id)))
+
+    def save(self, folder: Path) -> str:
+        """Copies the defining files into tokenizer/."""
+        target = folder / "tokenizer"
+        target.mkdir()
+        for name in (*HF_FILES, "config.json"):
+            if (self._folder / name).is_file():
+                shutil.copyfile(self._folder / name, target / name)
+        return "tokenizer"
+
+
+def load_tokenizer(kind: str, path: Path) -> Tokenizer:
+    """Loads a tokenizer from a sentencepiece model file or a Hugging Face folder.
+
+    Raises:
+        ConfigError: nothing usable at the path.
+        MissingDependency: the package that reads it is not installed.
+    """
+    if kind == "hf":
+        if not path.is_dir():
+            raise ConfigError(
+                "tokenizer folder not found",
+                where=path,
+                expected="a folder with a Hugging Face tokenizer",
+                remedy="correct tokenizer.path",
+            )
+        return HfTokenizer(path)
+    if not path.is_file():
+        raise ConfigError(
+            "tokenizer file not found",
+            where=path,
+            expected="a sentencepiece .model file",
+            remedy="correct tokenizer.path, or set tokenizer.kind=hf for a folder",
+        )
+    return SentencePieceTokenizer(path.read_bytes(), where=path)
+
+
+def tokenizer_sha256(kind: str, path: Path) -> str:
+    """The fingerprint of the tokenizer at a path, as tokens.json records it."""
+    if kind == "hf":
+        return _sha256_of_hf_folder(path)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def load_recorded_tokenizer(folder: Path, *, kind: str, file: str, sha256: str) -> Tokenizer:
+    """Loads the tokenizer stored in a tokens folder.
+
+    Raises:
+        TokenizerMismatch: it is not the one that made the tokens.
+    """
+    path = folder / file
+    tokenizer = load_tokenizer(kind, path)
+    if tokenizer.sha256 != sha256:
+        raise TokenizerMismatch(
+            "the tokenizer beside the tokens is not the one that made them",
+            where=path,
+            found=f"sha256 {tokenizer.sha256[:12]}",
+            expected=f"sha256 {sha256[:12]}, recorded in tokens.json",
+            remedy="restore the file, or tokenize again into another corpus.output_dir",
+        )
+    return tokenizer
+
+
+def train_tokenizer(
+    corpus: CorpusConfig, tokenizer: TokenizerConfig, sources: SourceList
+) -> SentencePieceTokenizer:
+    """Trains a sentencepiece tokenizer on a sample of the corpus; the same corpus gives the same bytes.
+
+    Text survives it unchanged, tabs, newlines and runs of spaces included, with one exception: sentencepiece
+    itself writes spaces as U+2581, so that character comes back as a space.
+
+    Raises:
+        ConfigError: the vocabulary is too large or too small for the sample.
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sample(corpus, tokenizer, sources),
+            model_writer=model,
+            vocab_size=tokenizer.vocab_size,
+            model_type=tokenizer.model_type,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=8 * SAMPLE_BYTES,
+            # The model file records the number of threads, and merges may depend on it.
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        if "ocabulary size" not in str(error):
+            raise
+        # "INTERNAL: file(line) [condition] sentence."
+        reason = str(error).rpartition("] ")[2] or str(error)
+        raise ConfigError(
+            "a tokenizer of this size cannot be trained on this corpus",
+            where="tokenizer.vocab_size",
+            found=f"{tokenizer.vocab_size}: {reason}",
+            remedy="set tokenizer.vocab_size accordingly, or raise tokenizer.training_bytes",
+        ) from None
+    return SentencePieceTokenizer(model.getvalue(), where="tokenizer trained from the corpus")
+
+
+def _sample(corpus: CorpusConfig, tokenizer: TokenizerConfig, sources: SourceList) -> Iterator[str]:
+    """Pieces of text from all over the corpus, in corpus order, of `training_bytes` at most."""
+    parts = [
+        Slice(file=file, start=start, end=min(start + SAMPLE_BYTES, file.size))
+        for file in sources.files
+        for start in range(0, file.size, SAMPLE_BYTES)
+    ]
+    if sources.num_bytes > tokenizer.training_bytes:
+        parts = _choose(parts, tokenizer.training_bytes)
+    left = tokenizer.training_bytes
+    for part in parts:
+        for text in read_sample(part, corpus.text_key):
+            for start in range(0, len(text), SAMPLE_BYTES):
+                piece = text[start : start + SAMPLE_BYTES]
+                size = len(piece.encode("utf-8"))
+                if size > left:
+                    yield piece.encode("utf-8")[:left].decode("utf-8", "ignore")
+                    return
+                left -= size
+                yield piece
+
+
+def _choose(parts: list[Slice], num_bytes: int) -> list[Slice]:
+    order = list(range(len(parts)))
+    random.Random(0).shuffle(order)
+    chosen = []
+    for index in order:
+        if num_bytes <= 0:
+            break
+        chosen.append(index)
+        num_bytes -= parts[index].end - parts[index].start
+    return [parts[index] for index in sorted(chosen)]
+
+
+def _sha256_of_hf_folder(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for name in HF_FILES:
+        if (folder / name).is_file():
+            content = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            digest.update(f"{name} {content}\n".encode())
+    return digest.hexdigest()

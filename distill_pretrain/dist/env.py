@@ -1,0 +1,28 @@
+"""What the launcher (torchrun, Slurm through torchrun, or nothing) says about this process.
+
+The only reader of RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE. Does not import torch.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+def launch_rank() -> int:
+    """Global rank, 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def launch_world_size() -> int:
+    """Number of processes of the job, 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launch_local_rank() -> int:
+    """Rank within this node, 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def launch_local_world_size() -> int:
+    """Processes of this job on this node, 1 without a launcher."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", str(launch_world_size())))

@@ -1,0 +1,24 @@
+"""The process groups of a parallel layout, as a value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelGroups:
+    """Process groups of this rank.
+
+    Attributes:
+        tensor: ranks that hold slices of the same layers.
+        pipeline: ranks that hold the other layers of the same model.
+        data: ranks that hold the same slices and see other sequences.
+        pipeline_last_rank: global rank of this pipeline's last stage.
+    """
+
+    tensor: dist.ProcessGroup
+    pipeline: dist.ProcessGroup
+    data: dist.ProcessGroup
+    pipeline_last_rank: int

@@ -1,0 +1,109 @@
+"""Reading metrics.jsonl, the log of a training run: one JSON object per optimizer step."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from distill_pretrain.errors import DistillPretrainError
+
+FILE_NAME = "metrics.jsonl"
+FIELDS = ("step", "loss", "ce", "kl", "grad_norm", "lr", "tokens", "tokens_per_second", "seconds")
+_MAY_BE_NULL = {"ce", "kl", "grad_norm"}
+
+
+class RunLogError(DistillPretrainError):
+    """The log of a training run is missing or damaged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingCurve:
+    """Columns of metrics.jsonl, by ascending step; where a resumed run repeats a step the later line counts.
+
+    Attributes:
+        columns: name -> float64[steps], NaN where the file has null.
+        cut_off: the last line was incomplete (a killed run) and left out.
+    """
+
+    columns: dict[str, npt.NDArray[np.float64]]
+    cut_off: bool
+
+    def __getitem__(self, name: str) -> npt.NDArray[np.float64]:
+        """One column."""
+        return self.columns[name]
+
+    @property
+    def has_kl(self) -> bool:
+        """Whether the run trained from a cache."""
+        return not bool(np.isnan(self["kl"]).all())
+
+    @classmethod
+    def load(cls, folder: Path) -> TrainingCurve:
+        """Reads FOLDER/metrics.jsonl.
+
+        Raises:
+            RunLogError: missing, empty, or damaged anywhere but in an incomplete last line.
+        """
+        path = folder / FILE_NAME
+        try:
+            text = path.read_bytes()
+        except OSError as error:
+            raise RunLogError(
+                "the log of a training run cannot be read",
+                where=path,
+                found=error.strerror,
+                expected="a run folder written by `distill-pretrain train`",
+                remedy="train first, or correct the path",
+            ) from None
+        lines = text.split(b"\n")
+        tail = lines.pop()
+        rows: dict[int, list[float]] = {}
+        for number, line in enumerate(lines, start=1):
+            row = _row(line)
+            if isinstance(row, str):
+                raise _damaged(f"{path}:{number}", row)
+            rows[int(row[0])] = row
+        last = _row(tail) if tail else ""
+        if not isinstance(last, str):
+            rows[int(last[0])] = last
+        if not rows:
+            raise _damaged(path, "no complete line")
+        table = np.array([rows[step] for step in sorted(rows)], dtype=np.float64)
+        columns = {name: table[:, column] for column, name in enumerate(FIELDS)}
+        return cls(columns=columns, cut_off=bool(tail) and isinstance(last, str))
+
+
+def _row(line: bytes) -> list[float] | str:
+    """The values of `FIELDS`, or what is wrong with the line."""
+    try:
+        record: Any = json.loads(line)
+    except ValueError:
+        return "no valid JSON"
+    if not isinstance(record, dict):
+        return "no JSON object"
+    row = []
+    for name in FIELDS:
+        value = record.get(name)
+        if value is None and name in _MAY_BE_NULL:
+            value = float("nan")
+        if type(value) not in (int, float):
+            return f"{name} is {json.dumps(value)}, expected a number"
+        row.append(float(value))
+    if row[0] != int(row[0]) or row[0] < 0:
+        return f"step is {row[0]}, expected a whole number"
+    return row
+
+
+def _damaged(where: object, found: str) -> RunLogError:
+    return RunLogError(
+        "the log of a training run is damaged",
+        where=where,
+        found=found,
+        expected="one JSON object per optimizer step",
+        remedy="repair or remove that line; only an incomplete last line is ignored",
+    )

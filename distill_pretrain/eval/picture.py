@@ -1,0 +1,117 @@
+"""The loss-curve picture of a report."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from distill_pretrain.errors import MissingDependency
+from distill_pretrain.eval.curves import TrainingCurve
+
+# Okabe & Ito: told apart by colour-blind readers and in grey print.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_STYLES = ("-", "--", "-.", ":")
+_INK = "#333333"
+
+
+def require_matplotlib() -> None:
+    """Raises MissingDependency when the picture could not be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingDependency("matplotlib", extra="eval", needed_for="the report's picture")
+
+
+def smooth(values: npt.NDArray[np.float64], half_width: int) -> npt.NDArray[np.float64]:
+    """Centred mean over 2 * half_width + 1 values, over fewer at the ends; NaN is left out.
+
+    Args:
+        values: float64[n].
+        half_width: neighbours on each side.
+
+    Returns:
+        float64[n]; NaN where no value is near.
+    """
+    known = ~np.isnan(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(known)])
+    at = np.arange(len(values))
+    # Shrinking on both sides alike keeps the mean centred, so the ends do not lag.
+    reach = np.minimum(half_width, np.minimum(at, len(values) - 1 - at))
+    first, last = at - reach, at + reach + 1
+    with np.errstate(invalid="ignore", divide="ignore"):
+        result: npt.NDArray[np.float64] = (sums[last] - sums[first]) / (counts[last] - counts[first])
+    return result
+
+
+def draw_curves(
+    curves: Mapping[str, TrainingCurve], *, held_out: Mapping[str, float]
+) -> bytes:
+    """Training cross-entropy against step, one line per run, and held-out CE at each line's end.
+
+    Args:
+        curves: name -> log of the run.
+        held_out: name -> held-out CE, nats per token; drawn for the names in `curves`.
+
+    Returns:
+        The bytes of a PNG.
+    """
+    require_matplotlib()
+    # The object interface needs no display and leaves the caller's pyplot alone.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    figure = Figure(figsize=(9.0, 5.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    seen: list[npt.NDArray[np.float64]] = []
+    ends: list[float] = []
+    for number, (name, curve) in enumerate(curves.items()):
+        colour = _COLOURS[number % len(_COLOURS)]
+        style = _STYLES[number // len(_COLOURS) % len(_STYLES)]
+        steps, raw = curve["step"], curve["ce"]
+        bold = smooth(raw, len(raw) // 40)
+        axes.plot(steps, raw, color=colour, linewidth=0.7, alpha=0.28, zorder=2)
+        axes.plot(steps, bold, style, color=colour, linewidth=2.0, label=name, zorder=3)
+        seen.append(bold)
+        ends += [float(value) for value in raw[-1:]]
+        if name in held_out:
+            axes.plot(
+                steps[-1:], [held_out[name]], "D", color=colour, mec="white", ms=8, zorder=4, clip_on=False
+            )
+            ends.append(held_out[name])
+    bounds = _limits(seen, ends)
+    if bounds is not None:
+        axes.set_ylim(*bounds)
+    axes.set_xlim(left=0)
+    axes.margins(x=0.02)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if set(held_out) & set(curves):
+        axes.plot([], [], "D", color=_INK, mec="white", ms=8, linestyle="none", label="held-out CE, final")
+    axes.set_xlabel("optimizer step", color=_INK)
+    axes.set_ylabel("cross-entropy, training text (nats per token)", color=_INK)
+    axes.grid(color="#dddddd", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _limits(
+    curves: list[npt.NDArray[np.float64]], ends: list[float]
+) -> tuple[float, float] | None:
+    """A y range that shows how the runs differ: the first steep drop from log V runs out of the top."""
+    late = [curve[len(curve) // 20 :] for curve in curves]
+    shown = np.concatenate([*late, np.array(ends)])
+    shown = shown[np.isfinite(shown)]
+    if not len(shown):
+        return None
+    low, high = float(shown.min()), float(shown.max())
+    margin = 0.06 * (high - low) or 0.1 * (abs(high) or 1.0)
+    return (low - margin, high + margin) if math.isfinite(margin) else None

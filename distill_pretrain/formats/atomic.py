@@ -1,0 +1,104 @@
+"""Publishing small files so that a reader sees the old bytes or the new ones, never a mixture."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from pathlib import Path
+
+_CHUNK_BYTES = 1 << 20
+
+
+def canonical_json(value: object) -> bytes:
+    """One byte string per value: sorted keys, no spaces, ASCII, no NaN, one trailing newline."""
+    text = json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    )
+    return text.encode("ascii") + b"\n"
+
+
+def fsync_dir(folder: Path) -> None:
+    """Make the names in `folder` durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def publish_bytes(path: Path, data: bytes) -> None:
+    """Write `data` beside `path` under a unique name, make it durable, rename it into place.
+
+    Raises:
+        OSError: a write or fsync failed; `path` is as it was. A failed fsync is never retried.
+    """
+    temporary = _write_temporary(path, data)
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_dir(path.parent)
+
+
+def publish_bytes_once(path: Path, data: bytes) -> bool:
+    """As `publish_bytes`, but never replaces a file: of several writers exactly one gets True.
+
+    On a file system without hard links the check and the rename are two steps, so callers compare
+    what they find afterwards.
+    """
+    temporary = _write_temporary(path, data)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:
+        if path.exists():
+            return False
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_dir(path.parent)
+    return True
+
+
+def sha256_file(path: Path) -> str:
+    """Lower-case hex sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return sha256_fd(file.fileno())
+
+
+def sha256_fd(fd: int) -> str:
+    """Lower-case hex sha256 of an open file, by positioned reads (the file offset stays)."""
+    digest = hashlib.sha256()
+    offset = 0
+    while chunk := os.pread(fd, _CHUNK_BYTES, offset):
+        digest.update(chunk)
+        offset += len(chunk)
+    return digest.hexdigest()
+
+
+def write_all(fd: int, data: bytes, offset: int) -> None:
+    """Write the whole of `data` at `offset`; a short write (disk nearly full) is continued."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view = view[written:]
+        offset += written
+
+
+def _write_temporary(path: Path, data: bytes) -> Path:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        try:
+            write_all(fd, data, 0)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary

@@ -1,0 +1,212 @@
+"""plan.json: everything that decides what a cache holds. Its sha256 is the cache's plan id."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from typing import Any
+
+from distill_pretrain.contracts import TargetKind
+from distill_pretrain.errors import CacheCorrupt, CacheError
+from distill_pretrain.formats.atomic import canonical_json
+from distill_pretrain.formats.raw_codec import CODEC_KINDS, RawCodec, codec_of_sampler
+
+FORMAT_NAME = "distill-pretrain-cache"
+FORMAT_VERSION = 1
+
+_SAMPLER_KEYS = {"name": str, "num_draws": int, "temperature": float, "seed": int, "rng": str}
+_BOUNDS = {
+    "vocab_size": (2, 1 << 20),
+    "seq_len": (1, 1 << 24),
+    "num_sequences": (1, 1 << 40),
+    "micro_batch_size": (1, 1 << 20),
+    "block_tokens": (1, 1 << 16),
+    "shard_sequences": (1, 1 << 20),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachePlan:
+    """Immutable description of a cache; equal plans give byte-identical caches on equal hardware.
+
+    Attributes:
+        sequence_plan_id: SequencePlan.plan_id of the sequences that were scored.
+        tokens: {"bin_sha256", "idx_sha256"} of the corpus.
+        tokenizer_sha256: of the tokenizer, or None when the corpus came without one.
+        vocab_size: V, 2 to 2**20.
+        seq_len: positions per sequence.
+        num_sequences: the first so many sequences of the sequence plan.
+        sampler: {"name", "num_draws", "temperature": 1.0, "seed", "rng"}.
+        teacher: the engine's identity (JSON-able).
+        micro_batch_size: sequences per teacher forward pass.
+        block_tokens: most positions per block, at most 65536.
+        shard_sequences: sequences per shard file.
+        codec: 1 (raw counts) or 2 (raw log-probabilities).
+        software: package -> version.
+    """
+
+    sequence_plan_id: str
+    tokens: dict[str, Any]
+    tokenizer_sha256: str | None
+    vocab_size: int
+    seq_len: int
+    num_sequences: int
+    sampler: dict[str, Any]
+    teacher: dict[str, Any]
+    micro_batch_size: int
+    block_tokens: int
+    shard_sequences: int
+    codec: int
+    software: dict[str, str]
+
+    def __post_init__(self) -> None:
+        """Refuse values that no cache can have (CacheError)."""
+        problems = _problems(self)
+        if problems:
+            raise CacheError(
+                "the plan of a cache is invalid",
+                found="; ".join(problems),
+                remedy="correct the recipe sections data and capture",
+            )
+
+    @property
+    def num_draws(self) -> int:
+        """N of the sampler (the k of top-k)."""
+        return int(self.sampler["num_draws"])
+
+    @property
+    def kind(self) -> TargetKind:
+        """What an entry's value is."""
+        return CODEC_KINDS[self.codec]
+
+    @cached_property
+    def raw_codec(self) -> RawCodec:
+        """The block codec."""
+        return RawCodec(kind=self.kind, num_draws=self.num_draws, vocab_size=self.vocab_size)
+
+    @cached_property
+    def plan_id(self) -> str:
+        """Hex sha256 of the bytes of plan.json."""
+        return hashlib.sha256(self.to_json_bytes()).hexdigest()
+
+    @property
+    def num_shards(self) -> int:
+        """Shard files of the whole cache."""
+        return -(-self.num_sequences // self.shard_sequences)
+
+    @property
+    def blocks_per_sequence(self) -> int:
+        """Blocks of one sequence; the last may be shorter than `block_tokens`."""
+        return -(-self.seq_len // self.block_tokens)
+
+    def shard_range(self, shard: int) -> tuple[int, int]:
+        """(first sequence, number of sequences) of a shard."""
+        assert 0 <= shard < self.num_shards, shard
+        first = shard * self.shard_sequences
+        return first, min(self.shard_sequences, self.num_sequences - first)
+
+    def shard_blocks(self, shard: int) -> int:
+        """Blocks of a shard."""
+        return self.shard_range(shard)[1] * self.blocks_per_sequence
+
+    def block_place(self, shard: int, block: int) -> tuple[int, int, int]:
+        """(sequence, offset of the first position, positions) of a shard's block."""
+        row, part = divmod(block, self.blocks_per_sequence)
+        offset = part * self.block_tokens
+        size = min(self.block_tokens, self.seq_len - offset)
+        return self.shard_range(shard)[0] + row, offset, size
+
+    def to_json_bytes(self) -> bytes:
+        """Canonical JSON: the contents of plan.json."""
+        return canonical_json({"format": FORMAT_NAME, "version": FORMAT_VERSION, **asdict(self)})
+
+    @classmethod
+    def from_json_bytes(cls, data: bytes) -> CachePlan:
+        """Parse plan.json.
+
+        Raises:
+            CacheCorrupt: no JSON, not canonical, another version, or an invalid field.
+        """
+        try:
+            values = json.loads(data)
+        except ValueError as error:
+            raise _bad_plan(f"no valid JSON ({error})") from None
+        if not isinstance(values, dict) or values.pop("format", None) != FORMAT_NAME:
+            raise _bad_plan("not the plan of a cache")
+        version = values.pop("version", None)
+        if version != FORMAT_VERSION:
+            raise _bad_plan(f"format version {version!r}, this program reads {FORMAT_VERSION}")
+        names = {field.name for field in fields(cls)}
+        if set(values) != names:
+            raise _bad_plan(f"fields {sorted(set(values) ^ names)} are missing or unknown")
+        try:
+            plan = cls(**values)
+        except CacheError as error:
+            raise _bad_plan(str(error)) from None
+        if plan.to_json_bytes() != data:
+            raise _bad_plan("the bytes are not the canonical form")
+        return plan
+
+    def differences(self, other: CachePlan) -> list[str]:
+        """One line per field in which `self` (found) differs from `other` (expected)."""
+        return _differences("", asdict(self), asdict(other))
+
+
+def _differences(prefix: str, found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    lines = []
+    for key in sorted(found.keys() | expected.keys()):
+        mine, theirs = found.get(key), expected.get(key)
+        if isinstance(mine, dict) and isinstance(theirs, dict):
+            lines += _differences(f"{prefix}{key}.", mine, theirs)
+        elif mine != theirs:
+            lines.append(f"{prefix}{key}: found {mine!r}, expected {theirs!r}")
+    return lines
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _problems(plan: CachePlan) -> list[str]:
+    problems = []
+    for name, (low, high) in _BOUNDS.items():
+        value = getattr(plan, name)
+        if not _is_int(value) or not low <= value <= high:
+            problems.append(f"{name} is {value!r}, expected {low} to {high}")
+    if not isinstance(plan.sequence_plan_id, str):
+        problems.append("sequence_plan_id is no string")
+    if not (plan.tokenizer_sha256 is None or isinstance(plan.tokenizer_sha256, str)):
+        problems.append("tokenizer_sha256 is no string")
+    for name in ("tokens", "teacher", "software", "sampler"):
+        if not isinstance(getattr(plan, name), dict):
+            problems.append(f"{name} is no object")
+    if problems:
+        return problems
+    if set(plan.sampler) != set(_SAMPLER_KEYS):
+        return [f"sampler has the keys {sorted(plan.sampler)}, expected {sorted(_SAMPLER_KEYS)}"]
+    for name, kind in _SAMPLER_KEYS.items():
+        value = plan.sampler[name]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            problems.append(f"sampler.{name} is {value!r}, expected {kind.__name__}")
+    if problems:
+        return problems
+    if not 1 <= plan.sampler["num_draws"] <= 1024:
+        problems.append(f"sampler.num_draws is {plan.sampler['num_draws']}, expected 1 to 1024")
+    if plan.sampler["temperature"] != 1.0:
+        problems.append(f"sampler.temperature is {plan.sampler['temperature']}, expected 1.0")
+    expected_codec = codec_of_sampler(plan.sampler["name"])
+    if not _is_int(plan.codec) or plan.codec != expected_codec:
+        name = plan.sampler["name"]
+        problems.append(f"codec is {plan.codec!r}, expected {expected_codec} for sampler {name!r}")
+    return problems
+
+
+def _bad_plan(found: str) -> CacheCorrupt:
+    return CacheCorrupt(
+        "the cache's plan.json cannot be used",
+        found=found,
+        expected=f"{FORMAT_NAME} version {FORMAT_VERSION}, as `distill-pretrain capture` writes",
+        remedy="restore plan.json from a copy, or capture into a new folder",
+    )

@@ -1,0 +1,171 @@
+"""Done records (s-000123.json) and manifest.json: what a finished cache consists of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from distill_pretrain.errors import CacheCorrupt
+from distill_pretrain.formats.atomic import canonical_json
+from distill_pretrain.formats.cache_plan import FORMAT_NAME, FORMAT_VERSION, CachePlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRecord:
+    """A finished shard.
+
+    Attributes:
+        plan_id: of the cache.
+        shard: number.
+        first_sequence: of the plan.
+        num_sequences: in this shard.
+        size: bytes of the file.
+        sha256: of the file.
+        blocks: in this shard.
+        tokens: positions, padding of the last sequence included.
+        entries: stored (id, value) pairs.
+        labelled: positions that have a next token and at least one entry; None if not measured.
+        label_hits: of those, positions whose next token is among the stored ids.
+    """
+
+    plan_id: str
+    shard: int
+    first_sequence: int
+    num_sequences: int
+    size: int
+    sha256: str
+    blocks: int
+    tokens: int
+    entries: int
+    labelled: int | None
+    label_hits: int | None
+
+    def to_json_bytes(self) -> bytes:
+        """Contents of the done record."""
+        return canonical_json(asdict(self))
+
+    @classmethod
+    def from_json_bytes(cls, data: bytes, plan: CachePlan, shard: int) -> ShardRecord:
+        """Parse a done record.
+
+        Raises:
+            CacheCorrupt: not the canonical record of this shard of this plan.
+        """
+        try:
+            record = _record(json.loads(data), plan, shard)
+        except ValueError:
+            record = None
+        if record is None or record.to_json_bytes() != data:
+            raise CacheCorrupt(
+                "a shard's done record is damaged or of another cache",
+                where=f"shard {shard}",
+                remedy="delete that .json file and run `distill-pretrain capture` again",
+            )
+        return record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A finished cache: one record per shard, in order."""
+
+    plan: CachePlan
+    shards: tuple[ShardRecord, ...]
+
+    @property
+    def totals(self) -> dict[str, int | float | None]:
+        """Sums over the shards; `canary_hit_rate` is the share of labels among the stored ids."""
+        tokens = sum(record.tokens for record in self.shards)
+        entries = sum(record.entries for record in self.shards)
+        size = sum(record.size for record in self.shards)
+        labelled = _sum([record.labelled for record in self.shards])
+        hits = _sum([record.label_hits for record in self.shards])
+        rate = round(hits / labelled, 6) if labelled and hits is not None else None
+        return {
+            "tokens": tokens,
+            "entries": entries,
+            "bytes": size,
+            "bytes_per_token": round(size / tokens, 4),
+            "entries_per_token": round(entries / tokens, 4),
+            "labelled": labelled,
+            "label_hits": hits,
+            "canary_hit_rate": rate,
+        }
+
+    @property
+    def root_sha256(self) -> str:
+        """Hex sha256 over the plan id and the shards' digests, in order."""
+        digests = (record.sha256 for record in self.shards)
+        return hashlib.sha256("\n".join([self.plan.plan_id, *digests]).encode()).hexdigest()
+
+    def to_json_bytes(self) -> bytes:
+        """Contents of manifest.json: a pure function of the plan and the shards."""
+        return canonical_json(
+            {
+                "format": FORMAT_NAME,
+                "version": FORMAT_VERSION,
+                "plan_id": self.plan.plan_id,
+                "root_sha256": self.root_sha256,
+                "totals": self.totals,
+                "shards": [asdict(record) for record in self.shards],
+            }
+        )
+
+    @classmethod
+    def from_json_bytes(cls, data: bytes, plan: CachePlan) -> Manifest:
+        """Parse manifest.json.
+
+        Raises:
+            CacheCorrupt: not the canonical manifest of a cache with this plan.
+        """
+        try:
+            listed = json.loads(data)["shards"]
+            if len(listed) != plan.num_shards:
+                raise ValueError
+            records = [_record(values, plan, shard) for shard, values in enumerate(listed)]
+        except (ValueError, TypeError, KeyError):
+            records = [None]
+        whole = tuple(record for record in records if record is not None)
+        if len(whole) == plan.num_shards:
+            manifest = cls(plan=plan, shards=whole)
+            if manifest.to_json_bytes() == data:
+                return manifest
+        raise CacheCorrupt(
+            "the cache's manifest.json is damaged or of another plan",
+            expected=f"the manifest of plan {plan.plan_id[:12]}",
+            remedy="delete manifest.json and run `distill-pretrain capture` again: it is rebuilt",
+        )
+
+
+def _sum(values: list[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
+
+
+def _record(values: Any, plan: CachePlan, shard: int) -> ShardRecord | None:
+    """A record with sound types that belongs to the shard, else None."""
+    names = {field.name: field.type for field in fields(ShardRecord)}
+    if not isinstance(values, dict) or set(values) != set(names):
+        return None
+    for name, kind in names.items():
+        value = values[name]
+        if kind == "str":
+            sound = isinstance(value, str)
+        else:
+            sound = type(value) is int and value >= 0
+            sound = sound or (value is None and kind == "int | None")
+        if not sound:
+            return None
+    record = ShardRecord(**values)
+    first, count = plan.shard_range(shard)
+    implied = (plan.plan_id, shard, first, count, plan.shard_blocks(shard), count * plan.seq_len)
+    found = (
+        record.plan_id,
+        record.shard,
+        record.first_sequence,
+        record.num_sequences,
+        record.blocks,
+        record.tokens,
+    )
+    return record if found == implied else None

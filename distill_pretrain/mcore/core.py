@@ -1,0 +1,79 @@
+"""Every name taken from megatron-core, imported once and quietly.
+
+Importing megatron-core prints half a dozen warnings about optional packages and a flood of deprecations; they
+are silenced here and nowhere else. Import this module only inside functions or modules that are themselves
+imported lazily: it takes seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+    from megatron.core import optimizer as megatron_optimizer
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, get_megatron_optimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer.module import Float16Module, MegatronModule
+    from megatron.core.transformer.transformer_block import (
+        TransformerBlockSubmodules,
+        get_num_layers_to_build,
+    )
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+_CHATTER = ("RNG state changed", "Rerun State Machine", "RerunStateMachine")
+_HARMLESS_WARNINGS = (
+    r"`torch\.distributed\..*` is deprecated",
+    r"The \.grad attribute of a Tensor that is not a leaf",
+)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not any(text in record.getMessage() for text in _CHATTER)
+
+
+def silence_chatter() -> None:
+    """Drop the messages megatron-core repeats on every run and that ask nothing of the user."""
+    for name in ("tensor_parallel.random", "rerun_state_machine"):
+        logging.getLogger(f"megatron.core.{name}").addFilter(_is_news)
+    for message in _HARMLESS_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+
+
+__all__ = [
+    "DistributedDataParallel",
+    "DistributedDataParallelConfig",
+    "Float16Module",
+    "GPTModel",
+    "MegatronModule",
+    "OptimizerConfig",
+    "OptimizerParamScheduler",
+    "ShardedObject",
+    "TransformerBlockSubmodules",
+    "TransformerConfig",
+    "dist_checkpointing",
+    "distrib_optimizer",
+    "finalize_model_grads",
+    "get_forward_backward_func",
+    "get_gpt_layer_local_spec",
+    "get_megatron_optimizer",
+    "get_num_layers_to_build",
+    "megatron_optimizer",
+    "megatron_random",
+    "parallel_state",
+    "silence_chatter",
+    "tensor_parallel",
+]

@@ -1,0 +1,65 @@
+"""Initial weights that do not depend on the parallel layout.
+
+Megatron-core restarts its random stream on every pipeline stage and slices by tensor-parallel rank, so its initial
+weights differ between layouts. Here each full matrix is drawn from a generator keyed by (seed, global parameter
+name) and then sliced, so that any TP x PP x VPP layout starts, and can be compared, from the same weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+
+from distill_pretrain.mcore.config import ModelConfig
+from distill_pretrain.mcore.core import GPTModel, parallel_state
+
+
+def _global_name(gpt: GPTModel, name: str) -> str:
+    """Parameter name with the layer's number in the whole model, tied head under the embedding's name."""
+    if gpt.share_embeddings_and_output_weights and name == "output_layer.weight":
+        return "embedding.word_embeddings.weight"
+    prefix, _, rest = name.partition("decoder.layers.")
+    if prefix or not rest:
+        return name
+    local, _, tail = rest.partition(".")
+    return f"decoder.layers.{gpt.decoder.layers[int(local)].layer_number - 1}.{tail}"
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    key = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+
+
+@torch.no_grad()
+def initialize_weights(gpt: GPTModel, model: ModelConfig, *, vocab_size: int, seed: int) -> None:
+    """Draw every matrix N(0, std^2) in place; norms stay 1, biases 0, vocabulary padding rows 0.
+
+    std is init_std, and init_std / sqrt(2 num_layers) for the matrices that write to the residual stream
+    (GPT-2, Megatron-LM).
+    """
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    for name, parameter in gpt.named_parameters():
+        if parameter.dim() < 2:
+            continue
+        writes_residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+        std = model.init_std / (math.sqrt(2 * model.num_layers) if writes_residual else 1.0)
+        shape = list(parameter.shape)
+        dim = parameter.partition_dim if parameter.tensor_model_parallel else -1
+        if dim >= 0:
+            shape[dim] *= size
+        is_vocabulary = name.endswith(("word_embeddings.weight", "output_layer.weight"))
+        drawn_shape = [vocab_size, *shape[1:]] if is_vocabulary else shape
+        full = torch.empty(drawn_shape).normal_(
+            0.0, std, generator=_generator(seed, _global_name(gpt, name))
+        )
+        if is_vocabulary:
+            full = torch.cat((full, full.new_zeros(shape[0] - vocab_size, *shape[1:])))
+        if dim >= 0 and size > 1:
+            # Gated fc1 has stride 2: gate and up projection are sliced separately.
+            stride = max(1, parameter.partition_stride)
+            pieces = full.split(parameter.size(dim) // stride, dim=dim)
+            full = torch.cat(pieces[rank::size], dim=dim)
+        parameter.copy_(full)

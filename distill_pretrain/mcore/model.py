@@ -1,0 +1,162 @@
+"""From a model section to megatron-core model chunks, one per virtual pipeline stage of this rank.
+
+Shapes: B sequences, L positions, T = L * B tokens in megatron-core's sequence-first order, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from distill_pretrain.contracts import SparseTargets, TokenBatch
+from distill_pretrain.mcore import cpu_compat
+from distill_pretrain.mcore.config import ModelConfig, ParallelConfig
+from distill_pretrain.mcore.core import (
+    Float16Module,
+    GPTModel,
+    TransformerConfig,
+    parallel_state,
+    tensor_parallel,
+)
+from distill_pretrain.mcore.init import initialize_weights
+from distill_pretrain.mcore.modules import block_submodules
+
+LossFunction = Callable[[torch.Tensor, TokenBatch], torch.Tensor]
+"""(vocab-parallel logits [T, V/tp], batch flattened to T) -> summed terms, float32[num_terms]; the first is minimised."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def padded_vocab_size(vocab_size: int, divisor: int, tensor_parallel_size: int) -> int:
+    """The least multiple of `divisor` and of the tensor-parallel size that holds the vocabulary."""
+    multiple = math.lcm(divisor, tensor_parallel_size)
+    return -(-vocab_size // multiple) * multiple
+
+
+def _sequence_first(batch: TokenBatch) -> TokenBatch:
+    """[B, L, ...] -> [T, ...] in the order of megatron-core's logits."""
+
+    def flat(x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(0, 1).flatten(0, 1)
+
+    targets = batch.targets
+    if targets is not None:
+        targets = SparseTargets(ids=flat(targets.ids), probs=flat(targets.probs))
+    return TokenBatch(tokens=flat(batch.tokens), labels=flat(batch.labels), targets=targets)
+
+
+class DistillGPT(GPTModel):
+    """GPTModel whose loss is handed in, so that sparse targets reach the last pipeline stage as `labels`."""
+
+    loss_function: LossFunction | None = None
+
+    def compute_language_model_loss(self, labels: TokenBatch, logits: torch.Tensor) -> torch.Tensor:
+        """Loss terms of one micro-batch from logits [L, B, V/tp]."""
+        assert self.loss_function is not None
+        return self.loss_function(logits.flatten(0, 1), _sequence_first(labels))
+
+
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, *, dtype: torch.dtype
+) -> TransformerConfig:
+    """Megatron-core's configuration of this model and layout."""
+    llama = model.arch == "llama"
+    interleaved = parallel.virtual_pipeline > 1
+    settings: dict[str, Any] = {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.num_query_groups or model.num_attention_heads,
+        "kv_channels": model.kv_channels,
+        "add_bias_linear": not llama,
+        "gated_linear_unit": llama,
+        "activation_func": F.silu if llama else F.gelu,
+        "normalization": "RMSNorm" if llama else "LayerNorm",
+        "layernorm_epsilon": model.norm_epsilon,
+        "hidden_dropout": model.dropout,
+        "attention_dropout": model.dropout,
+        "init_method_std": model.init_std,
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if interleaved else None,
+        "sequence_parallel": parallel.sequence_parallel and parallel.tensor > 1,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "attention_softmax_in_fp32": True,
+        "calculate_per_token_loss": True,
+        # The interleaved schedule is silently wrong with batched point-to-point communication at
+        # pipeline size 2.
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "gradient_accumulation_fusion": False,
+        "apply_rope_fusion": False,
+        "cross_entropy_loss_fusion": False,
+    }
+    return TransformerConfig(**{**settings, **cpu_compat.transformer_overrides()})
+
+
+def build_model_chunks(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    *,
+    vocab_size: int,
+    seq_len: int,
+    precision: str,
+    seed: int,
+    loss_function: LossFunction | None = None,
+) -> list[torch.nn.Module]:
+    """Model chunks of this rank, with initial weights that depend on `seed` and not on the layout.
+
+    Args:
+        model: architecture.
+        parallel: layout; the process groups of `parallel.model_parallel` must exist.
+        vocab_size: V, real vocabulary.
+        seq_len: L; the number of learned positions of a gpt2 model.
+        precision: "fp32" or "bf16".
+        seed: of the initial weights.
+        loss_function: what the last stage computes from its logits; None for scoring only.
+    """
+    config = transformer_config(model, parallel, dtype=DTYPES[precision])
+    chunks: list[torch.nn.Module] = []
+    for chunk in range(parallel.virtual_pipeline):
+        vp_stage = chunk if parallel.virtual_pipeline > 1 else None
+        gpt = DistillGPT(
+            config,
+            block_submodules(config, vp_stage),
+            vocab_size=padded_vocab_size(vocab_size, model.vocab_divisor, parallel.tensor),
+            max_sequence_length=seq_len,
+            pre_process=parallel_state.is_pipeline_first_stage(
+                ignore_virtual=False, vp_stage=vp_stage
+            ),
+            post_process=parallel_state.is_pipeline_last_stage(
+                ignore_virtual=False, vp_stage=vp_stage
+            ),
+            parallel_output=True,
+            share_embeddings_and_output_weights=model.tie_embeddings,
+            position_embedding_type="rope" if model.arch == "llama" else "learned_absolute",
+            rotary_base=model.rotary_base,
+            vp_stage=vp_stage,
+        )
+        gpt.loss_function = loss_function
+        for parameter in gpt.parameters():
+            tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+        initialize_weights(gpt, model, vocab_size=vocab_size, seed=seed)
+        chunks.append(Float16Module(config, gpt) if precision == "bf16" else gpt)
+    return chunks
+
+
+def unwrap(module: torch.nn.Module) -> GPTModel:
+    """The GPTModel inside DDP and Float16Module."""
+    while hasattr(module, "module"):
+        module = module.module
+    return module

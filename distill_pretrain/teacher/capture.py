@@ -1,0 +1,155 @@
+"""The capture job: teacher over the plan's sequences, sampled, into a cache.
+
+Any number of processes, started together or not, work on one cache: each takes shards that nobody owns. What a
+shard holds depends on the plan alone, so the bytes are the same whoever writes it and however often it was killed.
+
+Shapes: B sequences, L positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+
+from distill_pretrain import __version__
+from distill_pretrain.contracts import IGNORED_LABEL, LogitsEngine
+from distill_pretrain.data.sources import SequenceData
+from distill_pretrain.errors import TeacherError
+from distill_pretrain.formats.cache_plan import CachePlan
+from distill_pretrain.formats.cache_writer import CacheWriter, ShardWriter
+from distill_pretrain.formats.manifest import Manifest
+from distill_pretrain.formats.raw_codec import codec_of_sampler
+from distill_pretrain.sampling.samplers import BadLogits, sample_targets
+from distill_pretrain.teacher.config import CaptureConfig
+
+RNG = "philox4x32-10"
+Progress = Callable[[int], None]
+"""Called with the number of positions just written."""
+
+
+def software_versions(engine_kind: str) -> dict[str, str]:
+    """Versions that can move a teacher's float rounding, and ours."""
+    packages = ["torch", "numpy", "transformers" if engine_kind == "hf" else "megatron-core"]
+    versions = {name: version(name) for name in packages}
+    return {**versions, "distill-pretrain": __version__, "machine": platform.machine()}
+
+
+def make_plan(
+    sequences: SequenceData, capture: CaptureConfig, teacher_identity: dict[str, Any]
+) -> CachePlan:
+    """Everything that decides the cache's bytes."""
+    fingerprint = sequences.index.fingerprint
+    wanted = capture.num_sequences or sequences.num_sequences
+    return CachePlan(
+        sequence_plan_id=sequences.plan.plan_id,
+        tokens={"bin_sha256": fingerprint.bin_sha256, "idx_sha256": fingerprint.idx_sha256},
+        tokenizer_sha256=sequences.tokenizer_sha256,
+        vocab_size=sequences.vocab_size,
+        seq_len=sequences.plan.seq_len,
+        num_sequences=min(wanted, sequences.plan.num_sequences),
+        sampler={
+            "name": capture.sampler,
+            "num_draws": capture.num_draws,
+            "temperature": 1.0,
+            "seed": capture.seed,
+            "rng": RNG,
+        },
+        teacher=teacher_identity,
+        micro_batch_size=capture.micro_batch_size,
+        block_tokens=capture.block_tokens,
+        shard_sequences=capture.shard_sequences,
+        codec=codec_of_sampler(capture.sampler),
+        software=software_versions(teacher_identity["kind"]),
+    )
+
+
+def capture_shards(
+    writer: CacheWriter,
+    engine: LogitsEngine,
+    sequences: SequenceData,
+    *,
+    first_shard: int,
+    progress: Progress,
+) -> None:
+    """Write every shard that no other process owns, until a pass finds none.
+
+    Args:
+        writer: the cache.
+        engine: the teacher.
+        sequences: what it scores.
+        first_shard: where this process starts looking, so that processes started together spread out.
+        progress: told of positions written.
+
+    Raises:
+        TeacherError: NaN or infinite logits, naming the sequences; shards written so far are kept.
+    """
+    worked = True
+    while worked:
+        worked = False
+        pending = writer.pending()
+        split = sum(shard < first_shard for shard in pending)
+        for shard in pending[split:] + pending[:split]:
+            claimed = writer.claim(shard)
+            if claimed is None:
+                continue
+            with claimed:
+                _fill_shard(claimed, writer.plan, engine, sequences, progress)
+                claimed.finish()
+            worked = True
+
+
+def finish_capture(writer: CacheWriter) -> Manifest | None:
+    """Publish the manifest if every shard is done; None while other processes still write."""
+    return None if writer.pending() else writer.publish_manifest()
+
+
+def _fill_shard(
+    shard: ShardWriter,
+    plan: CachePlan,
+    engine: LogitsEngine,
+    sequences: SequenceData,
+    progress: Progress,
+) -> None:
+    """Score and append the blocks that are missing.
+
+    Micro-batches start at fixed sequences of the shard, so a resumed shard sees the batch shapes of an unbroken
+    one: float rounding depends on them.
+    """
+    first, count = plan.shard_range(shard.shard)
+    while shard.next_block < shard.num_blocks:
+        sequence = shard.place(shard.next_block)[0]
+        start = first + (sequence - first) // plan.micro_batch_size * plan.micro_batch_size
+        numbers = np.arange(start, min(start + plan.micro_batch_size, first + count))
+        tokens, labels = sequences.plan.read(numbers)
+        logits = engine.logits(torch.from_numpy(tokens.astype(np.int64)).to(engine.device))
+        scored = logits.cpu().numpy()
+        while shard.next_block < shard.num_blocks:
+            sequence, offset, length = shard.place(shard.next_block)
+            if sequence > numbers[-1]:
+                break
+            row, span = sequence - start, slice(offset, offset + length)
+            positions = np.arange(length, dtype=np.uint64) + np.uint64(
+                sequence * plan.seq_len + offset
+            )
+            try:
+                targets = sample_targets(
+                    scored[row, span],
+                    positions,
+                    sampler=plan.sampler["name"],
+                    num_draws=plan.num_draws,
+                    seed=plan.sampler["seed"],
+                    valid=labels[row, span] != IGNORED_LABEL,
+                )
+            except BadLogits as error:
+                raise TeacherError(
+                    "the teacher's logits are not finite",
+                    where=f"sequence {sequence}, {error}",
+                    remedy="check the teacher's weights and dtype; finished shards are kept",
+                ) from None
+            shard.append(targets, tokens[row, span])
+            progress(length)

@@ -1,0 +1,149 @@
+"""The train verb: checks everything that can be checked, then builds the student and trains it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from distill_pretrain import __version__
+from distill_pretrain.checkpoint.store import CheckpointStore
+from distill_pretrain.data.batches import StudentBatches
+from distill_pretrain.data.config import DataConfig
+from distill_pretrain.data.sources import SequenceData, open_cache, open_sequences
+from distill_pretrain.dist.env import launch_rank, launch_world_size
+from distill_pretrain.dist.process import local_device, process_group, set_cpu_threads
+from distill_pretrain.errors import ConfigError
+from distill_pretrain.formats.cache_reader import CacheReader
+from distill_pretrain.losses.config import ObjectiveConfig
+from distill_pretrain.losses.sparse_kd import DistillationObjective
+from distill_pretrain.mcore.config import ModelConfig, OptimizerConfig, ParallelConfig
+from distill_pretrain.mcore.layout import check_layout
+from distill_pretrain.train.config import TrainConfig
+from distill_pretrain.train.metrics import MetricsLog
+
+
+def run_identity(
+    data: SequenceData,
+    cache: CacheReader | None,
+    model: ModelConfig,
+    objective: ObjectiveConfig,
+    train: TrainConfig,
+) -> dict[str, Any]:
+    """What a checkpoint must share with the run that goes on from it."""
+    return {
+        "code_version": __version__,
+        "sequence_plan_id": data.plan.plan_id,
+        "num_sequences": data.num_sequences,
+        "seq_len": data.plan.seq_len,
+        "vocab_size": data.vocab_size,
+        "tokenizer_sha256": data.tokenizer_sha256,
+        "cache_manifest_sha256": cache.manifest_sha256 if cache else None,
+        "model": model.model_dump(mode="json"),
+        "objective": objective.model_dump(mode="json"),
+        "precision": train.precision,
+        "seed": train.seed,
+        "global_batch_size": train.global_batch_size,
+    }
+
+
+def train_student(
+    *,
+    data: DataConfig,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    optimizer: OptimizerConfig,
+    objective: ObjectiveConfig,
+    train: TrainConfig,
+    say: Callable[[str], None],
+    save_recipe: Callable[[], None],
+) -> None:
+    """Train, or go on training, the model of a recipe.
+
+    Args:
+        data: corpus and cache.
+        model: architecture.
+        parallel: layout.
+        optimizer: AdamW and its schedule.
+        objective: loss weights.
+        train: length, batch, output.
+        say: prints one line, on rank 0.
+        save_recipe: writes the resolved recipe into the run folder; called once, on rank 0.
+    """
+    check_layout(
+        model,
+        parallel,
+        world_size=launch_world_size(),
+        micro_batch_size=train.micro_batch_size,
+        global_batch_size=train.global_batch_size,
+        seq_len=data.seq_len,
+    )
+    if objective.kd_weight > 0 and data.cache is None:
+        raise ConfigError(
+            "the objective needs a cache and none is named",
+            where="data.cache",
+            found=f"objective.kd_weight = {objective.kd_weight}",
+            expected="the folder of a finished capture",
+            remedy="run `distill-pretrain capture` and set data.cache, or set objective.kd_weight=0",
+        )
+    set_cpu_threads(train.threads)
+    sequences = open_sequences(data)
+    distils = objective.kd_weight > 0 and data.cache is not None
+    cache = open_cache(data.cache, sequences) if distils and data.cache else None
+    if launch_rank() == 0:
+        save_recipe()
+
+    with process_group():
+        # Seconds of imports: only once nothing is left that a user could have got wrong.
+        from distill_pretrain.mcore.parallel import model_parallel
+
+        with model_parallel(parallel, seed=train.seed) as groups:
+            from distill_pretrain.mcore.schedule import Student
+            from distill_pretrain.train.trainer import Trainer
+
+            batches = StudentBatches(
+                sequences.plan,
+                cache,
+                num_sequences=sequences.num_sequences,
+                seed=train.seed,
+                global_batch_size=train.global_batch_size,
+                micro_batch_size=train.micro_batch_size,
+                data_rank=dist.get_rank(groups.data),
+                data_size=dist.get_world_size(groups.data),
+                device=local_device(),
+            )
+            student = Student(
+                model=model,
+                parallel=parallel,
+                optimizer=optimizer,
+                groups=groups,
+                vocab_size=sequences.vocab_size,
+                seq_len=data.seq_len,
+                precision=train.precision,
+                seed=train.seed,
+                steps=train.steps,
+                micro_batch_size=train.micro_batch_size,
+                num_micro_batches=batches.num_micro_batches,
+                loss_function=DistillationObjective(
+                    ce_weight=objective.ce_weight,
+                    kd_weight=objective.kd_weight,
+                    vocab_size=sequences.vocab_size,
+                    tensor_group=groups.tensor,
+                ),
+                num_terms=len(DistillationObjective.TERMS),
+            )
+            Trainer(
+                student=student,
+                batches=batches,
+                checkpoints=CheckpointStore(train.output_dir / "checkpoints"),
+                identity=run_identity(sequences, cache, model, objective, train),
+                config=train,
+                open_metrics=lambda done: (
+                    MetricsLog(train.output_dir / "metrics.jsonl", resume_step=done)
+                    if launch_rank() == 0
+                    else None
+                ),
+                term_names=DistillationObjective.TERMS,
+                say=say,
+            ).fit()

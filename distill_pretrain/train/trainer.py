@@ -1,0 +1,107 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from distill_pretrain.checkpoint.store import CheckpointStore
+from distill_pretrain.data.batches import StudentBatches
+from distill_pretrain.mcore.schedule import StepResult, Student
+from distill_pretrain.mcore.state import load_student, save_student
+from distill_pretrain.train.config import TrainConfig
+from distill_pretrain.train.metrics import MetricsLog
+
+
+class Trainer:
+    """Steps a student over its batches; saves, resumes, reports.
+
+    Args:
+        student: model, optimizer and schedule of this rank.
+        batches: this rank's data.
+        checkpoints: where to save and resume.
+        identity: what a checkpoint must share with this run.
+        config: length and intervals.
+        open_metrics: opens metrics.jsonl from a step on; returns None on ranks that do not write.
+        term_names: names of the student's loss terms, in their order.
+        say: prints one line, on rank 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        student: Student,
+        batches: StudentBatches,
+        checkpoints: CheckpointStore,
+        identity: dict[str, Any],
+        config: TrainConfig,
+        open_metrics: Callable[[int], MetricsLog | None],
+        term_names: tuple[str, ...],
+        say: Callable[[str], None],
+    ) -> None:
+        self.student = student
+        self.batches = batches
+        self.checkpoints = checkpoints
+        self.identity = identity
+        self.config = config
+        self.open_metrics = open_metrics
+        self.term_names = term_names
+        self.say = say
+
+    def fit(self) -> None:
+        """Train from the newest checkpoint, or the start, to the last step."""
+        done = self.checkpoints.restore_newest(self.identity, self._load)
+        if done:
+            self.say(f"resumed at step {done}")
+        metrics = self.open_metrics(done)
+        while done < self.config.steps:
+            started = time.perf_counter()
+            micro_batches = self.batches.step_batches(done, with_targets=self.student.is_last_stage)
+            result = self.student.step([iter(micro_batches) for _ in self.student.chunks])
+            done += 1
+            record = self._record(done, result, time.perf_counter() - started)
+            if metrics is not None:
+                metrics.write(record)
+            if done % self.config.log_interval == 0 or done == self.config.steps:
+                self._print(record)
+            if done % self.config.checkpoint_interval == 0 or done == self.config.steps:
+                self._save(done)
+        if metrics is not None:
+            metrics.close()
+
+    def _record(self, step: int, result: StepResult, seconds: float) -> dict[str, Any]:
+        tokens_per_step = self.batches.global_batch_size * self.batches.plan.seq_len
+        terms = dict(zip(self.term_names, result.terms.tolist(), strict=True))
+        if self.batches.cache is None:
+            terms["kl"] = None
+        return {
+            "step": step,
+            **terms,
+            "grad_norm": result.grad_norm,
+            "lr": result.learning_rate,
+            "tokens": step * tokens_per_step,
+            "tokens_per_second": round(tokens_per_step / seconds, 1),
+            "seconds": round(seconds, 4),
+            "applied": result.applied,
+        }
+
+    def _print(self, record: dict[str, Any]) -> None:
+        kl = "" if record["kl"] is None else f"  kl {record['kl']:.4f}"
+        self.say(
+            f"step {record['step']}/{self.config.steps}  loss {record['loss']:.4f}  "
+            f"ce {record['ce']:.4f}{kl}  grad norm {record['grad_norm']:.3f}  "
+            f"lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tokens/s"
+        )
+
+    def _load(self, folder: Any) -> None:
+        if not load_student(self.student, folder):
+            self.say("the number of processes has changed: dropout streams start anew")
+
+    def _save(self, step: int) -> None:
+        self.checkpoints.save(
+            step,
+            self.identity,
+            lambda folder: save_student(self.student, folder),
+            keep=self.config.keep_checkpoints,
+        )

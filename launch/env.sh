@@ -1,0 +1,80 @@
+# Sourced: `source launch/env.sh [extra ...]` makes and activates a virtual environment with the package in it.
+#
+#   VENV        where it is (default .venv in the repository)
+#   TORCH_SPEC  what to install as torch, such as torch==2.13.0 (default: see below)
+#
+# torch goes first, so that nothing replaces it: TORCH_SPEC if set; the interpreter's own torch where that is built for
+# GPUs (container images bring one); else a plain torch, pinned on machines without an NVIDIA driver.
+
+_env_fail() {
+    echo "launch/env.sh: error: $1" >&2
+    if [ -n "${2:-}" ] && [ -s "${2:-}" ]; then
+        echo "--- end of $2" >&2
+        tail -n 20 "$2" >&2
+    fi
+    return 1
+}
+
+_env_setup() {
+    local root extras venv python log stamp key torch_spec site_packages=""
+    root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || return 1
+    extras=$(IFS=,; echo "${*:-hf,eval}")
+    venv=${VENV:-$root/.venv}
+    log=$venv/install.log
+    stamp=$venv/installed
+    python=$(command -v python3) || { _env_fail "python3 is not on PATH; install Python 3.10 or newer"; return 1; }
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        { _env_fail "$python is $("$python" -V 2>&1); 3.10 or newer is needed"; return 1; }
+
+    key=$( (cat "$root/setup.py"; echo "$root ${TORCH_SPEC:-}") | "$python" -c \
+        'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())') || return 1
+    if ! _env_is_ready "$stamp" "$key" "$extras"; then
+        if "$python" -c 'import torch, sys; sys.exit(not (torch.version.cuda or torch.version.hip))' 2>/dev/null &&
+            [ -z "${TORCH_SPEC:-}" ]; then
+            site_packages=--system-site-packages
+            torch_spec=
+        elif [ -n "${TORCH_SPEC:-}" ]; then
+            torch_spec=$TORCH_SPEC
+        elif command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
+            torch_spec="torch>=2.6"
+        else
+            torch_spec="torch==2.13.0"
+        fi
+        echo "setting up $venv (a few minutes the first time; log: $log)"
+        if [ ! -x "$venv/bin/python" ]; then
+            # shellcheck disable=SC2086 # empty or one option
+            "$python" -m venv $site_packages "$venv" ||
+                { _env_fail "no virtual environment at $venv; is the venv module (python3-venv) installed?"; return 1; }
+        fi
+        : >"$log" || { _env_fail "cannot write $log"; return 1; }
+        rm -f "$stamp"
+        if [ -n "$torch_spec" ]; then
+            _env_pip "$venv" "$log" "$torch_spec" ||
+                { _env_fail "$torch_spec could not be installed; set TORCH_SPEC to one that can" "$log"; return 1; }
+        fi
+        (cd "$root" && _env_pip "$venv" "$log" -e ".[$extras]") ||
+            { _env_fail "the package could not be installed" "$log"; return 1; }
+        printf '%s\n%s\n' "$key" "$extras" >"$stamp"
+    fi
+    # shellcheck disable=SC1091
+    source "$venv/bin/activate"
+}
+
+_env_pip() {
+    local venv=$1 log=$2
+    shift 2
+    "$venv/bin/python" -m pip install --disable-pip-version-check "$@" >>"$log" 2>&1
+}
+
+# Ready when the stamp has the same key and at least the extras asked for.
+_env_is_ready() {
+    local key extras extra
+    [ -f "$1" ] || return 1
+    { read -r key && read -r extras; } <"$1" || return 1
+    [ "$key" = "$2" ] || return 1
+    for extra in ${3//,/ }; do
+        case ",$extras," in *",$extra,"*) ;; *) return 1 ;; esac
+    done
+}
+
+_env_setup "$@"

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Sets up and checks everything: ruff, mypy, the directions of imports, then all tests. Options go to pytest:
+#
+#   launch/test.sh                       everything that needs no GPU
+#   launch/test.sh -m gpu                the tests that need one
+#   launch/test.sh tests/corpus -k split
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/env.sh hf eval dev
+
+# Tests start processes of their own; one thread each keeps two cores busy without crowding them.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+
+echo "== ruff check"
+ruff check .
+echo "== ruff format"
+ruff format --check .
+echo "== mypy"
+mypy
+echo "== lint-imports"
+lint-imports
+echo "== pytest"
+exec python -m pytest -rs -m "not gpu" "$@"

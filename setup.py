@@ -1,0 +1,51 @@
+"""Packaging; tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(
+    r'__version__ = "(.+)"', (ROOT / "distill_pretrain/__init__.py").read_text(encoding="utf-8")
+)
+README = ROOT / "README.md"
+
+setup(
+    name="distill-pretrain",
+    version=VERSION.group(1),
+    description="Pretraining language models by offline distillation at cluster scale",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10",
+    packages=find_packages(include=["distill_pretrain", "distill_pretrain.*"]),
+    package_data={"": ["*.md", "*.cuh", "*.cu", "*.cpp", "py.typed"]},
+    entry_points={"console_scripts": ["distill-pretrain = distill_pretrain.cli.main:main"]},
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16,<0.17",
+        "numpy",
+        "pydantic>=2",
+        "pyyaml",
+        "safetensors",
+        "sentencepiece",
+        "psutil",
+    ],
+    extras_require={
+        "hf": ["transformers>=5.20"],
+        "deepspeed": ["deepspeed"],
+        "eval": ["matplotlib"],
+        "track": ["tensorboard", "wandb"],
+        "dev": [
+            "hypothesis",
+            "import-linter",
+            "mypy",
+            "pytest",
+            "pytest-timeout",
+            "ruff",
+            "scipy",
+            "types-PyYAML",
+            "types-psutil",
+        ],
+    },
+)

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+from distill_pretrain import __version__
+from distill_pretrain.cli import main as cli
+from distill_pretrain.cli.recipe import Recipe
+
+HEAVY = ("torch", "megatron", "transformers", "matplotlib", "sentencepiece")
+
+
+def built(verb: str) -> bool:
+    return importlib.util.find_spec(f"distill_pretrain.cli.{verb}") is not None
+
+
+def help_text(*arguments: str) -> str:
+    """Standard output of a fresh process, which must not have loaded anything heavy."""
+    code = (
+        "import json, sys\n"
+        "from distill_pretrain.cli.main import main\n"
+        "try:\n    code = main(sys.argv[1:])\n"
+        "except SystemExit as error:\n    code = error.code\n"
+        f"loaded = [name for name in {HEAVY!r} if name in sys.modules]\n"
+        "print('\\n' + json.dumps([code, loaded]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
+    text, _, last = done.stdout.rstrip().rpartition("\n")
+    assert json.loads(last) == [0, []]
+    return text
+
+
+def test_help_lists_every_verb_without_loading_torch():
+    text = help_text("--help")
+    for verb in cli.VERBS:
+        assert f"\n  {verb} " in text
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_of_a_verb_explains_it_without_loading_torch(verb):
+    if not built(verb):
+        pytest.skip(f"{verb} is not built yet")
+    text = help_text(verb, "--help")
+    module = importlib.import_module(f"distill_pretrain.cli.{verb}")
+    assert len(module.HELP.split()) > 20
+    assert f"distill-pretrain {verb}" in text or f"distill_pretrain {verb}" in text
+    if verb in cli.RECIPE_VERBS:
+        assert module.SECTIONS
+        for section in module.SECTIONS:
+            assert f"\n{section}:  " in text
+
+
+def test_every_verb_says_which_sections_it_reads():
+    for verb in filter(built, cli.RECIPE_VERBS):
+        module = importlib.import_module(f"distill_pretrain.cli.{verb}")
+        assert set(module.SECTIONS) <= set(Recipe.model_fields)
+
+
+def test_the_version_is_printed(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"distill-pretrain {__version__}\n"
+
+
+def test_a_misspelt_verb_is_refused_with_a_suggestion(capsys):
+    assert cli.main(["tokenise"]) == 2
+    assert "did you mean tokenize?" in capsys.readouterr().err
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-m", "distill_pretrain", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=60,
+        check=False,
+    )
+
+
+def test_a_users_mistake_is_one_message_and_exit_code_2(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"corpus: {{paths: [{tmp_path}/nowhere.txt], output_dir: {tmp_path}/out}}")
+    done = run("tokenize", str(recipe))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("distill-pretrain tokenize: error: corpus file not found; where:")
+    assert done.stderr.count("\n") == 1
+
+
+def test_only_the_first_process_reports_a_mistake():
+    done = run("tokenize", "corpus.pths=[a]", RANK="1", WORLD_SIZE="2")
+    assert (done.returncode, done.stderr) == (2, "")
+    assert "did you mean corpus.paths?" in run("tokenize", "corpus.pths=[a]").stderr
+
+
+def test_a_missing_section_is_named(capsys):
+    assert cli.main(["tokenize", "train.steps=5"]) == 2
+    err = capsys.readouterr().err
+    assert "train.global_batch_size: required" in err
+    assert cli.main(["tokenize", "optimizer.lr=5"]) == 2
+    assert "`tokenize` needs recipe sections that are missing; found: no corpus" in (
+        capsys.readouterr().err
+    )
+
+
+def test_an_interrupt_ends_quietly(monkeypatch, tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", interrupted)
+    assert cli.main(["tokenize", "x.yaml"]) == 130
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
+    def broken(*_):
+        raise AssertionError("ours")
+
+    monkeypatch.setattr(cli, "_run", broken)
+    with pytest.raises(AssertionError):
+        cli.main(["tokenize", "x.yaml"])
+
+
+def test_the_resolved_recipe_is_printed_and_nothing_run(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("optimizer: {lr: 3e-4}")
+    arguments = ["tokenize", str(recipe), "optimizer.beta1=0.5", "--print-recipe", "train=null"]
+    assert cli.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "  lr: 0.0003\n" in out
+    assert "  beta1: 0.5\n" in out
+
+
+def test_tokenize_writes_reports_and_does_it_once(tmp_path, capsys):
+    for number in range(30):
+        (tmp_path / f"{number}.txt").write_text(f"some words of text, number {number}\n" * 30)
+    arguments = [
+        "tokenize",
+        f"corpus.paths=[{tmp_path}]",
+        f"corpus.output_dir={tmp_path}/out",
+        "corpus.held_out_fraction=0.3",
+        "corpus.workers=1",
+        "tokenizer.vocab_size=300",
+    ]
+    assert cli.main(arguments) == 0
+    first = capsys.readouterr()
+    assert "held_out: " in first.out
+    assert f"tokens are in {tmp_path}/out" in first.out
+    assert cli.main(arguments) == 0
+    assert "already done" in capsys.readouterr().out
+    assert (tmp_path / "out/recipe.yaml").is_file()

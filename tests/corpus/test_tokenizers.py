@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import builtins
+import inspect
+import json
+import textwrap
+
+import pytest
+
+from distill_pretrain.corpus import readers, tokenizers
+from distill_pretrain.corpus.config import CorpusConfig, TokenizerConfig
+from distill_pretrain.errors import ConfigError, MissingDependency, TokenizerMismatch
+
+SOURCE = inspect.getsource(textwrap) + inspect.getsource(json)
+AWKWARD = [
+    "\tdef f(x):\n\t\treturn  x  \r\n",
+    "  two  leading and trailing  ",
+    "\n\n\n",
+    " ",
+    "\x0c\x0b\u00a0\u2028",
+    "e\u0301 ﬁ 日本語 🎉 </s> <unk> <0x0A>",
+]
+
+
+def trained(tmp_path, **settings):
+    (tmp_path / "a.txt").write_text(SOURCE)
+    corpus = CorpusConfig(paths=[tmp_path / "a.txt"], output_dir=tmp_path / "out")
+    config = TokenizerConfig(**{"vocab_size": 500, **settings})
+    return tokenizers.train_tokenizer(corpus, config, readers.list_sources(corpus))
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_source_code_survives_a_trained_tokenizer(tmp_path, model_type):
+    tokenizer = trained(tmp_path, model_type=model_type)
+    texts = [SOURCE, *AWKWARD]
+    encoded = tokenizer.encode(texts)
+    assert [tokenizer.decode(ids) for ids in encoded] == texts
+    assert all(0 <= token < tokenizer.vocab_size for ids in encoded for token in ids)
+    assert all(tokenizer.eod_id not in ids for ids in encoded)
+    assert tokenizer.vocab_size == 500
+    assert tokenizer.id_to_piece(tokenizer.eod_id) == "</s>"
+
+
+def test_training_twice_gives_the_same_tokenizer(tmp_path):
+    assert trained(tmp_path).sha256 == trained(tmp_path).sha256
+
+
+def test_the_sample_is_bounded_and_spread_over_the_corpus(tmp_path):
+    lines = [json.dumps({"text": f"{number:06d}"}) for number in range(20_000)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "b.txt").write_text("long line of text\n" * 20_000)
+    corpus = CorpusConfig(paths=[tmp_path], output_dir=tmp_path / "out")
+    sources = readers.list_sources(corpus)
+    config = TokenizerConfig(training_bytes=300_000)
+    sample = list(tokenizers._sample(corpus, config, sources))
+    assert 100_000 < sum(len(text.encode()) for text in sample) <= 300_000
+    assert sample == list(tokenizers._sample(corpus, config, sources))
+    numbers = [int(text) for text in sample if text.isdigit()]
+    assert numbers == sorted(numbers)
+    assert numbers[-1] - numbers[0] > len(numbers)
+    assert any("long" in text for text in sample)
+    tiny = TokenizerConfig(training_bytes=1000)
+    assert sum(len(text.encode()) for text in tokenizers._sample(corpus, tiny, sources)) <= 1000
+
+
+@pytest.mark.parametrize("vocab_size", [64, 100_000])
+def test_a_vocabulary_that_cannot_be_trained_is_refused(tmp_path, vocab_size):
+    with pytest.raises(ConfigError, match=r"tokenizer\.vocab_size; found: \d+: Vocabulary size"):
+        trained(tmp_path, vocab_size=vocab_size)
+
+
+def test_a_missing_or_foreign_tokenizer_file_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="tokenizer file not found"):
+        tokenizers.load_tokenizer("sentencepiece", tmp_path / "x.model")
+    (tmp_path / "x.model").write_text("no model")
+    with pytest.raises(ConfigError, match="not a sentencepiece model"):
+        tokenizers.load_tokenizer("sentencepiece", tmp_path / "x.model")
+    with pytest.raises(ConfigError, match="tokenizer folder not found"):
+        tokenizers.load_tokenizer("hf", tmp_path / "nowhere")
+
+
+def test_a_stored_tokenizer_of_another_hash_is_refused(tmp_path):
+    name = trained(tmp_path).save(tmp_path)
+    same = trained(tmp_path).sha256
+    loaded = tokenizers.load_recorded_tokenizer(
+        tmp_path, kind="sentencepiece", file=name, sha256=same
+    )
+    assert loaded.vocab_size == 500
+    trained(tmp_path, vocab_size=480).save(tmp_path)
+    with pytest.raises(TokenizerMismatch):
+        tokenizers.load_recorded_tokenizer(tmp_path, kind="sentencepiece", file=name, sha256=same)
+
+
+@pytest.fixture
+def hf_folder(tmp_path):
+    library = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    model = library.Tokenizer(library.models.BPE(byte_fallback=True))
+    model.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<eos>"],
+        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator([SOURCE], trainer)
+    folder = tmp_path / "hf"
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<eos>")
+    fast.save_pretrained(folder)
+    return folder
+
+
+def test_a_hugging_face_folder_encodes_and_is_copied_whole(tmp_path, hf_folder):
+    tokenizer = tokenizers.load_tokenizer("hf", hf_folder)
+    texts = [SOURCE, "a <eos> b", "\tx  y\n"]
+    encoded = tokenizer.encode(texts)
+    assert [tokenizer.decode(ids) for ids in encoded] == texts
+    assert all(tokenizer.eod_id not in ids for ids in encoded)
+    name = tokenizer.save(tmp_path)
+    copy = tokenizers.load_recorded_tokenizer(
+        tmp_path, kind="hf", file=name, sha256=tokenizer.sha256
+    )
+    assert copy.encode(texts) == encoded
+    assert tokenizers.tokenizer_sha256("hf", hf_folder) == tokenizer.sha256
+
+
+def test_a_hugging_face_tokenizer_without_eos_is_refused(hf_folder):
+    path = hf_folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    settings.pop("eos_token")
+    path.write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=r"no end-of-document token.*eos_token"):
+        tokenizers.load_tokenizer("hf", hf_folder)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    pytest.importorskip("transformers")
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        tokenizers.load_tokenizer("hf", tmp_path)
+
+
+def test_without_transformers_the_message_says_what_to_install(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == "transformers":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(MissingDependency, match=r"pip install 'distill-pretrain\[hf\]'"):
+        tokenizers.load_tokenizer("hf", tmp_path)

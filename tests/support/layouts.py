@@ -1,0 +1,168 @@
+"""Trains one tiny model under a parallel layout and returns its curves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from distill_pretrain.contracts import IGNORED_LABEL, RaggedTargets
+from distill_pretrain.data.batches import StudentBatches
+from distill_pretrain.dist.process import local_device, process_group
+from distill_pretrain.losses.sparse_kd import DistillationObjective
+from distill_pretrain.mcore.config import ModelConfig, OptimizerConfig, ParallelConfig
+from distill_pretrain.mcore.layout import check_layout
+
+SEQ_LEN = 32
+VOCAB_SIZE = 150  # not a multiple of the vocabulary divisor: padding columns exist
+GLOBAL_BATCH = 8
+MICRO_BATCH = 2
+
+LLAMA = {
+    "arch": "llama",
+    "num_layers": 4,
+    "hidden_size": 32,
+    "ffn_hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "vocab_divisor": 64,
+}
+GPT2 = {
+    "arch": "gpt2",
+    "num_layers": 4,
+    "hidden_size": 32,
+    "ffn_hidden_size": 64,
+    "num_attention_heads": 4,
+    "tie_embeddings": True,
+    "vocab_divisor": 64,
+}
+
+
+class WalkPlan:
+    """Sequences that walk a fixed permutation with noise: learnable in tens of steps."""
+
+    def __init__(self, num_sequences: int = 64) -> None:
+        self.num_sequences = num_sequences
+        self.seq_len = SEQ_LEN
+        rng = np.random.Generator(np.random.Philox(7))
+        step = rng.permutation(VOCAB_SIZE)
+        stream = np.empty((num_sequences, SEQ_LEN + 1), dtype=np.int32)
+        stream[:, 0] = rng.integers(0, VOCAB_SIZE, num_sequences)
+        for i in range(SEQ_LEN):
+            noise = rng.random(num_sequences) < 0.1
+            random_ids = rng.integers(0, VOCAB_SIZE, num_sequences)
+            stream[:, i + 1] = np.where(noise, random_ids, step[stream[:, i]])
+        self.stream = stream
+
+    def read(self, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rows = self.stream[sequences]
+        labels = rows[:, 1:].copy()
+        labels[sequences % 5 == 0, -3:] = IGNORED_LABEL  # ranks hold unequal numbers of valid tokens
+        return rows[:, :-1].copy(), labels
+
+
+class WalkTargets:
+    """Targets keyed by sequence: the next token with most of the mass and a few others."""
+
+    num_draws = 10
+
+    def __init__(self, plan: WalkPlan) -> None:
+        self.plan = plan
+
+    def read(self, sequence: int, tokens: np.ndarray) -> RaggedTargets:
+        rng = np.random.Generator(np.random.Philox(sequence))
+        following = self.plan.stream[sequence, 1:]
+        _, labels = self.plan.read(np.array([sequence]))
+        entries, ids, counts = [], [], []
+        for i, truth in enumerate(following):
+            if labels[0, i] == IGNORED_LABEL:
+                entries.append(0)
+                continue
+            draws = np.where(rng.random(10) < 0.7, truth, rng.integers(0, VOCAB_SIZE, 10))
+            unique, count = np.unique(draws, return_counts=True)
+            entries.append(len(unique))
+            ids.append(unique)
+            counts.append(count)
+        return RaggedTargets(
+            kind="counts",
+            num_draws=10,
+            entries_per_token=np.array(entries, dtype=np.int32),
+            ids=np.concatenate(ids).astype(np.int32),
+            values=np.concatenate(counts).astype(np.int32),
+        )
+
+
+def train_curves(
+    *,
+    model: dict[str, Any],
+    parallel: dict[str, Any],
+    kd: bool,
+    steps: int,
+    precision: str = "fp32",
+) -> dict[str, list[float]]:
+    """Loss, CE, KL and gradient norm of every step, on every rank."""
+    from distill_pretrain.mcore.parallel import model_parallel
+
+    model_config = ModelConfig(**model)
+    layout = ParallelConfig(**parallel)
+    world = dist.get_world_size()
+    check_layout(
+        model_config,
+        layout,
+        world_size=world,
+        micro_batch_size=MICRO_BATCH,
+        global_batch_size=GLOBAL_BATCH,
+        seq_len=SEQ_LEN,
+    )
+    with model_parallel(layout, seed=1) as groups:
+        from distill_pretrain.mcore.schedule import Student
+
+        plan = WalkPlan()
+        batches = StudentBatches(
+            plan,
+            WalkTargets(plan) if kd else None,
+            num_sequences=plan.num_sequences,
+            seed=3,
+            global_batch_size=GLOBAL_BATCH,
+            micro_batch_size=MICRO_BATCH,
+            data_rank=dist.get_rank(groups.data),
+            data_size=dist.get_world_size(groups.data),
+            device=local_device(),
+        )
+        student = Student(
+            model=model_config,
+            parallel=layout,
+            optimizer=OptimizerConfig(lr=3e-3, warmup_steps=3),
+            groups=groups,
+            vocab_size=VOCAB_SIZE,
+            seq_len=SEQ_LEN,
+            precision=precision,
+            seed=5,
+            steps=steps,
+            micro_batch_size=MICRO_BATCH,
+            num_micro_batches=batches.num_micro_batches,
+            loss_function=DistillationObjective(
+                ce_weight=0.3 if kd else 1.0,
+                kd_weight=0.7 if kd else 0.0,
+                vocab_size=VOCAB_SIZE,
+                tensor_group=groups.tensor,
+            ),
+            num_terms=len(DistillationObjective.TERMS),
+        )
+        curves: dict[str, list[float]] = {"loss": [], "ce": [], "kl": [], "grad_norm": []}
+        for step in range(steps):
+            micro_batches = batches.step_batches(step, with_targets=student.is_last_stage)
+            result = student.step([iter(micro_batches) for _ in student.chunks])
+            for name, value in zip(DistillationObjective.TERMS, result.terms.tolist(), strict=True):
+                curves[name].append(value)
+            curves["grad_norm"].append(result.grad_norm)
+        return curves
+
+
+def run_cases(cases: dict[str, dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    """Every case in one process group."""
+    torch.set_num_threads(1)
+    with process_group():
+        return {name: train_curves(**case) for name, case in cases.items()}
