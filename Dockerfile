@@ -16,12 +16,11 @@ COPY setup.py pyproject.toml README.md ./
 COPY distill_pretrain ./distill_pretrain
 COPY launch ./launch
 
-SHELL ["/bin/bash", "-o", "pipefail", "-c"]
-RUN python -m pip freeze | grep -E '^(torch|triton)(==| @)' > /tmp/constraints.txt \
+RUN python -c 'import torch; print(f"torch=={torch.__version__}")' > /tmp/constraints.txt \
     && python -m pip install --constraint /tmp/constraints.txt ".[hf,eval]" \
     && rm /tmp/constraints.txt
 
-USER distill
+USER 1000
 WORKDIR /runs
 HEALTHCHECK --interval=5m --timeout=60s --start-period=30s --retries=3 CMD ["distill-pretrain", "doctor"]
 ENTRYPOINT ["distill-pretrain"]

@@ -47,6 +47,7 @@ _env_setup() {
                 { _env_fail "no virtual environment at $venv; is the venv module (python3-venv) installed?"; return 1; }
         fi
         : >"$log" || { _env_fail "cannot write $log"; return 1; }
+        extras=$(_env_union "$stamp" "$extras")
         rm -f "$stamp"
         if [ -n "$torch_spec" ]; then
             _env_pip "$venv" "$log" "$torch_spec" ||
@@ -64,6 +65,13 @@ _env_pip() {
     local venv=$1 log=$2
     shift 2
     "$venv/bin/python" -m pip install --disable-pip-version-check "$@" >>"$log" 2>&1
+}
+
+# The extras asked for and those installed before.
+_env_union() {
+    local earlier=""
+    [ -f "$1" ] && earlier=$(sed -n 2p "$1")
+    echo "$earlier,$2" | tr ',' '\n' | sort -u | grep . | paste -sd, -
 }
 
 # Ready when the stamp has the same key and at least the extras asked for.

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from distill_pretrain import __version__
 from distill_pretrain.errors import CheckpointError, DistillPretrainError
 from distill_pretrain.formats.atomic import canonical_json, fsync_dir, publish_bytes, sha256_file
 
@@ -146,7 +147,12 @@ class CheckpointStore:
 
         def publish() -> None:
             files = {p.name: sha256_file(p) for p in sorted(temporary.iterdir())}
-            record = {"step": step, "identity": identity, "files": files}
+            record = {
+                "step": step,
+                "identity": identity,
+                "files": files,
+                "code_version": __version__,
+            }
             publish_bytes(temporary / RECORD, canonical_json(record))
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
@@ -159,17 +165,16 @@ class CheckpointStore:
         dist.barrier()
         _on_first_rank(publish)
 
-    def restore_newest(self, identity: dict[str, Any], read: Callable[[Path], Any]) -> int:
+    def restore_newest(self, read: Callable[[Path], Any]) -> int:
         """Verify and load the newest checkpoint; return its step, 0 where there is none.
 
-        Every rank calls it. Raises CheckpointError when the checkpoint belongs to another run.
+        Every rank calls it, after `require_same_run`.
         """
 
         def check() -> Checkpoint | None:
             checkpoint = self.newest()
             if checkpoint is not None:
                 checkpoint.verify()
-                require_same_run(checkpoint, identity)
             return checkpoint
 
         checkpoint = _on_first_rank(check)

@@ -188,9 +188,7 @@ def slices_of(file: SourceFile, slice_bytes: int = SLICE_BYTES) -> Iterator[Slic
         yield Slice(file=file, start=start, end=min(start + slice_bytes, file.size))
 
 
-def batches_of(
-    sources: SourceList, slice_bytes: int = SLICE_BYTES
-) -> Iterator[tuple[Slice, ...]]:
+def batches_of(sources: SourceList, slice_bytes: int = SLICE_BYTES) -> Iterator[tuple[Slice, ...]]:
     """Groups slices, in order, into units of work of about `slice_bytes`."""
     batch: list[Slice] = []
     size = 0

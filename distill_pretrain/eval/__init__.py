@@ -1,0 +1,1 @@
+"""Held-out figures and reports."""

@@ -91,10 +91,13 @@ def _row(line: bytes) -> list[float] | str:
         value = record.get(name)
         if value is None and name in _MAY_BE_NULL:
             value = float("nan")
-        if type(value) not in (int, float):
+        if isinstance(value, bool) or not isinstance(value, int | float):
             return f"{name} is {json.dumps(value)}, expected a number"
-        row.append(float(value))
-    if row[0] != int(row[0]) or row[0] < 0:
+        try:
+            row.append(float(value))
+        except OverflowError:
+            return f"{name} is too large"
+    if not row[0].is_integer() or row[0] < 0:
         return f"step is {row[0]}, expected a whole number"
     return row
 

@@ -26,7 +26,7 @@ def require_matplotlib() -> None:
 
 
 def smooth(values: npt.NDArray[np.float64], half_width: int) -> npt.NDArray[np.float64]:
-    """Centred mean over 2 * half_width + 1 values, over fewer at the ends; NaN is left out.
+    """Centred mean over up to 2 * half_width + 1 values, over fewer at the ends; NaN is left out.
 
     Args:
         values: float64[n].
@@ -39,17 +39,17 @@ def smooth(values: npt.NDArray[np.float64], half_width: int) -> npt.NDArray[np.f
     sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(known)])
     at = np.arange(len(values))
-    # Shrinking on both sides alike keeps the mean centred, so the ends do not lag.
-    reach = np.minimum(half_width, np.minimum(at, len(values) - 1 - at))
-    first, last = at - reach, at + reach + 1
+    # At the steep start the window shrinks on both sides, so the mean does not lag; at the flat end only ahead.
+    behind = np.minimum(half_width, at)
+    first, last = at - behind, at + np.minimum(behind, len(values) - 1 - at) + 1
     with np.errstate(invalid="ignore", divide="ignore"):
-        result: npt.NDArray[np.float64] = (sums[last] - sums[first]) / (counts[last] - counts[first])
+        result: npt.NDArray[np.float64] = (sums[last] - sums[first]) / (
+            counts[last] - counts[first]
+        )
     return result
 
 
-def draw_curves(
-    curves: Mapping[str, TrainingCurve], *, held_out: Mapping[str, float]
-) -> bytes:
+def draw_curves(curves: Mapping[str, TrainingCurve], *, held_out: Mapping[str, float]) -> bytes:
     """Training cross-entropy against step, one line per run, and held-out CE at each line's end.
 
     Args:
@@ -81,7 +81,14 @@ def draw_curves(
         ends += [float(value) for value in raw[-1:]]
         if name in held_out:
             axes.plot(
-                steps[-1:], [held_out[name]], "D", color=colour, mec="white", ms=8, zorder=4, clip_on=False
+                steps[-1:],
+                [held_out[name]],
+                "D",
+                color=colour,
+                mec="white",
+                ms=8,
+                zorder=4,
+                clip_on=False,
             )
             ends.append(held_out[name])
     bounds = _limits(seen, ends)
@@ -91,7 +98,9 @@ def draw_curves(
     axes.margins(x=0.02)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if set(held_out) & set(curves):
-        axes.plot([], [], "D", color=_INK, mec="white", ms=8, linestyle="none", label="held-out CE, final")
+        axes.plot(
+            [], [], "D", color=_INK, mec="white", ms=8, linestyle="none", label="held-out CE, final"
+        )
     axes.set_xlabel("optimizer step", color=_INK)
     axes.set_ylabel("cross-entropy, training text (nats per token)", color=_INK)
     axes.grid(color="#dddddd", linewidth=0.7)
@@ -103,11 +112,9 @@ def draw_curves(
     return buffer.getvalue()
 
 
-def _limits(
-    curves: list[npt.NDArray[np.float64]], ends: list[float]
-) -> tuple[float, float] | None:
+def _limits(curves: list[npt.NDArray[np.float64]], ends: list[float]) -> tuple[float, float] | None:
     """A y range that shows how the runs differ: the first steep drop from log V runs out of the top."""
-    late = [curve[len(curve) // 20 :] for curve in curves]
+    late = [curve[len(curve) // 10 :] for curve in curves]
     shown = np.concatenate([*late, np.array(ends)])
     shown = shown[np.isfinite(shown)]
     if not len(shown):

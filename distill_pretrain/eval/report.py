@@ -207,8 +207,8 @@ def _notes(rows: list[ReportRow], results: EvalResults) -> list[str]:
     scored = next(iter(results.scores.values()))
     lines = [
         f"CE and KL in nats per token, perplexity = exp(held-out CE). Held-out figures over "
-        f"{scored['num_positions']:,} positions in {scored['num_sequences']:,} sequences of text that no run "
-        f"trained on; final train CE is the mean of the last {FINAL_STEPS} steps (or of all, if fewer).",
+        f"{scored['num_positions']:,} positions in {scored['num_sequences']:,} held-out "
+        f"sequences; final train CE is the mean of the last {FINAL_STEPS} steps (or of all, if fewer).",
     ]
     entropy = scored["teacher_entropy"]
     if entropy is not None:
@@ -222,7 +222,9 @@ def _notes(rows: list[ReportRow], results: EvalResults) -> list[str]:
 def _differences(
     rows: list[ReportRow], baseline: ReportRow | None, results: EvalResults
 ) -> list[str]:
-    others = [row for row in rows if row.scores is not None and not row.is_teacher and row != baseline]
+    others = [
+        row for row in rows if row.scores is not None and not row.is_teacher and row != baseline
+    ]
     if baseline is None or not others:
         return ["There is no second student to compare with."]
     lines = []
@@ -236,7 +238,7 @@ def _differences(
         steps = ""
         if row.curve is not None and baseline.curve is not None:
             mine, theirs = row.curve["step"][-1], baseline.curve["step"][-1]
-            steps = f" after {mine:,.0f} steps against {theirs:,.0f}"
+            steps = f" ({mine:,.0f} steps against {theirs:,.0f})"
         text = _and(parts) if parts else "was not scored on the same positions"
         lines.append(f"- **{_cell(row.name)}** against **{_cell(baseline.name)}**{steps}: {text}.")
     lines += [

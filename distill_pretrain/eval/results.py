@@ -96,12 +96,21 @@ class EvalResults:
 def _problem(values: Any) -> str | None:
     if not isinstance(values, dict) or values.get("version") != VERSION:
         return f"not a version {VERSION} record"
-    kinds = {"version": int, "inputs": dict, "scores": dict, "paired": dict, "software": dict, "date": str}
+    kinds = {
+        "version": int,
+        "inputs": dict,
+        "scores": dict,
+        "paired": dict,
+        "software": dict,
+        "date": str,
+    }
     if set(values) != set(kinds):
         return f"keys {sorted(set(values) ^ set(kinds))} are missing or unknown"
     for name, kind in kinds.items():
         if not isinstance(values[name], kind):
             return f"{name} is no {kind.__name__}"
+    if not values["scores"]:
+        return "no scores"
     names = [field for field in ModelScores.__dataclass_fields__ if field != "sums"]
     for model, scores in values["scores"].items():
         if not isinstance(scores, dict) or set(scores) != set(names):
@@ -110,6 +119,18 @@ def _problem(values: Any) -> str | None:
             return f"a figure of {model} is no number"
         if any(scores[n] is None for n in ("ce", "perplexity", "num_positions", "top1_accuracy")):
             return f"a figure of {model} is missing"
+    return _paired_problem(values["paired"])
+
+
+def _paired_problem(paired: dict[str, Any]) -> str | None:
+    try:
+        for others in paired.values():
+            for fields in others.values():
+                for pair in fields.values():
+                    error = pair["standard_error"]
+                    float(pair["difference"] + (0.0 if error is None else error))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return "a paired difference is incomplete"
     return None
 
 

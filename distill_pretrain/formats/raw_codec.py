@@ -207,6 +207,8 @@ def _to_bytes(words: npt.NDArray[np.uint32], width: int) -> npt.NDArray[np.uint8
 
 def _from_bytes(raw: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
     """uint32[E] of little-endian rows."""
-    words = np.zeros((len(raw), 4), np.uint8)
-    words[:, : raw.shape[1]] = raw
-    return words.view("<u4").reshape(-1).astype(np.uint32, copy=False)
+    # Byte by byte: numpy copies [E, 3] rows several times slower than three strided columns.
+    words = raw[:, 0].astype(np.uint32)
+    for byte in range(1, raw.shape[1]):
+        words |= raw[:, byte].astype(np.uint32) << np.uint32(8 * byte)
+    return words

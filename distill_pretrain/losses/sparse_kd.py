@@ -50,7 +50,6 @@ class _SparseKD(torch.autograd.Function):
             dist.all_reduce(sums, group=tensor_group)
         ce, kl = reference.per_token_terms(sums, labels, targets)
         ctx.save_for_backward(exponentials, sums, picks.columns, picks.owned, picks.weights)
-        ctx.loss_weights = (ce_weight, kd_weight)
         ctx.logits_shape, ctx.logits_dtype = logits.shape, logits.dtype
         return ce_weight * ce + kd_weight * kl, torch.stack((ce, kl))
 
@@ -58,9 +57,7 @@ class _SparseKD(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         exponentials, sums, columns, owned, weights = ctx.saved_tensors
         picks = reference.Picks(columns=columns, owned=owned, weights=weights)
-        # The saved exponentials become the gradient; a second backward would read it, so refuse it.
-        assert not getattr(ctx, "consumed", False), "the loss can be differentiated only once"
-        ctx.consumed = True
+        # The saved exponentials become the gradient; autograd's version counter refuses a second backward.
         grad = reference.gradient_(exponentials, sums[:, 0], picks, grad_loss)
         padding = ctx.logits_shape[-1] - grad.size(-1)
         if padding:
@@ -83,7 +80,8 @@ def sparse_kd_loss(
     Args:
         logits: fp32, bf16 or fp16 [T, V_pad / tp], this rank's columns.
         labels: int64[T], negative where there is none.
-        targets: ids int64[T, K] padded with -1, probs fp32[T, K]; None trains on the labels alone.
+        targets: ids int64[T, K], distinct within a row but for the padding -1, probs fp32[T, K]; None trains
+            on the labels alone.
         ce_weight: weight of the cross-entropy.
         kd_weight: weight of the KL.
         vocab_size: V; columns from V on carry no mass and get no gradient.

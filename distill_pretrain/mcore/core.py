@@ -37,6 +37,7 @@ with warnings.catch_warnings():
 _CHATTER = ("RNG state changed", "Rerun State Machine", "RerunStateMachine")
 _HARMLESS_WARNINGS = (
     r"`torch\.distributed\..*` is deprecated",
+    r"full scope is deprecated",
     r"The \.grad attribute of a Tensor that is not a leaf",
 )
 

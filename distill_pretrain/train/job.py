@@ -7,8 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from distill_pretrain import __version__
-from distill_pretrain.checkpoint.store import CheckpointStore
+from distill_pretrain.checkpoint.store import CheckpointStore, require_same_run
 from distill_pretrain.data.batches import StudentBatches
 from distill_pretrain.data.config import DataConfig
 from distill_pretrain.data.sources import SequenceData, open_cache, open_sequences
@@ -33,7 +32,6 @@ def run_identity(
 ) -> dict[str, Any]:
     """What a checkpoint must share with the run that goes on from it."""
     return {
-        "code_version": __version__,
         "sequence_plan_id": data.plan.plan_id,
         "num_sequences": data.num_sequences,
         "seq_len": data.plan.seq_len,
@@ -91,6 +89,14 @@ def train_student(
     sequences = open_sequences(data)
     distils = objective.kd_weight > 0 and data.cache is not None
     cache = open_cache(data.cache, sequences) if distils and data.cache else None
+    identity = run_identity(sequences, cache, model, objective, train)
+    checkpoints = CheckpointStore(train.output_dir / "checkpoints")
+    newest = checkpoints.newest()
+    if newest is not None:
+        require_same_run(newest, identity)
+        if newest.step >= train.steps:
+            say(f"already trained: {newest.folder}")
+            return
     if launch_rank() == 0:
         save_recipe()
 
@@ -136,8 +142,8 @@ def train_student(
             Trainer(
                 student=student,
                 batches=batches,
-                checkpoints=CheckpointStore(train.output_dir / "checkpoints"),
-                identity=run_identity(sequences, cache, model, objective, train),
+                checkpoints=checkpoints,
+                identity=identity,
                 config=train,
                 open_metrics=lambda done: (
                     MetricsLog(train.output_dir / "metrics.jsonl", resume_step=done)

@@ -51,7 +51,7 @@ class Trainer:
 
     def fit(self) -> None:
         """Train from the newest checkpoint, or the start, to the last step."""
-        done = self.checkpoints.restore_newest(self.identity, self._load)
+        done = self.checkpoints.restore_newest(self._load)
         if done:
             self.say(f"resumed at step {done}")
         metrics = self.open_metrics(done)

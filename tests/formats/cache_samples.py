@@ -60,8 +60,10 @@ def make_targets(plan: CachePlan, sequence: int, offset: int, size: int) -> Ragg
     lengths, ids, values = [], [], []
     for place in range(sequence * plan.seq_len + offset, sequence * plan.seq_len + offset + size):
         entries = 0 if place % 11 == 3 else 1 + place % 3
-        row = [(place * 37 + 11 * k) % (plan.vocab_size // 3) + k * (plan.vocab_size // 3)
-               for k in range(entries)]
+        row = [
+            (place * 37 + 11 * k) % (plan.vocab_size // 3) + k * (plan.vocab_size // 3)
+            for k in range(entries)
+        ]
         lengths.append(entries)
         ids += row
         values += [1] * (entries - 1) + [plan.num_draws - entries + 1] if entries else []

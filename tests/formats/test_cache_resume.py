@@ -1,19 +1,27 @@
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import random
 import resource
-import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
-from cache_samples import Cache, make_plan, make_targets, make_tokens, open_writer, tree, write_cache, write_shard
+from cache_samples import (
+    make_plan,
+    make_targets,
+    make_tokens,
+    open_writer,
+    tree,
+    write_cache,
+    write_shard,
+)
 
 from distill_pretrain.errors import CacheError
-from distill_pretrain.formats import CachePlan, CacheWriter
+from distill_pretrain.formats import CachePlan, ShardWriter
 
 PLAN = make_plan(num_sequences=12, seq_len=64, block_tokens=16, shard_sequences=4)
 PART = "s-000001.dpt.part"
@@ -28,10 +36,14 @@ def write_some(folder: Path, shard: int, blocks: int) -> None:
     claimed = open_writer(folder, PLAN).claim(shard)
     assert claimed is not None
     with claimed:
-        while claimed.next_block < blocks:
-            sequence, offset, size = claimed.place(claimed.next_block)
-            tokens = make_tokens(PLAN, sequence)[offset : offset + size]
-            claimed.append(make_targets(PLAN, sequence, offset, size), tokens)
+        append_blocks(claimed, blocks)
+
+
+def append_blocks(claimed: ShardWriter, until: int) -> None:
+    while claimed.next_block < until:
+        sequence, offset, size = claimed.place(claimed.next_block)
+        tokens = make_tokens(PLAN, sequence)[offset : offset + size]
+        claimed.append(make_targets(PLAN, sequence, offset, size), tokens)
 
 
 def finish(folder: Path, plan: CachePlan = PLAN) -> dict[str, bytes]:
@@ -51,7 +63,9 @@ def test_an_interrupted_shard_continues_where_it_stopped(tmp_path: Path, referen
     assert not list(tmp_path.glob("*.part"))
 
 
-@pytest.mark.parametrize("kind", ["truncated", "zeroed", "garbage", "stale page", "no header", "whole"])
+@pytest.mark.parametrize(
+    "kind", ["truncated", "zeroed", "garbage", "stale page", "no header", "whole"]
+)
 def test_a_damaged_tail_is_cut_and_written_again(tmp_path: Path, reference, kind: str):
     draw = random.Random(kind)
     for attempt in range(12):
@@ -76,7 +90,9 @@ def test_a_damaged_tail_is_cut_and_written_again(tmp_path: Path, reference, kind
 
 
 @pytest.mark.parametrize("lost", ["s-000001.json", "manifest.json"])
-def test_a_finished_file_without_its_record_is_verified_and_kept(tmp_path: Path, reference, lost: str):
+def test_a_finished_file_without_its_record_is_verified_and_kept(
+    tmp_path: Path, reference, lost: str
+):
     folder = write_cache(tmp_path / "c", PLAN)
     inode = os.stat(folder / "s-000001.dpt").st_ino
     (folder / lost).unlink()
@@ -96,6 +112,13 @@ def test_a_bad_finished_file_without_record_is_set_aside(tmp_path: Path, referen
     (folder / "s-000001.dpt").write_bytes(data)
     assert finish(folder) == reference
     assert (folder / "s-000001.bad").read_bytes() == bytes(data)
+
+
+def test_a_finished_file_shorter_than_its_record_is_captured_again(tmp_path: Path, reference):
+    folder = write_cache(tmp_path / "c", PLAN)
+    os.truncate(folder / "s-000001.dpt", 700)
+    assert open_writer(folder, PLAN).pending() == [1]
+    assert finish(folder) == reference
 
 
 def test_a_vanished_file_is_captured_again(tmp_path: Path, reference):
@@ -120,6 +143,34 @@ def test_a_shard_has_one_owner(tmp_path: Path):
     again = writer.claim(1)
     assert again is not None
     again.close()
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_lock_on_a_file_that_lost_its_name_is_no_ownership(
+    tmp_path: Path, reference, monkeypatch, finished: bool, replaced: bool
+):
+    """Between our open and our lock, the owner before us finishes the shard, or drops it."""
+    writer = open_writer(tmp_path, PLAN)
+    real = fcntl.lockf
+    calls = []
+
+    def late(fd: int, flags: int) -> None:
+        calls.append(fd)
+        if len(calls) == 1:
+            (tmp_path / PART).unlink()
+            if replaced:
+                (tmp_path / PART).touch()
+            if finished:
+                for name in ("s-000001.dpt", "s-000001.json"):
+                    (tmp_path / name).write_bytes(reference[name])
+        real(fd, flags)
+
+    monkeypatch.setattr(fcntl, "lockf", late)
+    assert write_shard(writer, 1) is not finished
+    monkeypatch.undo()
+    assert finish(tmp_path) == reference
+    assert not list(tmp_path.glob("*.bad"))  # nothing was published under a name not owned
 
 
 def race(folder: str, seed: int) -> None:
@@ -192,7 +243,9 @@ def test_a_full_disk_names_the_file_and_loses_nothing(tmp_path: Path, reference)
     assert finish(tmp_path) == reference
 
 
-def test_a_failed_fsync_keeps_only_what_an_earlier_one_confirmed(tmp_path: Path, reference, monkeypatch):
+def test_a_failed_fsync_keeps_only_what_an_earlier_one_confirmed(
+    tmp_path: Path, reference, monkeypatch
+):
     writer = open_writer(tmp_path, PLAN)
     claimed = writer.claim(1)
     assert claimed is not None
@@ -206,10 +259,7 @@ def test_a_failed_fsync_keeps_only_what_an_earlier_one_confirmed(tmp_path: Path,
 
     monkeypatch.setattr(os, "fsync", failing)
     with pytest.raises(CacheError, match="Input/output error"):
-        while True:
-            sequence, offset, size = claimed.place(claimed.next_block)
-            tokens = make_tokens(PLAN, sequence)[offset : offset + size]
-            claimed.append(make_targets(PLAN, sequence, offset, size), tokens)
+        append_blocks(claimed, claimed.num_blocks)
     monkeypatch.undo()
     again = writer.claim(1)
     assert again is not None and again.next_block == 4

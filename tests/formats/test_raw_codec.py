@@ -30,10 +30,16 @@ def count_targets(draw) -> tuple[RawCodec, RaggedTargets]:
     rows = []
     for _ in range(draw(st.integers(0, 6))):
         if draw(st.booleans()):
-            ids = draw(st.lists(st.integers(0, vocab_size - 1), min_size=num_draws, max_size=num_draws))
+            ids = draw(
+                st.lists(st.integers(0, vocab_size - 1), min_size=num_draws, max_size=num_draws)
+            )
             rows.append({i: ids.count(i) for i in ids})
         else:
-            rows.append({draw(st.sampled_from([0, vocab_size - 1])): num_draws} if draw(st.booleans()) else {})
+            rows.append(
+                {draw(st.sampled_from([0, vocab_size - 1])): num_draws}
+                if draw(st.booleans())
+                else {}
+            )
     codec = RawCodec(kind="counts", num_draws=num_draws, vocab_size=vocab_size)
     return codec, counts(num_draws, rows)
 
@@ -115,9 +121,7 @@ def test_logprobs_that_are_no_distribution_are_the_teacher_s_fault(values):
         codec.encode(targets)
 
 
-@pytest.mark.parametrize(
-    "rows", [[{3: 6}], [{3: 8}], [{300: 7}], [{3: 0, 4: 7}], [{3: -1, 4: 8}]]
-)
+@pytest.mark.parametrize("rows", [[{3: 6}], [{3: 8}], [{300: 7}], [{3: 0, 4: 7}], [{3: -1, 4: 8}]])
 def test_counts_that_break_the_rules_are_our_bug(rows):
     with pytest.raises(AssertionError):
         RawCodec(kind="counts", num_draws=7, vocab_size=300).encode(counts(7, rows))

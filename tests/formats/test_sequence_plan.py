@@ -87,8 +87,8 @@ def test_order_and_id_of_a_fixed_corpus_never_change(tmp_path: Path):
     assert plan.plan_id == GOLDEN_ID
 
 
-GOLDEN_ORDER = [0]
-GOLDEN_ID = ""
+GOLDEN_ORDER = [2, 5, 7, 6, 3, 0, 4, 1]
+GOLDEN_ID = "2a692f63ef29d3163fb86fda86a33c8462ab225e4d20f4aac163b3a27ed47c3e"
 
 
 def test_the_hash_is_splitmix64():

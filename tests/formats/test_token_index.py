@@ -55,9 +55,13 @@ def test_parts_merge_in_order(tmp_path: Path):
 
 
 def test_an_aborted_writer_leaves_nothing(tmp_path: Path):
-    with pytest.raises(RuntimeError), TokenIndexWriter(tmp_path / "c", 100) as writer:
-        writer.add_document([1, 2])
-        raise RuntimeError
+    def interrupted() -> None:
+        with TokenIndexWriter(tmp_path / "c", 100) as writer:
+            writer.add_document([1, 2])
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -82,7 +86,7 @@ def test_a_missing_file_is_named(prefix: Path, suffix: str):
 
 def test_a_truncated_bin_states_both_sizes(prefix: Path):
     os.truncate(f"{prefix}.bin", 13)
-    with pytest.raises(TokenDataError, match="truncated .bin.*13 bytes.*20 bytes"):
+    with pytest.raises(TokenDataError, match=r"truncated \.bin.*13 bytes.*20 bytes"):
         TokenIndex.open(prefix)
 
 
@@ -127,14 +131,14 @@ def test_an_empty_corpus_is_an_error(tmp_path: Path):
 def test_ids_outside_the_vocabulary_name_both_numbers(prefix: Path):
     TokenIndex.open(prefix, vocab_size=100)
     for _ in range(2):  # the second time from the sidecar
-        with pytest.raises(TokenizerMismatch, match="token id 99.*size 99"):
+        with pytest.raises(TokenizerMismatch, match=r"token id 99.*size 99"):
             TokenIndex.open(prefix, vocab_size=99)
 
 
 def test_negative_ids_are_an_error(tmp_path: Path):
     write_corpus(tmp_path / "c", [[1, 2, 3]], vocab_size=1 << 17)
     np.array([1, -2, 3], np.int32).tofile(tmp_path / "c.bin")
-    with pytest.raises(TokenDataError, match="token 1 .*found: -2"):
+    with pytest.raises(TokenDataError, match=r"token 1 .*found: -2"):
         TokenIndex.open(tmp_path / "c", vocab_size=1 << 17)
 
 

@@ -38,7 +38,7 @@ def run_distributed(function: Callable[..., Any], num_processes: int, **argument
         request.write_text(
             json.dumps(
                 {
-                    "module": function.__module__,
+                    "module": _module_name(function),
                     "function": function.__name__,
                     "arguments": arguments,
                     "answer": str(answer),
@@ -55,8 +55,14 @@ def run_distributed(function: Callable[..., Any], num_processes: int, **argument
             timeout=600,
         )
         if done.returncode != 0:
-            raise AssertionError(f"distributed run failed:\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}")
+            raise AssertionError(f"distributed run failed:\n{done.stdout[-3000:]}\n{done.stderr[-12000:]}")
         return json.loads(answer.read_text())
+
+
+def _module_name(function: Callable[..., Any]) -> str:
+    """Dotted name from the repository's root, however pytest named the module."""
+    path = Path(function.__code__.co_filename).relative_to(REPOSITORY)
+    return ".".join(path.with_suffix("").parts)
 
 
 def _main() -> None:

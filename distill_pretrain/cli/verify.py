@@ -1,0 +1,132 @@
+"""`distill-pretrain verify`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distill_pretrain.cli.console import progress, say
+from distill_pretrain.cli.recipe import Recipe
+from distill_pretrain.config import require
+from distill_pretrain.dist.env import launch_rank
+from distill_pretrain.errors import CacheCorrupt, CacheIncomplete, CacheMismatch, ConfigError
+
+if TYPE_CHECKING:
+    from distill_pretrain.data.sources import SequenceData
+    from distill_pretrain.formats.cache_verify import VerifyResult
+
+SECTIONS = ("data",)
+MOST_LISTED = 20
+
+HELP = """
+Checks a cache completely: the checksum of every block, the hash of every file, the rules of the format, and that
+each block belongs to the tokens of this corpus. Training checks every block it reads, so this is for after a copy or
+a disk fault.
+
+Reads   data.cache, data.tokens (.bin/.idx)
+Writes  nothing; exit status 2 and a list of what to capture again if anything is wrong.
+        With --discard, damaged shards are set aside as .bad and the next `capture` makes just those anew.
+
+Example
+  distill-pretrain verify recipe.yaml
+
+  with recipe.yaml:
+    data: {tokens: runs/tokens/train, seq_len: 256, cache: runs/cache}
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this verb."""
+    parser.add_argument(
+        "--discard",
+        action="store_true",
+        help="set damaged shards aside, so that `capture` makes them anew",
+    )
+
+
+def run(recipe: Recipe, args: argparse.Namespace) -> None:
+    """Checks the cache of a recipe; one process does it."""
+    require(recipe, "verify", "data")
+    assert recipe.data
+    if recipe.data.cache is None:
+        raise ConfigError(
+            "there is no cache to check",
+            where="data.cache",
+            expected="folder written by `distill-pretrain capture`",
+            remedy="set data.cache",
+        )
+    if launch_rank() != 0:
+        return
+    from distill_pretrain.data.sources import open_sequences
+    from distill_pretrain.formats.cache_verify import verify_cache
+
+    sequences = open_sequences(recipe.data)
+    folder = recipe.data.cache
+    _check_matches(folder, sequences)
+    with progress(None, "verifying", unit="shards") as bar:
+        result = verify_cache(
+            folder,
+            lambda sequence: sequences.plan.read([sequence])[0][0],
+            bar.reach,
+        )
+    say(f"{result.shards_checked:,} shards, {result.blocks_checked:,} blocks checked in {folder}")
+    if args.discard:
+        _discard(folder, result)
+    if result.problems:
+        raise _corrupt(folder, result, discarded=args.discard)
+    say("sound: every byte is as written, and belongs to this corpus")
+
+
+def _check_matches(folder: Path, sequences: SequenceData) -> None:
+    """Raises CacheMismatch when the cache belongs to another corpus; damage is left to the full check."""
+    from distill_pretrain.formats.cache_reader import CacheReader, load_plan
+
+    try:
+        with CacheReader.open(folder) as cache:
+            cache.check_matches(
+                sequence_plan_id=sequences.plan.plan_id,
+                vocab_size=sequences.vocab_size,
+                seq_len=sequences.plan.seq_len,
+                tokenizer_sha256=sequences.tokenizer_sha256,
+                tokens=sequences.index.fingerprint.as_dict(),
+            )
+    except (CacheCorrupt, CacheIncomplete):
+        plan = load_plan(folder)
+        if plan.sequence_plan_id != sequences.plan.plan_id:
+            raise CacheMismatch(
+                "the cache was made from other sequences than the recipe names",
+                where=folder,
+                found=f"sequence plan {plan.sequence_plan_id[:12]}, seq_len {plan.seq_len}",
+                expected=f"{sequences.plan.plan_id[:12]}, seq_len {sequences.plan.seq_len}",
+                remedy="set data.tokens, data.seq_len and data.seed to those of the capture",
+            ) from None
+
+
+def _discard(folder: Path, result: VerifyResult) -> None:
+    from distill_pretrain.formats.cache_reader import load_plan
+    from distill_pretrain.formats.cache_writer import CacheWriter
+
+    writer = CacheWriter.create_or_resume(folder, load_plan(folder))
+    for shard in result.damaged_shards:
+        writer.discard(shard)
+
+
+def _corrupt(folder: Path, result: VerifyResult, *, discarded: bool) -> CacheCorrupt:
+    listed = [f"  - {problem}" for problem in result.problems[:MOST_LISTED]]
+    if len(result.problems) > MOST_LISTED:
+        listed.append(f"  ... and {len(result.problems) - MOST_LISTED} more")
+    remedy = "run `distill-pretrain capture` again"
+    if result.damaged_shards:
+        shards = ", ".join(map(str, result.damaged_shards))
+        ranges = ", ".join(f"{first} to {last}" for first, last in result.recapture)
+        affected = f"shards {shards} (sequences {ranges})"
+        remedy += f"; it makes {affected} anew"
+        if not discarded:
+            remedy = (
+                f"copy {affected} again from a sound cache, or run `verify --discard` and then "
+                "`distill-pretrain capture`, which makes only those anew"
+            )
+    count = len(result.problems)
+    title = "the cache has a problem:" if count == 1 else f"the cache has {count} problems:"
+    return CacheCorrupt("\n".join([title, *listed, ""]), where=folder, remedy=remedy)

@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# From nothing to a distilled student and a report, on a laptop's CPU or on GPUs, in one command.
+#
+#   launch/quickstart.sh                            the whole comparison (under 15 minutes on 2 cores)
+#   launch/quickstart.sh --short                    the same path with few steps (a smoke test; figures mean nothing)
+#   launch/quickstart.sh corpus.paths='[my/text]'   on your own text (.py, .txt, .md, .jsonl)
+#   RUN=runs/mine launch/quickstart.sh ...          in another folder (default runs/quickstart)
+#
+# Running it again goes on where it stopped and skips what is done.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/env.sh hf eval
+
+RUN=${RUN:-runs/quickstart}
+NPROC=${NPROC:-2}
+RECIPES=launch/recipes/quickstart
+export CUDA_DEVICE_MAX_CONNECTIONS=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
+
+corpus=("corpus.paths=['$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')']")
+teacher=() student=() data=() short=""
+for argument in "$@"; do
+    case "$argument" in
+        --short) short=1 ;;
+        corpus.*=* | tokenizer.*=*) corpus+=("$argument") ;;
+        *) echo "quickstart.sh: error: unknown argument $argument; expected --short, corpus.KEY=VALUE or" \
+            "tokenizer.KEY=VALUE" >&2; exit 2 ;;
+    esac
+done
+if [ -n "$short" ]; then
+    RUN=$RUN-short
+    corpus+=("tokenizer.training_bytes=500000" "corpus.include=['a*.py', 'c*.py']" "tokenizer.vocab_size=1024")
+    data=(data.num_sequences=128)
+    teacher=(train.steps=30 model.num_layers=2 model.hidden_size=64 model.ffn_hidden_size=160 data.num_sequences=null)
+    student=(train.steps=20 model.hidden_size=64 model.ffn_hidden_size=160)
+fi
+
+data+=("data.tokens=$RUN/tokens/train" "data.held_out_tokens=$RUN/tokens/held_out")
+log() { printf '\n== [%dm%02ds] %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
+alone() { python -m distill_pretrain "$@"; }
+together() { torchrun --standalone --nproc-per-node="$NPROC" -m distill_pretrain "$@"; }
+
+log "tokenize"
+alone tokenize $RECIPES/tokenize.yaml "corpus.output_dir=$RUN/tokens" "${corpus[@]}"
+log "train the teacher ($NPROC processes, data parallel)"
+together train $RECIPES/teacher.yaml "${data[@]}" data.num_sequences=null "${teacher[@]}" "train.output_dir=$RUN/teacher"
+log "capture the teacher's distribution ($NPROC processes)"
+together capture $RECIPES/capture.yaml "${data[@]}" "teacher.path=$RUN/teacher" "capture.output_dir=$RUN/cache"
+log "verify the cache"
+alone verify $RECIPES/student_kd.yaml "${data[@]}" "data.cache=$RUN/cache"
+log "train the baseline student on the text ($NPROC processes, tensor parallel)"
+together train $RECIPES/student_ce.yaml "${data[@]}" "${student[@]}" "parallel.tensor=$NPROC" "train.output_dir=$RUN/student_ce"
+log "train the same student from the cache ($NPROC processes, tensor parallel)"
+together train $RECIPES/student_kd.yaml "${data[@]}" "${student[@]}" "parallel.tensor=$NPROC" "train.output_dir=$RUN/student_kd" \
+    "data.cache=$RUN/cache"
+models="{teacher: $RUN/teacher, 'student, CE': $RUN/student_ce, 'student, KD': $RUN/student_kd}"
+log "evaluate on held-out text ($NPROC processes)"
+together eval $RECIPES/report.yaml "${data[@]}" ${short:+eval.num_sequences=32} "teacher.path=$RUN/teacher" \
+    "eval.models=$models" "eval.output=$RUN/eval.json"
+log "report"
+alone report $RECIPES/report.yaml "report.runs=$models" "report.eval=$RUN/eval.json" "report.output_dir=$RUN/report"
+log "done"

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_cache import SmallCache
+
+from distill_pretrain.cli.inspect import _bins
+from distill_pretrain.cli.main import main
+from distill_pretrain.formats.sequence_plan import SequencePlan
+from distill_pretrain.formats.token_index import TokenIndex
+
+
+def inspect(path: Path, capsys: pytest.CaptureFixture[str], *, status: int = 0) -> str:
+    assert main(["inspect", str(path)]) == status
+    captured = capsys.readouterr()
+    return captured.err if status else captured.out
+
+
+def facts(text: str) -> dict[str, str]:
+    return {line[2:24].strip(): line[24:] for line in text.splitlines() if line[:2] == "  "}
+
+
+def test_cache(small_cache: SmallCache, capsys: pytest.CaptureFixture[str]) -> None:
+    text = inspect(small_cache.folder, capsys)
+    plan = SequencePlan(TokenIndex.open(small_cache.tokens), seq_len=16, seed=7)
+    labels = plan.read(np.arange(5))[1]
+    given = labels[labels >= 0]
+    shown = facts(text)
+    assert shown["state"] == "finished"
+    assert shown["sequences"] == "5 of 16 positions"
+    assert shown["canary"].startswith(f"{(given % 2 == 0).mean():.1%} of positions")
+    size = sum(p.stat().st_size for p in small_cache.folder.glob("*.dpt"))
+    assert shown["size"] == f"{size:,} bytes, {size / 80:.2f} per position"
+    assert shown["entries"].startswith(
+        f"{2 * len(given):,}, {2 * len(given) / 80:.2f} per position"
+    )
+    assert f"            2  {len(given) / 80:6.1%}" in text
+    tokens = plan.read([0])[0][0]
+    assert f"after        ids {tokens[:8].tolist()}" in text
+    assert f"next token   {labels[0, 7]:>7}" in text
+
+
+def test_unfinished_cache(small_cache: SmallCache, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("manifest.json", "s-000001.json", "recipe.yaml"):
+        (small_cache.folder / name).unlink()
+    text = inspect(small_cache.folder, capsys)
+    assert facts(text)["state"] == "2 of 3 shards done"
+    assert "after" not in text
+    for path in small_cache.folder.glob("s-*"):
+        path.unlink()
+    assert facts(inspect(small_cache.folder, capsys))["state"] == "0 of 3 shards done"
+
+
+def test_damaged_cache(small_cache: SmallCache, capsys: pytest.CaptureFixture[str]) -> None:
+    (small_cache.folder / "plan.json").write_text("{}")
+    assert "plan.json cannot be used" in inspect(small_cache.folder, capsys, status=2)
+
+
+@pytest.mark.parametrize("suffix", ["", ".bin", ".idx"])
+def test_tokens(small_cache: SmallCache, capsys: pytest.CaptureFixture[str], suffix: str) -> None:
+    text = inspect(small_cache.tokens.with_name(f"train{suffix}"), capsys)
+    shown = facts(text)
+    index = TokenIndex.open(small_cache.tokens)
+    assert shown["documents"] == "4"
+    assert shown["tokens"].startswith("75 ")
+    assert shown["tokens per document"].startswith("shortest 7, ")
+    assert shown[".bin sha256"] == index.fingerprint.bin_sha256
+    assert shown["begins with"] == f"ids {index.read(0, 0, 20).tolist()}"
+    assert "warning" not in shown
+    assert inspect(small_cache.tokens.parent, capsys) == text
+
+
+def test_changed_tokens_are_noted(
+    small_cache: SmallCache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = small_cache.tokens.with_name("train.bin")
+    data = bytearray(path.read_bytes())
+    data[0] ^= 1
+    path.write_bytes(data)
+    assert "changed" in facts(inspect(small_cache.tokens, capsys))["warning"]
+
+
+def make_run(folder: Path) -> Path:
+    step = folder / "checkpoints" / "step-00000002"
+    step.mkdir(parents=True)
+    (step / "weights").write_bytes(b"1234")
+    record = {
+        "step": 2,
+        "identity": {"model": {"arch": "llama", "num_layers": 3}, "seq_len": 16},
+        "files": {"weights": "0" * 64},
+    }
+    (step / "checkpoint.json").write_text(json.dumps(record))
+    (folder / "checkpoints" / "step-00000003.tmp").mkdir()
+    row = {"loss": 5.25, "ce": 5.5, "kl": None, "grad_norm": 1.0, "lr": 0.1, "tokens": 4096}
+    rows = [{"step": n, **row, "tokens_per_second": 12345.6, "seconds": 1.0} for n in (1, 2)]
+    text = "".join(json.dumps(r) + "\n" for r in rows)
+    (folder / "metrics.jsonl").write_text(text + '{"step": 3, "lo')
+    return folder
+
+
+def test_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = facts(inspect(make_run(tmp_path / "run"), capsys))
+    assert shown["last step"] == "2"
+    assert shown["ce"] == "5.5"
+    assert shown["tokens"] == "4,096"
+    assert "kl" not in shown
+    assert "incomplete" in shown["note"]
+    assert shown["checkpoints"] == "step-00000002"
+    assert shown["model"] == "arch llama, num_layers 3"
+
+
+def test_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run(tmp_path / "run") / "checkpoints" / "step-00000002"
+    shown = facts(inspect(folder, capsys))
+    assert shown["step"] == "2"
+    assert shown["model"] == "arch llama, num_layers 3"
+    assert shown["seq_len"] == "16"
+
+
+def test_anything_else_says_what_was_looked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path, found in ((Path(), "an empty folder"), (tmp_path / "no", "no such file or folder")):
+        error = inspect(path, capsys, status=2)
+        assert found in error
+        for name in ("plan.json", ".idx", "tokens.json", "metrics.jsonl", "checkpoint.json"):
+            assert name in error
+
+
+def test_histogram_bins_cover_every_count_once() -> None:
+    for size in (2, 7, 51, 1025):
+        counts = np.ones(size, np.int64)
+        bins = _bins(counts)
+        assert [low for low, _, _ in bins] == [0, *(high + 1 for _, high, _ in bins[:-1])]
+        assert bins[-1][1] == size - 1
+        assert sum(share for _, _, share in bins) == pytest.approx(1)

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_cache import SEQ_LEN, SmallCache
+
+from distill_pretrain.cli.main import main
+
+
+def verify(cache: SmallCache, *overrides: str) -> int:
+    return main(["verify", str(cache.recipe), *overrides])
+
+
+def test_a_sound_cache_passes(small_cache: SmallCache, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(small_cache) == 0
+    out = capsys.readouterr().out
+    assert "3 shards, 10 blocks checked" in out
+    assert "sound" in out
+
+
+def test_a_flipped_byte_is_found_and_its_sequences_named(
+    small_cache: SmallCache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = small_cache.folder / "s-000001.dpt"
+    whole = path.read_bytes()
+    for place in np.linspace(0, len(whole) - 1, 9).astype(int):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        assert verify(small_cache) == 2
+        error = capsys.readouterr().err
+        assert "shards 1 (sequences 2 to 3)" in error
+        assert "Traceback" not in error
+    path.write_bytes(whole)
+    assert verify(small_cache) == 0
+
+
+def test_discard_sets_only_the_damaged_shard_aside(
+    small_cache: SmallCache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = small_cache.folder / "s-000001.dpt"
+    path.write_bytes(path.read_bytes()[:-3])
+    assert verify(small_cache, "--discard") == 2
+    assert "it makes shards 1 (sequences 2 to 3) anew" in capsys.readouterr().err
+    names = {p.name for p in small_cache.folder.iterdir()}
+    assert {"s-000000.dpt", "s-000000.json", "s-000002.dpt", "plan.json"} <= names
+    assert not {"s-000001.dpt", "s-000001.json", "manifest.json"} & names
+
+
+def test_a_missing_shard_is_listed(
+    small_cache: SmallCache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (small_cache.folder / "s-000002.dpt").unlink()
+    assert verify(small_cache) == 2
+    assert "sequences 4 to 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_another_seed_or_length_is_a_mismatch(
+    small_cache: SmallCache, capsys: pytest.CaptureFixture[str], damaged: bool
+) -> None:
+    if damaged:
+        (small_cache.folder / "manifest.json").unlink()
+    for override in ("data.seed=8", f"data.seq_len={SEQ_LEN + 1}"):
+        assert verify(small_cache, override) == 2
+        assert "the cache was made from" in capsys.readouterr().err
+
+
+def test_no_cache_named(small_cache: SmallCache, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(small_cache, "data.cache=null") == 2
+    assert "data.cache" in capsys.readouterr().err
+    assert verify(small_cache, f"data.cache={small_cache.folder.parent}") == 2
+    assert "no plan.json" in capsys.readouterr().err
+
+
+def test_tokens_changed_behind_an_unchanged_index(
+    small_cache: SmallCache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path: Path = small_cache.tokens.with_name("train.bin")
+    data = bytearray(path.read_bytes())
+    data[0] ^= 1
+    path.write_bytes(data)
+    assert verify(small_cache) == 2
+    assert "another corpus" in capsys.readouterr().err

@@ -1,0 +1,254 @@
+"""Capture through the command line: the same bytes whoever writes them, however often they were killed."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distill_pretrain.cli.main import main
+from distill_pretrain.data.config import DataConfig
+from distill_pretrain.data.sources import open_cache, open_sequences
+from tests.support.jobs import SEQ_LEN, kill_all
+
+PUBLISHED = ("plan.json", "manifest.json")
+
+
+def cache_bytes(folder: Path) -> dict[str, bytes]:
+    names = [p.name for p in folder.iterdir() if p.name != "recipe.yaml"]
+    assert not [n for n in names if n.endswith((".part", ".bad"))]
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def data_config(job) -> DataConfig:
+    return DataConfig(tokens=job.tokens / "train", seq_len=SEQ_LEN, num_sequences=40)
+
+
+def test_two_processes_write_the_bytes_of_one(job, tmp_path):
+    job.run("capture", f"capture.output_dir={tmp_path}", num_processes=2)
+    assert cache_bytes(tmp_path) == cache_bytes(job.cache)
+
+
+@pytest.mark.slow
+def test_a_killed_capture_resumes_to_the_same_bytes(job, tmp_path):
+    kills = 0
+    chance = random.Random(0)
+    for number in range(3):
+        process = job.start("capture", f"capture.output_dir={tmp_path}", num_processes=1 + number % 2)
+        deadline = time.monotonic() + 60
+        before = sum(f.stat().st_size for f in tmp_path.iterdir())
+        while process.poll() is None and time.monotonic() < deadline:
+            written = sum(f.stat().st_size for f in tmp_path.iterdir() if f.exists())
+            if written > before + chance.randrange(2000, 8000):
+                kill_all(process)
+                kills += 1
+                break
+            time.sleep(0.001)
+        process.wait()
+    assert kills >= 1, "no run was killed while it was writing"
+    job.cli("capture", f"capture.output_dir={tmp_path}")
+    assert cache_bytes(tmp_path) == cache_bytes(job.cache)
+
+
+def test_a_finished_capture_is_left_alone(job):
+    before = {p: p.stat().st_mtime_ns for p in job.cache.glob("s-*")}
+    job.cli("capture")
+    assert {p: p.stat().st_mtime_ns for p in job.cache.glob("s-*")} == before
+
+
+def test_the_cache_says_what_the_teacher_says(job):
+    """The stored counts are the sampler's on the teacher's own logits, position by position."""
+    import torch
+
+    from distill_pretrain.dist.process import process_group
+    from distill_pretrain.mcore.config import ParallelConfig
+    from distill_pretrain.mcore.parallel import model_parallel
+    from distill_pretrain.teacher.engines import open_engine
+
+    data = open_sequences(data_config(job))
+    cache = open_cache(job.cache, data)
+    with process_group(), model_parallel(ParallelConfig(), seed=0):
+        engine = open_engine(
+            "megatron", job.teacher, "fp32", vocab_size=data.vocab_size, seq_len=SEQ_LEN
+        )
+        tokens, labels = data.plan.read(np.arange(8, 12))
+        logits = engine.logits(torch.from_numpy(tokens.astype(np.int64))).double()
+    probs = torch.softmax(logits, -1).numpy()
+    for row, sequence in enumerate(range(8, 12)):
+        targets = cache.read(sequence, tokens[row])
+        position = np.repeat(np.arange(SEQ_LEN), targets.entries_per_token)
+        expected = 20 * probs[row, position, targets.ids]
+        assert (np.abs(targets.values - expected) < 1 + 1e-3).all()  # systematic: floor or ceil
+        assert targets.values.sum() == 20 * (labels[row] >= 0).sum()
+
+
+def test_another_micro_batch_shape_moves_few_targets(job, tmp_path):
+    """Float rounding of the teacher depends on the batch shape; the share of moved targets is small."""
+    job.cli("capture", f"capture.output_dir={tmp_path}", "capture.micro_batch_size=3")
+    data = open_sequences(data_config(job))
+    a, b = open_cache(job.cache, data), open_cache(tmp_path, data)
+    assert a.plan.plan_id != b.plan.plan_id
+    moved = total = 0
+    for sequence in range(40):
+        tokens = data.plan.read(np.array([sequence]))[0][0]
+        x, y = a.read(sequence, tokens), b.read(sequence, tokens)
+        xs = np.split(np.stack((x.ids, x.values)), np.cumsum(x.entries_per_token)[:-1], axis=1)
+        ys = np.split(np.stack((y.ids, y.values)), np.cumsum(y.entries_per_token)[:-1], axis=1)
+        moved += sum(not np.array_equal(p, q) for p, q in zip(xs, ys, strict=True))
+        total += len(xs)
+    assert moved / total < 0.01
+    print(f"positions whose targets moved: {moved} of {total}")
+
+
+@pytest.mark.parametrize("sampler", ["multinomial", "topk"])
+def test_a_student_trains_from_every_kind_of_target(job, tmp_path, sampler):
+    cache = tmp_path / "cache"
+    job.cli("capture", f"capture.output_dir={cache}", f"capture.sampler={sampler}")
+    job.cli("verify", f"data.cache={cache}")
+    run = tmp_path / "run"
+    kd = ["objective.ce_weight=0.0", "objective.kd_weight=1.0"]
+    job.cli("train", f"data.cache={cache}", *kd, f"train.output_dir={run}")
+    import json
+
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["kl"] < records[0]["kl"] - 0.3
+
+
+def refused(job, capsys, *overrides: str, verb: str = "train") -> str:
+    status = main([verb, str(job.recipe), "objective.kd_weight=1.0", *overrides])
+    error = capsys.readouterr().err
+    assert status == 2 and "Traceback" not in error
+    return error
+
+
+@pytest.fixture(scope="module")
+def other_corpus(tmp_path_factory):
+    """Another text, tokenised with a tokenizer of its own, and with the first corpus's tokenizer."""
+    import json as package
+
+    from tests.support.jobs import run_cli
+
+    def make(*tokenizer: str) -> Path:
+        folder = tmp_path_factory.mktemp("other")
+        run_cli(
+            "tokenize",
+            f"corpus.paths=[{Path(package.__file__).parent}]",
+            "corpus.include=['*.py']",
+            "corpus.held_out_fraction=0.2",
+            f"corpus.output_dir={folder}",
+            *tokenizer,
+        )
+        return folder
+
+    return make
+
+
+def test_a_cache_of_another_corpus_is_refused(job, capsys, tmp_path, other_corpus):
+    tokens = other_corpus(f"tokenizer.path={job.tokens / 'tokenizer.model'}")
+    error = refused(
+        job,
+        capsys,
+        f"data.tokens={tokens / 'train'}",
+        f"data.cache={job.cache}",
+        "data.num_sequences=10",
+        f"train.output_dir={tmp_path}",
+    )
+    assert "corpus" in error and "tokenizer" not in error.split("corpus")[0]
+
+
+def test_a_cache_of_another_tokenizer_is_refused(job, capsys, tmp_path, other_corpus):
+    tokens = other_corpus("tokenizer.vocab_size=500")
+    error = refused(
+        job,
+        capsys,
+        f"data.tokens={tokens / 'train'}",
+        f"data.cache={job.cache}",
+        "data.num_sequences=10",
+        f"train.output_dir={tmp_path}",
+    )
+    assert "tokenizer" in error and "vocab" in error
+
+
+def test_a_teacher_of_another_tokenizer_is_refused(job, capsys, tmp_path, other_corpus):
+    tokens = other_corpus("tokenizer.vocab_size=500")
+    error = refused(
+        job,
+        capsys,
+        f"data.tokens={tokens / 'train'}",
+        "data.num_sequences=10",
+        f"capture.output_dir={tmp_path / 'cache'}",
+        verb="capture",
+    )
+    assert "vocabulary" in error and str(job.teacher) in error
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_of_another_seq_len_is_refused(job, capsys, tmp_path):
+    error = refused(
+        job,
+        capsys,
+        "data.seq_len=32",
+        f"data.cache={job.cache}",
+        f"train.output_dir={tmp_path}",
+    )
+    assert "seq_len" in error and "32" in error and "64" in error
+
+
+def test_a_cache_that_covers_too_little_is_refused(job, capsys, tmp_path):
+    error = refused(
+        job, capsys, "data.num_sequences=41", f"data.cache={job.cache}", f"train.output_dir={tmp_path}"
+    )
+    assert "40 sequences captured" in error
+
+
+def test_an_unfinished_cache_is_refused(job, capsys, tmp_path):
+    broken = tmp_path / "cache"
+    shutil.copytree(job.cache, broken)
+    (broken / "manifest.json").unlink()
+    error = refused(job, capsys, f"data.cache={broken}", f"train.output_dir={tmp_path}")
+    assert "not finished" in error or "incomplete" in error
+
+
+def test_a_flipped_byte_stops_training_and_verify_names_the_shard(job, capsys, tmp_path):
+    broken = tmp_path / "cache"
+    shutil.copytree(job.cache, broken)
+    victim = broken / "s-000002.dpt"
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 3] ^= 0x10
+    victim.write_bytes(data)
+    error = refused(
+        job, capsys, f"data.cache={broken}", f"train.output_dir={tmp_path / 'run'}"
+    )
+    assert "shard 2" in error or "s-000002" in error
+    error = refused(job, capsys, f"data.cache={broken}", verb="verify")
+    assert "s-000002" in error or "shard 2" in error
+
+
+def test_another_sampler_may_not_be_mixed_into_a_cache(job, capsys):
+    error = refused(job, capsys, "capture.num_draws=21", verb="capture")
+    assert "num_draws" in error and "20" in error and "21" in error
+
+
+def test_nan_logits_stop_the_capture_and_name_the_sequence(job, tmp_path, monkeypatch, capsys):
+    from distill_pretrain.teacher.engines.megatron import MegatronEngine
+
+    sound = MegatronEngine.logits
+    calls = []
+
+    def failing(self, tokens):
+        logits = sound(self, tokens)
+        calls.append(1)
+        if len(calls) == 5:  # shard 1, its second micro-batch: sequences 14 to 17
+            logits[1, 7, 3] = float("nan")
+        return logits
+
+    monkeypatch.setattr(MegatronEngine, "logits", failing)
+    error = refused(job, capsys, f"capture.output_dir={tmp_path}", verb="capture")
+    assert "sequence 15" in error and "finite" in error
+    monkeypatch.undo()
+    job.cli("capture", f"capture.output_dir={tmp_path}")
+    assert cache_bytes(tmp_path) == cache_bytes(job.cache)

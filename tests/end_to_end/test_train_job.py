@@ -1,0 +1,121 @@
+"""Training through the command line: exact resume after kill -9, other layouts, refusals."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from distill_pretrain.checkpoint.store import CheckpointStore
+from distill_pretrain.cli.main import main
+from tests.support.jobs import kill_all
+
+
+def losses(run: Path) -> list[tuple[int, float, float, float | None, float]]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(r["step"], r["loss"], r["ce"], r["kl"], r["grad_norm"]) for r in records]
+
+
+def kd(job, run: Path, *more: str) -> list[str]:
+    return [
+        f"data.cache={job.cache}",
+        "objective.ce_weight=0.2",
+        "objective.kd_weight=0.8",
+        "model.dropout=0.1",  # random streams must resume too
+        f"train.output_dir={run}",
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def unbroken(job, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("unbroken")
+    job.run("train", *kd(job, run, "parallel.tensor=2"), num_processes=2)
+    return run
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_losses_of_the_unbroken_run(job, unbroken, tmp_path):
+    process = job.start("train", *kd(job, tmp_path, "parallel.tensor=2"), num_processes=2)
+    metrics = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    # Seven steps done, two beyond the checkpoint of step 5: the resumed run must repeat those.
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 7):
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    kill_all(process)
+    assert len(losses(tmp_path)) < 12, "killed too late to show anything"
+    with metrics.open("a") as file:
+        file.write('{"step": 8, "lo')  # a torn last line
+    output = job.run("train", *kd(job, tmp_path, "parallel.tensor=2"), num_processes=2)
+    assert "resumed at step" in output
+    assert losses(tmp_path) == losses(unbroken)
+    assert len(losses(unbroken)) == 12
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_under_another_layout(job, tmp_path):
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    no_dropout = "model.dropout=0.0"
+    job.cli("train", *kd(job, whole, no_dropout))
+    job.run(
+        "train",
+        *kd(job, moved, no_dropout, "train.steps=5", "parallel.tensor=2"),
+        num_processes=2,
+    )
+    job.run("train", *kd(job, moved, no_dropout, "parallel.pipeline=2"), num_processes=2)
+    for a, b in zip(losses(whole), losses(moved), strict=True):
+        assert a[0] == b[0]
+        assert a[1:] == pytest.approx(b[1:], abs=2e-5)
+
+
+def test_a_finished_run_is_left_alone(job, unbroken, capsys):
+    before = (unbroken / "metrics.jsonl").stat().st_mtime_ns
+    job.run("train", *kd(job, unbroken, "parallel.tensor=2"), num_processes=2)
+    assert (unbroken / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_checkpoint_of_another_run_is_refused_by_field(job, unbroken, capsys):
+    arguments = kd(job, unbroken, "model.hidden_size=64", "train.steps=20")
+    assert main(["train", str(job.recipe), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert "the checkpoint belongs to another run" in error and "hidden_size" in error
+    assert "Traceback" not in error
+
+
+def test_a_damaged_checkpoint_is_refused_by_file(job, tmp_path, capsys):
+    job.cli("train", f"train.output_dir={tmp_path}", "train.steps=2")
+    newest = CheckpointStore(tmp_path / "checkpoints").newest()
+    victim = next(newest.folder.glob("*.distcp"))
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    status = main(
+        ["train", str(job.recipe), f"train.output_dir={tmp_path}", "train.steps=4"]
+    )
+    error = capsys.readouterr().err
+    assert status == 2 and victim.name in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model.num_attention_heads=3", "model.num_query_groups=3"], "model.hidden_size"),
+        (["parallel.tensor=2"], "not tensor x pipeline x data parallel"),
+        (["model.num_layers=3", "parallel.pipeline=2"], "model.num_layers = 3"),
+        (["objective.kd_weight=1.0"], "data.cache"),
+        (["data.seq_len=100000000"], "seq_len"),
+        (["data.num_sequences=100000000"], "data.num_sequences"),
+        (["data.vocab_size=300"], "data.vocab_size"),
+        (["train.setps=3"], "train.steps"),
+        (["data.tokens=nowhere/train", "data.vocab_size=512"], "nowhere/train"),
+    ],
+)
+def test_a_users_mistake_is_one_clear_message(job, tmp_path, capsys, overrides, expected):
+    status = main(["train", str(job.recipe), f"train.output_dir={tmp_path / 'run'}", *overrides])
+    captured = capsys.readouterr()
+    assert status == 2
+    assert expected in captured.err and "Traceback" not in captured.err
+    assert not (tmp_path / "run").exists()
