@@ -43,9 +43,11 @@ class RaggedTargets:
 
     def probs(self) -> npt.NDArray[np.float32]:
         """float32[E]: the target probability of every entry."""
-        if self.kind == "counts":
-            return (self.values / np.float32(self.num_draws)).astype(np.float32)
-        return np.exp(self.values).astype(np.float32)
+        values = self.values.astype(np.float32)
+        probs: npt.NDArray[np.float32] = (
+            values / np.float32(self.num_draws) if self.kind == "counts" else np.exp(values)
+        )
+        return probs
 
 
 @dataclass(frozen=True, kw_only=True)

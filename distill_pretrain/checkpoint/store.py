@@ -1,9 +1,9 @@
 """The checkpoints of one run: published whole or not at all, hashed, described, pruned.
 
-    checkpoints/
-      step-00000400/     weights and optimizer (megatron-core dist_checkpointing), rng-*.pt
-        checkpoint.json  step, identity, sha256 of every other file; written last
-      step-00000800.tmp/ a save that did not finish; ignored and replaced
+checkpoints/
+  step-00000400/     weights and optimizer (megatron-core dist_checkpointing), rng-*.pt
+    checkpoint.json  step, identity, sha256 of every other file; written last
+  step-00000800.tmp/ a save that did not finish; ignored and replaced
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ class Checkpoint:
                 remedy="name a run folder or a folder checkpoints/step-*",
             ) from None
         except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError("the checkpoint's record is damaged", where=path, found=error) from None
+            raise CheckpointError(
+                "the checkpoint's record is damaged", where=path, found=error
+            ) from None
 
     def verify(self) -> None:
         """Compare every file with its hash; raises CheckpointError naming the first that differs."""

@@ -64,9 +64,7 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
         with progress(
             left * plan.seq_len // launch_world_size(), "capturing", unit="positions"
         ) as bar:
-            capture_shards(
-                writer, engine, sequences, first_shard=first_shard, progress=bar.advance
-            )
+            capture_shards(writer, engine, sequences, first_shard=first_shard, progress=bar.advance)
         dist.barrier()
         manifest = finish_capture(writer) if launch_rank() == 0 else None
         dist.barrier()

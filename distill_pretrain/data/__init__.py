@@ -1,0 +1,1 @@
+"""Deterministic order, token and cache join, micro-batches."""

@@ -1,0 +1,1 @@
+"""Operations with a reference in plain PyTorch; CUDA sources live beside it."""

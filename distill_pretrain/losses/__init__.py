@@ -1,0 +1,1 @@
+"""What a model minimises: kernels and their collectives."""

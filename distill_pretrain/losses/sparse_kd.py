@@ -54,7 +54,7 @@ class _SparseKD(torch.autograd.Function):
         return ce_weight * ce + kd_weight * kl, torch.stack((ce, kl))
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
         exponentials, sums, columns, owned, weights = ctx.saved_tensors
         picks = reference.Picks(columns=columns, owned=owned, weights=weights)
         # The saved exponentials become the gradient; autograd's version counter refuses a second backward.
@@ -91,7 +91,9 @@ def sparse_kd_loss(
         loss fp32[T] (differentiable once), and fp32[2, T]: unweighted CE and KL (not differentiable).
     """
     if targets is not None and targets.ids.shape[:-1] != labels.shape:
-        raise ValueError(f"targets {tuple(targets.ids.shape)} do not fit labels {tuple(labels.shape)}")
+        raise ValueError(
+            f"targets {tuple(targets.ids.shape)} do not fit labels {tuple(labels.shape)}"
+        )
     loss, terms = _SparseKD.apply(
         logits,
         labels,

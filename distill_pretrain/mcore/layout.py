@@ -34,24 +34,34 @@ def check_layout(
 
     def must_divide(divisor: int, value: int, divisor_name: str, value_name: str) -> None:
         if value % divisor:
-            problems.append(f"{value_name} = {value} is not divisible by {divisor_name} = {divisor}")
+            problems.append(
+                f"{value_name} = {value} is not divisible by {divisor_name} = {divisor}"
+            )
 
     tp, pp, vpp = parallel.tensor, parallel.pipeline, parallel.virtual_pipeline
     groups = model.num_query_groups or model.num_attention_heads
     must_divide(tp, model.num_attention_heads, "parallel.tensor", "model.num_attention_heads")
-    must_divide(groups, model.num_attention_heads, "model.num_query_groups", "model.num_attention_heads")
+    must_divide(
+        groups, model.num_attention_heads, "model.num_query_groups", "model.num_attention_heads"
+    )
     must_divide(tp, groups, "parallel.tensor", "model.num_query_groups")
     must_divide(tp, model.ffn_hidden_size, "parallel.tensor", "model.ffn_hidden_size")
     if model.kv_channels is None:
         must_divide(
-            model.num_attention_heads, model.hidden_size, "model.num_attention_heads", "model.hidden_size"
+            model.num_attention_heads,
+            model.hidden_size,
+            "model.num_attention_heads",
+            "model.hidden_size",
         )
     if parallel.sequence_parallel:
         must_divide(tp, seq_len, "parallel.tensor", "data.seq_len (sequence_parallel)")
     if vpp > 1 and pp == 1:
         problems.append("parallel.virtual_pipeline > 1 needs parallel.pipeline > 1")
     must_divide(
-        pp * vpp, model.num_layers, "parallel.pipeline x parallel.virtual_pipeline", "model.num_layers"
+        pp * vpp,
+        model.num_layers,
+        "parallel.pipeline x parallel.virtual_pipeline",
+        "model.num_layers",
     )
     data_parallel = 0
     try:

@@ -157,6 +157,7 @@ def build_model_chunks(
 
 def unwrap(module: torch.nn.Module) -> GPTModel:
     """The GPTModel inside DDP and Float16Module."""
-    while hasattr(module, "module"):
-        module = module.module
-    return module
+    inner: Any = module
+    while hasattr(inner, "module"):
+        inner = inner.module
+    return inner

@@ -1,0 +1,1 @@
+"""Engine -> sampling -> cache: the capture job."""

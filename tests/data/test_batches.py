@@ -29,9 +29,7 @@ def batches(*, rank=0, size=1, micro=2, seed=4, with_cache=True, plan=None):
 @pytest.mark.parametrize(("size", "micro"), [(1, 1), (1, 8), (2, 2), (4, 1), (4, 2)])
 def test_global_batch_does_not_depend_on_the_layout(size, micro):
     for step in (0, 3, 11):
-        expected = sorted(
-            int(s) for m in range(4) for s in batches(micro=2).sequences(step, m)
-        )
+        expected = sorted(int(s) for m in range(4) for s in batches(micro=2).sequences(step, m))
         found = sorted(
             int(s)
             for rank in range(size)

@@ -16,7 +16,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     run_cli(
         "tokenize",
-        "corpus.paths=[%s]" % Path(ast.__file__).with_name("asyncio"),
+        f"corpus.paths=[{Path(ast.__file__).with_name('asyncio')}]",
         "corpus.include=['*.py']",
         f"corpus.output_dir={folder}",
         "corpus.held_out_fraction=0.2",

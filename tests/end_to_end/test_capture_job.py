@@ -38,7 +38,9 @@ def test_a_killed_capture_resumes_to_the_same_bytes(job, tmp_path):
     kills = 0
     chance = random.Random(0)
     for number in range(3):
-        process = job.start("capture", f"capture.output_dir={tmp_path}", num_processes=1 + number % 2)
+        process = job.start(
+            "capture", f"capture.output_dir={tmp_path}", num_processes=1 + number % 2
+        )
         deadline = time.monotonic() + 60
         before = sum(f.stat().st_size for f in tmp_path.iterdir())
         while process.poll() is None and time.monotonic() < deadline:
@@ -200,7 +202,11 @@ def test_a_cache_of_another_seq_len_is_refused(job, capsys, tmp_path):
 
 def test_a_cache_that_covers_too_little_is_refused(job, capsys, tmp_path):
     error = refused(
-        job, capsys, "data.num_sequences=41", f"data.cache={job.cache}", f"train.output_dir={tmp_path}"
+        job,
+        capsys,
+        "data.num_sequences=41",
+        f"data.cache={job.cache}",
+        f"train.output_dir={tmp_path}",
     )
     assert "40 sequences captured" in error
 
@@ -220,9 +226,7 @@ def test_a_flipped_byte_stops_training_and_verify_names_the_shard(job, capsys, t
     data = bytearray(victim.read_bytes())
     data[len(data) // 3] ^= 0x10
     victim.write_bytes(data)
-    error = refused(
-        job, capsys, f"data.cache={broken}", f"train.output_dir={tmp_path / 'run'}"
-    )
+    error = refused(job, capsys, f"data.cache={broken}", f"train.output_dir={tmp_path / 'run'}")
     assert "shard 2" in error or "s-000002" in error
     error = refused(job, capsys, f"data.cache={broken}", verb="verify")
     assert "s-000002" in error or "shard 2" in error

@@ -92,9 +92,7 @@ def test_a_damaged_checkpoint_is_refused_by_file(job, tmp_path, capsys):
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
-    status = main(
-        ["train", str(job.recipe), f"train.output_dir={tmp_path}", "train.steps=4"]
-    )
+    status = main(["train", str(job.recipe), f"train.output_dir={tmp_path}", "train.steps=4"])
     error = capsys.readouterr().err
     assert status == 2 and victim.name in error and "Traceback" not in error
 

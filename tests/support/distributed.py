@@ -55,7 +55,9 @@ def run_distributed(function: Callable[..., Any], num_processes: int, **argument
             timeout=600,
         )
         if done.returncode != 0:
-            raise AssertionError(f"distributed run failed:\n{done.stdout[-3000:]}\n{done.stderr[-12000:]}")
+            raise AssertionError(
+                f"distributed run failed:\n{done.stdout[-3000:]}\n{done.stderr[-12000:]}"
+            )
         return json.loads(answer.read_text())
 
 

@@ -59,7 +59,9 @@ class WalkPlan:
     def read(self, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         rows = self.stream[sequences]
         labels = rows[:, 1:].copy()
-        labels[sequences % 5 == 0, -3:] = IGNORED_LABEL  # ranks hold unequal numbers of valid tokens
+        labels[sequences % 5 == 0, -3:] = (
+            IGNORED_LABEL  # ranks hold unequal numbers of valid tokens
+        )
         return rows[:, :-1].copy(), labels
 
 

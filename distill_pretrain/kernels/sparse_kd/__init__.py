@@ -1,0 +1,1 @@
+"""Cross-entropy + sparse forward KL on vocab-parallel logits."""

@@ -22,7 +22,9 @@ class HFEngine:
         try:
             from transformers import AutoModelForCausalLM
         except ImportError:
-            raise MissingDependency("transformers", extra="hf", needed_for="an hf teacher") from None
+            raise MissingDependency(
+                "transformers", extra="hf", needed_for="an hf teacher"
+            ) from None
         if not (path / "config.json").exists():
             raise TeacherError(
                 "not a Hugging Face model folder",
