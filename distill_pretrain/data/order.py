@@ -5,15 +5,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from distill_pretrain.formats.sequence_plan import mix64
+
 _ROUNDS = 6
 _U64 = np.uint64
-
-
-def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The output function of splitmix64 (Steele, Lea, Flood 2014)."""
-    x = (x ^ (x >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> _U64(27))) * _U64(0x94D049BB133111EB)
-    return x ^ (x >> _U64(31))
 
 
 class VisitOrder:
@@ -49,9 +44,10 @@ class VisitOrder:
         half = _U64(self._half_bits)
         mask = _U64((1 << self._half_bits) - 1)
         with np.errstate(over="ignore"):
-            key = _mix(epoch * _U64(0x9E3779B97F4A7C15) + _mix(np.full_like(x, self.seed)))
+            key = mix64(epoch * _U64(0x9E3779B97F4A7C15) + mix64(np.full_like(x, self.seed)))
             left, right = x >> half, x & mask
             for number in range(_ROUNDS):
-                f = _mix(right + key + _U64(number) * _U64(0xD1B54A32D192ED03))
+                f = mix64(right + key + _U64(number) * _U64(0xD1B54A32D192ED03))
                 left, right = right, left ^ (f & mask)
-        return (left << half) | right
+        joined: npt.NDArray[np.uint64] = (left << half) | right
+        return joined

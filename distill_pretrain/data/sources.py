@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill_pretrain.data.config import DataConfig
-from distill_pretrain.errors import CacheMismatch, ConfigError, TokenDataError, TokenizerMismatch
+from distill_pretrain.errors import ConfigError, TokenDataError, TokenizerMismatch
 from distill_pretrain.formats.cache_reader import CacheReader
 from distill_pretrain.formats.sequence_plan import SequencePlan
 from distill_pretrain.formats.token_index import TokenIndex
@@ -85,13 +85,6 @@ def open_cache(folder: Path, data: SequenceData) -> CacheReader:
         seq_len=data.plan.seq_len,
         tokenizer_sha256=data.tokenizer_sha256,
         tokens=data.index.fingerprint.as_dict(),
+        num_sequences=data.num_sequences,
     )
-    if cache.plan.num_sequences < data.num_sequences:
-        raise CacheMismatch(
-            "the cache does not cover the sequences to train on",
-            where=folder,
-            found=f"{cache.plan.num_sequences} sequences captured",
-            expected=f"{data.num_sequences}",
-            remedy=f"set data.num_sequences={cache.plan.num_sequences}, or capture more",
-        )
     return cache

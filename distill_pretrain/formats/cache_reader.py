@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from distill_pretrain.contracts import RaggedTargets
 from distill_pretrain.errors import CacheCorrupt, CacheIncomplete, CacheMismatch
 from distill_pretrain.formats.cache_plan import CachePlan
 from distill_pretrain.formats.cache_writer import MANIFEST_NAME, PLAN_NAME, sequence_ranges
+from distill_pretrain.formats.closing import Closing
 from distill_pretrain.formats.manifest import Manifest
 from distill_pretrain.formats.shard import (
     ShardFile,
@@ -25,7 +25,7 @@ from distill_pretrain.formats.shard import (
 )
 
 
-class CacheReader:
+class CacheReader(Closing):
     """A finished cache; not for use by several threads at once.
 
     Attributes:
@@ -203,17 +203,6 @@ class CacheReader:
         """Close every shard file."""
         while self._open:
             self._open.popitem()[1].close()
-
-    def __enter__(self) -> CacheReader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _shard(self, shard: int) -> ShardFile:
         if shard in self._open:

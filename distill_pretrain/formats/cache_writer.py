@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import ClassVar
 
 import numpy as np
@@ -28,6 +27,7 @@ from distill_pretrain.formats.atomic import (
     write_all,
 )
 from distill_pretrain.formats.cache_plan import CachePlan
+from distill_pretrain.formats.closing import Closing
 from distill_pretrain.formats.manifest import Manifest, ShardRecord
 from distill_pretrain.formats.shard import (
     FRAME_HEAD_BYTES,
@@ -239,7 +239,7 @@ class CacheWriter:
         return labelled, hits
 
 
-class ShardWriter:
+class ShardWriter(Closing):
     """The owner of one unfinished shard; leaving it unfinished keeps every block written so far.
 
     Attributes:
@@ -310,17 +310,6 @@ class ShardWriter:
     def close(self) -> None:
         """Give the shard up; unfinished work is picked up by the next owner."""
         self._owner.release()
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _add(self, length: int, entries: int, hashed: int) -> None:
         self._index[self.next_block] = (self._end, length, entries, 0, hashed)

@@ -135,12 +135,13 @@ def document_order(num_documents: int, seed: int) -> npt.NDArray[np.int64]:
     so that the order never depends on a library's generator.
     """
     golden = np.uint64(0x9E3779B97F4A7C15)
-    start = _mix(np.array([seed], np.uint64) + golden)
+    start = mix64(np.array([seed], np.uint64) + golden)
     steps = np.arange(1, num_documents + 1, dtype=np.uint64)
-    return np.argsort(_mix(start + steps * golden), kind="stable")
+    return np.argsort(mix64(start + steps * golden), kind="stable")
 
 
-def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def mix64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The output function of splitmix64 (Steele, Lea, Flood 2014), element by element."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed: npt.NDArray[np.uint64] = x ^ (x >> np.uint64(31))

@@ -8,7 +8,6 @@ import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +15,7 @@ import numpy.typing as npt
 from distill_pretrain.contracts import RaggedTargets
 from distill_pretrain.errors import CacheCorrupt
 from distill_pretrain.formats.cache_plan import CachePlan
+from distill_pretrain.formats.closing import Closing
 
 HEADER_BYTES = 256
 INDEX_DTYPE = np.dtype(
@@ -172,7 +172,7 @@ def read_exactly(fd: int, length: int, offset: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-class ShardFile:
+class ShardFile(Closing):
     """A finished shard, open for positioned reads.
 
     Attributes:
@@ -224,17 +224,6 @@ class ShardFile:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-    def __enter__(self) -> ShardFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _load_index(self) -> npt.NDArray[np.void]:
         blocks = self.plan.shard_blocks(self.shard)

@@ -26,7 +26,9 @@ from distill_pretrain.mcore.init import initialize_weights
 from distill_pretrain.mcore.modules import block_submodules
 
 LossFunction = Callable[[torch.Tensor, TokenBatch], torch.Tensor]
-"""(vocab-parallel logits [T, V/tp], batch flattened to T) -> summed terms, float32[num_terms]; the first is minimised."""
+"""(vocab-parallel logits [T, V/tp], batch flattened to T) -> summed terms, float32[num_terms].
+
+The first term is minimised; the others are reported."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

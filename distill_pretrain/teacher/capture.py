@@ -24,10 +24,9 @@ from distill_pretrain.formats.cache_plan import CachePlan
 from distill_pretrain.formats.cache_writer import CacheWriter, ShardWriter
 from distill_pretrain.formats.manifest import Manifest
 from distill_pretrain.formats.raw_codec import codec_of_sampler
-from distill_pretrain.sampling.samplers import BadLogits, sample_targets
+from distill_pretrain.sampling import RNG_NAME, BadLogits, sample_targets
 from distill_pretrain.teacher.config import CaptureConfig
 
-RNG = "philox4x32-10"
 Progress = Callable[[int], None]
 """Called with the number of positions just written."""
 
@@ -57,7 +56,7 @@ def make_plan(
             "num_draws": capture.num_draws,
             "temperature": 1.0,
             "seed": capture.seed,
-            "rng": RNG,
+            "rng": RNG_NAME,
         },
         teacher=teacher_identity,
         micro_batch_size=capture.micro_batch_size,

@@ -27,7 +27,8 @@ class SmallCache:
     recipe: Path
 
 
-def make_small_cache(root: Path) -> SmallCache:
+def make_small_cache(root: Path, *, shift: int = 0) -> SmallCache:
+    """With a shift the blocks were made from the neighbouring tokens, though the plan is right."""
     tokens, folder = root / "tokens" / "train", root / "cache"
     rng = np.random.default_rng(0)
     with TokenIndexWriter(tokens, VOCAB) as writer:
@@ -47,7 +48,7 @@ def make_small_cache(root: Path) -> SmallCache:
         software={},
     ).save(tokens.parent)
     sequences = SequencePlan(index, seq_len=SEQ_LEN, seed=7)
-    _write_cache(folder, sequences, index)
+    _write_cache(folder, sequences, index, shift)
     recipe = root / "recipe.yaml"
     recipe.write_text(
         f"data: {{tokens: {tokens}, seq_len: {SEQ_LEN}, seed: 7, cache: {folder}}}\n",
@@ -57,7 +58,7 @@ def make_small_cache(root: Path) -> SmallCache:
     return SmallCache(tokens, folder, recipe)
 
 
-def _write_cache(folder: Path, sequences: SequencePlan, index: TokenIndex) -> None:
+def _write_cache(folder: Path, sequences: SequencePlan, index: TokenIndex, shift: int) -> None:
     fingerprint = index.fingerprint
     plan = CachePlan(
         sequence_plan_id=sequences.plan_id,
@@ -91,7 +92,7 @@ def _write_cache(folder: Path, sequences: SequencePlan, index: TokenIndex) -> No
                 sequence, offset, size = claimed.place(claimed.next_block)
                 tokens, labels = (rows[0] for rows in sequences.read([sequence]))
                 part = slice(offset, offset + size)
-                claimed.append(_targets(labels[part]), tokens[part])
+                claimed.append(_targets(labels[part]), np.roll(tokens, shift)[part])
             claimed.finish()
     writer.publish_manifest()
 

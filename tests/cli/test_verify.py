@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_cache import SEQ_LEN, SmallCache
+from small_cache import SEQ_LEN, SmallCache, make_small_cache
 
 from distill_pretrain.cli.main import main
 
@@ -82,3 +82,12 @@ def test_tokens_changed_behind_an_unchanged_index(
     path.write_bytes(data)
     assert verify(small_cache) == 2
     assert "another corpus" in capsys.readouterr().err
+
+
+def test_blocks_made_from_shifted_tokens_are_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert verify(make_small_cache(tmp_path, shift=1)) == 2
+    error = capsys.readouterr().err
+    assert "the cache has 10 problems" in error
+    assert "shards 0, 1, 2 (sequences 0 to 4)" in error

@@ -208,7 +208,7 @@ def test_a_cache_that_covers_too_little_is_refused(job, capsys, tmp_path):
         f"data.cache={job.cache}",
         f"train.output_dir={tmp_path}",
     )
-    assert "40 sequences captured" in error
+    assert "the cache has 40, the run needs 41" in error
 
 
 def test_an_unfinished_cache_is_refused(job, capsys, tmp_path):

@@ -106,7 +106,7 @@ def gradient_(
     picks: Picks,
     grad_output: torch.Tensor,
 ) -> torch.Tensor:
-    """d loss / d logits, fp32[T, n], written over `exponentials`.
+    """Gradient of the loss by the logits, fp32[T, n], written over `exponentials`.
 
     dL/dz_j = (w_ce [label] + w_kd M) p_j - w_ce [j = y] - w_kd t_j, times the incoming gradient of the row.
     """
