@@ -11,6 +11,7 @@ import argparse
 import difflib
 import importlib
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,7 @@ from distill_pretrain import __version__
 from distill_pretrain.errors import DistillPretrainError
 
 PROG = "distill-pretrain"
+OTHER_RANKS_WAIT_S = 3.0
 
 RECIPE_VERBS = {
     "tokenize": "text files, folders or JSONL -> tokenised corpus",
@@ -57,14 +59,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _run(verb, arguments)
     except DistillPretrainError as error:
-        from distill_pretrain.dist.env import launch_rank
-
-        if launch_rank() == 0:
-            print(f"{PROG} {verb}: error: {error}", file=sys.stderr)
+        _print_error(verb, error)
         return 2
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _print_error(verb: str, error: DistillPretrainError) -> None:
+    """One message for the job: rank 0 speaks at once, another rank only if rank 0 goes on without error.
+
+    A mistake that every rank finds ends rank 0 first, and the launcher then ends the others while they wait.
+    """
+    from distill_pretrain.dist.env import launch_rank
+
+    rank = launch_rank()
+    if rank:
+        time.sleep(OTHER_RANKS_WAIT_S)
+    where = f" (rank {rank})" if rank else ""
+    print(f"{PROG} {verb}: error{where}: {error}", file=sys.stderr, flush=True)
 
 
 def overview() -> str:
@@ -91,11 +104,14 @@ def overview() -> str:
 
 def verb_parser(verb: str, module: ModuleType) -> argparse.ArgumentParser:
     """The argument parser of one verb."""
-    from distill_pretrain.cli.recipe import Recipe
-    from distill_pretrain.config import describe
-
     takes_recipe = verb in RECIPE_VERBS
-    keys = f"Keys of the recipe sections it reads:\n\n{describe(Recipe, module.SECTIONS)}"
+    keys = ""
+    if takes_recipe:
+        # The other verbs work where the recipe's own dependencies are missing: doctor reports them.
+        from distill_pretrain.cli.recipe import Recipe
+        from distill_pretrain.config import describe
+
+        keys = f"Keys of the recipe sections it reads:\n\n{describe(Recipe, module.SECTIONS)}"
     parser = argparse.ArgumentParser(
         prog=f"{PROG} {verb}",
         description=module.HELP.strip(),
