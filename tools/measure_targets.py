@@ -77,7 +77,9 @@ def empirical_variance(logits: np.ndarray, probs: np.ndarray, sampler: str, n: i
     return float(np.mean(errors))
 
 
-def moved_by_batch_shape(engine: Any, data: SequenceData, base: int, other: int, n: int) -> dict[str, float]:
+def moved_by_batch_shape(
+    engine: Any, data: SequenceData, base: int, other: int, n: int
+) -> dict[str, float]:
     """Share of positions whose systematic targets differ between two micro-batch sizes."""
 
     def targets(size: int) -> list[np.ndarray]:
@@ -104,7 +106,9 @@ def moved_by_batch_shape(engine: Any, data: SequenceData, base: int, other: int,
 
 def main() -> int:
     """Measure, print, and write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--sequences", type=int, default=32)
@@ -136,9 +140,7 @@ def main() -> int:
             "teacher": engine.identity,
             "vocab_size": data.vocab_size,
             "positions": len(probs),
-            "mean_entropy_nats": float(
-                -(probs * np.log(np.maximum(probs, 1e-300))).sum(1).mean()
-            ),
+            "mean_entropy_nats": float(-(probs * np.log(np.maximum(probs, 1e-300))).sum(1).mean()),
             "mean_top1": float(probs.max(1).mean()),
             "samplers": exact_figures(probs),
             "empirical_variance_at_num_draws": {

@@ -1,0 +1,110 @@
+"""Hugging Face teachers: the cache holds what the model says; what cannot be used is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from distill_pretrain.cli.main import main
+from distill_pretrain.data.config import DataConfig
+from distill_pretrain.data.sources import open_cache, open_sequences
+from distill_pretrain.errors import TeacherError, TokenizerMismatch
+from distill_pretrain.formats import TokenIndexWriter
+from distill_pretrain.teacher.engines import open_engine
+
+transformers = pytest.importorskip("transformers")
+
+VOCAB_SIZE, SEQ_LEN, NUM_SEQUENCES = 200, 32, 12
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory) -> Path:
+    prefix = tmp_path_factory.mktemp("tokens") / "train"
+    text = np.frombuffer(Path(__file__).read_bytes(), dtype=np.uint8)[: SEQ_LEN * NUM_SEQUENCES]
+    with TokenIndexWriter(prefix, VOCAB_SIZE) as writer:
+        for document in np.array_split(text.astype(np.int64), 7):
+            writer.add_document(document)
+    return prefix
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB_SIZE + 24,  # padded, as checkpoints often are
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
+    folder = tmp_path_factory.mktemp("model")
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def arguments(tokens: Path, model: Path, cache: Path) -> list[str]:
+    return [
+        f"data.tokens={tokens}",
+        f"data.vocab_size={VOCAB_SIZE}",
+        f"data.seq_len={SEQ_LEN}",
+        "teacher.kind=hf",
+        f"teacher.path={model}",
+        f"capture.output_dir={cache}",
+        "capture.micro_batch_size=3",
+        "capture.shard_sequences=5",
+    ]
+
+
+def test_the_cache_holds_the_models_own_distribution_without_padding_columns(
+    tokens, model_folder, tmp_path
+):
+    assert main(["capture", *arguments(tokens, model_folder, tmp_path / "cache")]) == 0
+    data = open_sequences(DataConfig(tokens=tokens, vocab_size=VOCAB_SIZE, seq_len=SEQ_LEN))
+    cache = open_cache(tmp_path / "cache", data)
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder).eval()
+    for sequence in (0, 4, 11):
+        ids, labels = data.plan.read(np.array([sequence]))
+        with torch.no_grad():
+            logits = model(torch.from_numpy(ids.astype(np.int64))).logits[0, :, :VOCAB_SIZE]
+        probs = torch.softmax(logits.double(), -1).numpy()
+        targets = cache.read(sequence, ids[0])
+        rows = np.repeat(np.arange(SEQ_LEN), targets.entries_per_token)
+        expected = 50 * probs[rows, targets.ids]
+        assert (np.abs(targets.values - expected) < 1.001).all()  # systematic: floor or ceil
+        assert targets.values.sum() == 50 * (labels >= 0).sum()
+        assert targets.ids.max() < VOCAB_SIZE
+
+
+def test_resuming_with_other_weights_is_refused(tokens, model_folder, tmp_path, capsys):
+    cache = tmp_path / "cache"
+    assert main(["capture", *arguments(tokens, model_folder, cache)]) == 0
+    other = tmp_path / "other"
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    model.save_pretrained(other)
+    assert main(["capture", *arguments(tokens, other, cache)]) == 2
+    error = capsys.readouterr().err
+    assert "model.safetensors" in error and "Traceback" not in error
+
+
+def test_what_cannot_be_used_is_named(model_folder, tmp_path):
+    def open_hf(path: Path, **changed: int) -> None:
+        settings = {"vocab_size": VOCAB_SIZE, "seq_len": SEQ_LEN, **changed}
+        open_engine("hf", path, "fp32", **settings)
+
+    with pytest.raises(TeacherError, match=r"not a Hugging Face model folder.*config\.json"):
+        open_hf(tmp_path)
+    with pytest.raises(TokenizerMismatch, match="224 ids.*at least 300 ids"):
+        open_hf(model_folder, vocab_size=300)
+    with pytest.raises(TeacherError, match=r"seq_len = 65.*at most 64"):
+        open_hf(model_folder, seq_len=65)
+    (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
+    with pytest.raises(TeacherError, match="cannot be loaded"):
+        open_hf(tmp_path)
