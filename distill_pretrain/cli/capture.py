@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from distill_pretrain.cli.console import progress, say
 from distill_pretrain.cli.recipe import Recipe
@@ -39,6 +40,8 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
 
     set_cpu_threads(recipe.capture.threads)
     sequences = open_sequences(recipe.data)
+    if recipe.teacher.kind == "hf":
+        _require_own_tokenizer(recipe.teacher.path, recipe.data.tokens)
     with process_group(), model_parallel(ParallelConfig(), seed=0):
         import torch.distributed as dist
 
@@ -70,6 +73,27 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
         dist.barrier()
     if launch_rank() == 0:
         _summarise(recipe, manifest)
+
+
+def _require_own_tokenizer(model: Path, tokens: Path) -> None:
+    """Refuse a corpus made with another Hugging Face tokenizer than the one beside the teacher's weights."""
+    from distill_pretrain.corpus.tokenizers import HF_FILES, tokenizer_sha256
+    from distill_pretrain.errors import TokenizerMismatch
+    from distill_pretrain.formats import TokensRecord
+
+    record = TokensRecord.beside(tokens)
+    has_tokenizer = any((model / name).is_file() for name in HF_FILES)
+    if record is None or record.tokenizer["kind"] != "hf" or not has_tokenizer:
+        return
+    found = tokenizer_sha256("hf", model)
+    if found != record.tokenizer["sha256"]:
+        raise TokenizerMismatch(
+            "the corpus was made with another tokenizer than the teacher's",
+            where=f"teacher.path {model}, data.tokens {tokens}",
+            found=f"tokenizer {found[:12]} beside the teacher",
+            expected=f"{record.tokenizer['sha256'][:12]}, recorded in tokens.json",
+            remedy="tokenize with tokenizer.kind=hf and tokenizer.path set to the teacher's folder",
+        )
 
 
 def _summarise(recipe: Recipe, manifest: object) -> None:

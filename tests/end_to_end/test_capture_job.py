@@ -127,6 +127,10 @@ def refused(job, capsys, *overrides: str, verb: str = "train") -> str:
     return error
 
 
+def from_cache(cache: Path, run: Path) -> list[str]:
+    return [f"data.cache={cache}", f"train.output_dir={run / 'run'}"]
+
+
 @pytest.fixture(scope="module")
 def other_corpus(tmp_path_factory):
     """Another text, tokenised with a tokenizer of its own, and with the first corpus's tokenizer."""
@@ -149,30 +153,21 @@ def other_corpus(tmp_path_factory):
     return make
 
 
-def test_a_cache_of_another_corpus_is_refused(job, capsys, tmp_path, other_corpus):
-    tokens = other_corpus(f"tokenizer.path={job.tokens / 'tokenizer.model'}")
-    error = refused(
-        job,
-        capsys,
-        f"data.tokens={tokens / 'train'}",
-        f"data.cache={job.cache}",
-        "data.num_sequences=10",
-        f"train.output_dir={tmp_path}",
-    )
-    assert "corpus" in error and "tokenizer" not in error.split("corpus")[0]
-
-
-def test_a_cache_of_another_tokenizer_is_refused(job, capsys, tmp_path, other_corpus):
-    tokens = other_corpus("tokenizer.vocab_size=500")
-    error = refused(
-        job,
-        capsys,
-        f"data.tokens={tokens / 'train'}",
-        f"data.cache={job.cache}",
-        "data.num_sequences=10",
-        f"train.output_dir={tmp_path}",
-    )
-    assert "tokenizer" in error and "vocab" in error
+@pytest.mark.parametrize(
+    ("tokenizer", "named"),
+    [
+        ("tokenizer.path={tokens}/tokenizer.model", "corpus"),
+        ("tokenizer.vocab_size=500", "tokenizer"),
+    ],
+)
+def test_a_cache_of_another_corpus_or_tokenizer_is_refused(
+    job, capsys, tmp_path, other_corpus, tokenizer, named
+):
+    tokens = other_corpus(tokenizer.format(tokens=job.tokens))
+    changed = [f"data.tokens={tokens / 'train'}", "data.num_sequences=10"]
+    error = refused(job, capsys, *changed, *from_cache(job.cache, tmp_path))
+    assert f"another {named}" in error
+    assert ("another tokenizer" in error) == (named == "tokenizer")
 
 
 def test_a_teacher_of_another_tokenizer_is_refused(job, capsys, tmp_path, other_corpus):
@@ -189,33 +184,23 @@ def test_a_teacher_of_another_tokenizer_is_refused(job, capsys, tmp_path, other_
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_cache_of_another_seq_len_is_refused(job, capsys, tmp_path):
-    error = refused(
-        job,
-        capsys,
-        "data.seq_len=32",
-        f"data.cache={job.cache}",
-        f"train.output_dir={tmp_path}",
-    )
-    assert "seq_len" in error and "32" in error and "64" in error
-
-
-def test_a_cache_that_covers_too_little_is_refused(job, capsys, tmp_path):
-    error = refused(
-        job,
-        capsys,
-        "data.num_sequences=41",
-        f"data.cache={job.cache}",
-        f"train.output_dir={tmp_path}",
-    )
-    assert "the cache has 40, the run needs 41" in error
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ("data.seq_len=32", "another seq_len: "),
+        ("data.seed=7", "another order of documents"),
+        ("data.num_sequences=41", "the cache has 40, the run needs 41"),
+    ],
+)
+def test_a_cache_of_another_plan_is_refused(job, capsys, tmp_path, changed, expected):
+    assert expected in refused(job, capsys, changed, *from_cache(job.cache, tmp_path))
 
 
 def test_an_unfinished_cache_is_refused(job, capsys, tmp_path):
     broken = tmp_path / "cache"
     shutil.copytree(job.cache, broken)
     (broken / "manifest.json").unlink()
-    error = refused(job, capsys, f"data.cache={broken}", f"train.output_dir={tmp_path}")
+    error = refused(job, capsys, *from_cache(broken, tmp_path))
     assert "not finished" in error or "incomplete" in error
 
 
@@ -226,7 +211,7 @@ def test_a_flipped_byte_stops_training_and_verify_names_the_shard(job, capsys, t
     data = bytearray(victim.read_bytes())
     data[len(data) // 3] ^= 0x10
     victim.write_bytes(data)
-    error = refused(job, capsys, f"data.cache={broken}", f"train.output_dir={tmp_path / 'run'}")
+    error = refused(job, capsys, *from_cache(broken, tmp_path))
     assert "shard 2" in error or "s-000002" in error
     error = refused(job, capsys, f"data.cache={broken}", verb="verify")
     assert "s-000002" in error or "shard 2" in error

@@ -27,7 +27,12 @@ def torchrun(num_processes: int, *arguments: str) -> list[str]:
     ]
 
 
-def run_distributed(function: Callable[..., Any], num_processes: int, **arguments: Any) -> Any:
+def run_distributed(
+    function: Callable[..., Any],
+    num_processes: int,
+    environment: dict[str, str] | None = None,
+    **arguments: Any,
+) -> Any:
     """Call `function(**arguments)` in every process; arguments and rank 0's result travel as JSON.
 
     The function opens the process group itself (`distill_pretrain.dist.process.process_group`).
@@ -45,11 +50,11 @@ def run_distributed(function: Callable[..., Any], num_processes: int, **argument
                 }
             )
         )
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+        ours = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             torchrun(num_processes, "-m", "tests.support.distributed", str(request)),
             cwd=REPOSITORY,
-            env=environment,
+            env={**os.environ, **ours, **(environment or {})},
             capture_output=True,
             text=True,
             timeout=600,

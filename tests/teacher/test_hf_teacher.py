@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -101,10 +102,43 @@ def test_what_cannot_be_used_is_named(model_folder, tmp_path):
 
     with pytest.raises(TeacherError, match=r"not a Hugging Face model folder.*config\.json"):
         open_hf(tmp_path)
-    with pytest.raises(TokenizerMismatch, match="224 ids.*at least 300 ids"):
+    with pytest.raises(TokenizerMismatch, match=r"224 ids.*at least 300 ids"):
         open_hf(model_folder, vocab_size=300)
     with pytest.raises(TeacherError, match=r"seq_len = 65.*at most 64"):
         open_hf(model_folder, seq_len=65)
     (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
     with pytest.raises(TeacherError, match="cannot be loaded"):
         open_hf(tmp_path)
+
+
+def test_a_corpus_of_another_tokenizer_than_the_teachers_is_refused(model_folder, tmp_path, capsys):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    def make_tokenizer(folder: Path, words: list[str]) -> None:
+        vocabulary = {word: number for number, word in enumerate(["<unk>", "<eos>", *words])}
+        plain = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        plain.pre_tokenizer = pre_tokenizers.Whitespace()
+        fast = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=plain, eos_token="<eos>", unk_token="<unk>"
+        )
+        fast.save_pretrained(folder)
+
+    words = [f"w{number}" for number in range(30)]
+    make_tokenizer(tmp_path / "tokenizer", words)
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(20):
+        (texts / f"{number}.txt").write_text(" ".join(words[number % 7 :] * 3))
+    corpus = [f"corpus.paths=[{texts}]", f"corpus.output_dir={tmp_path / 'tokens'}"]
+    corpus += ["corpus.held_out_fraction=0.3", "tokenizer.kind=hf"]
+    assert main(["tokenize", *corpus, f"tokenizer.path={tmp_path / 'tokenizer'}"]) == 0
+
+    teacher = tmp_path / "teacher"
+    shutil.copytree(model_folder, teacher)
+    make_tokenizer(teacher, words[::-1])  # the same size, other ids: nothing else would notice
+    job = arguments(tmp_path / "tokens" / "train", teacher, tmp_path / "cache")
+    job.remove(f"data.vocab_size={VOCAB_SIZE}")
+    assert main(["capture", *job]) == 2
+    assert "another tokenizer than the teacher's" in capsys.readouterr().err
+    make_tokenizer(teacher, words)
+    assert main(["capture", *job]) == 0
