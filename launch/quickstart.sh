@@ -12,7 +12,8 @@ cd "$(dirname "$0")/.."
 source launch/env.sh hf eval
 
 RUN=${RUN:-runs/quickstart}
-NPROC=${NPROC:-2}
+# Two processes, or as many as there are GPUs if that is fewer.
+NPROC=${NPROC:-$(python -c 'import torch; print(min(2, torch.cuda.device_count() or 2))')}
 RECIPES=launch/recipes/quickstart
 export CUDA_DEVICE_MAX_CONNECTIONS=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 

@@ -9,6 +9,7 @@ cd "$(dirname "$0")/.."
 source launch/env.sh hf eval dev
 
 # Tests start processes of their own; one thread each keeps two cores busy without crowding them.
+case " $* " in *gpu*) ;; *) export CUDA_VISIBLE_DEVICES= ;; esac
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 
 echo "== ruff check"

@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +21,17 @@ from typing import Any
 import torch.distributed as dist
 
 from distill_pretrain import __version__
-from distill_pretrain.errors import CheckpointError, DistillPretrainError
-from distill_pretrain.formats.atomic import canonical_json, fsync_dir, publish_bytes, sha256_file
+from distill_pretrain.dist.process import on_first_rank
+from distill_pretrain.errors import CheckpointError, ConfigError
+from distill_pretrain.formats.atomic import (
+    canonical_json,
+    fsync_path,
+    publish_bytes,
+    sha256_file,
+)
 
 RECORD = "checkpoint.json"
+SHARED_FOLDER_WAIT_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,15 +78,17 @@ class Checkpoint:
             ) from None
 
     def verify(self) -> None:
-        """Compare every file with its hash; raises CheckpointError naming the first that differs."""
+        """Compare every file with its hash; raises CheckpointError naming the first that differs.
+
+        In a job every rank calls it.
+        """
+        found = hash_files(self.folder, sorted(self.files))
         for name, expected in self.files.items():
-            path = self.folder / name
-            found = sha256_file(path) if path.exists() else "missing"
-            if found != expected:
+            if found[name] != expected:
                 raise CheckpointError(
                     "a checkpoint file is not what was saved",
-                    where=path,
-                    found=found,
+                    where=self.folder / name,
+                    found=found[name],
                     expected=expected,
                     remedy="remove this step's folder to go on from the one before",
                 )
@@ -99,18 +110,54 @@ def find_checkpoint(path: Path) -> Checkpoint:
     )
 
 
-def _on_first_rank(action: Callable[[], Any]) -> Any:
-    """Run `action` on rank 0; its result, or its error, reaches every rank."""
-    box: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            box[0] = action()
-        except (DistillPretrainError, OSError) as error:
-            box[1] = error
-    dist.broadcast_object_list(box, src=0)
-    if box[1] is not None:
-        raise box[1]
-    return box[0]
+def hash_files(folder: Path, names: list[str], *, durable: bool = False) -> dict[str, str]:
+    """sha256 of files by name ("missing" for none); the ranks of a job share the work, and all get the result.
+
+    Args:
+        folder: where they are.
+        names: the same list on every rank.
+        durable: also fsync each file.
+    """
+    grouped = dist.is_initialized()
+    rank, size = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
+    mine = {}
+    for name in names[rank::size]:
+        path = folder / name
+        if durable and path.exists():
+            fsync_path(path)
+        mine[name] = sha256_file(path) if path.exists() else "missing"
+    shares: list[Any] = [mine]
+    if grouped:
+        shares = [None] * size
+        dist.all_gather_object(shares, mine)
+    return {name: digest for share in shares for name, digest in share.items()}
+
+
+def require_shared_folder(folder: Path) -> None:
+    """Raise ConfigError on every rank unless all of them see the same `folder`; it is created."""
+
+    def leave_mark() -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        mark = folder / f".seen-by-all-{uuid.uuid4().hex}"
+        mark.touch()
+        return mark
+
+    mark = on_first_rank(leave_mark)
+    deadline = time.monotonic() + SHARED_FOLDER_WAIT_S
+    while not mark.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    seen: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(seen, mark.exists())
+    on_first_rank(mark.unlink)
+    blind = [rank for rank, sees_mark in enumerate(seen) if not sees_mark]
+    if blind:
+        raise ConfigError(
+            "the output folder is not the same on every node",
+            where=folder,
+            found=f"ranks {', '.join(map(str, blind))} do not see what rank 0 writes",
+            expected="a folder on a shared file system",
+            remedy="set train.output_dir to one",
+        )
 
 
 class CheckpointStore:
@@ -148,7 +195,6 @@ class CheckpointStore:
             temporary.mkdir(parents=True)
 
         def publish() -> None:
-            files = {p.name: sha256_file(p) for p in sorted(temporary.iterdir())}
             record = {
                 "step": step,
                 "identity": identity,
@@ -158,32 +204,31 @@ class CheckpointStore:
             publish_bytes(temporary / RECORD, canonical_json(record))
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
-            fsync_dir(self.root)
+            fsync_path(self.root)
             for old in self.complete()[:-keep]:
-                shutil.rmtree(old)
+                shutil.rmtree(old, ignore_errors=True)
 
-        _on_first_rank(prepare)
+        on_first_rank(prepare)
         write(temporary)
         dist.barrier()
-        _on_first_rank(publish)
+        names = on_first_rank(lambda: sorted(p.name for p in temporary.iterdir()))
+        files = hash_files(temporary, names, durable=True)
+        on_first_rank(publish)
 
-    def restore_newest(self, read: Callable[[Path], Any]) -> int:
-        """Verify and load the newest checkpoint; return its step, 0 where there is none.
+    def find(self, identity: dict[str, Any]) -> Checkpoint | None:
+        """The newest checkpoint, if it belongs to this run. Every rank calls it and gets rank 0's answer.
 
-        Every rank calls it, after `require_same_run`.
+        Raises:
+            CheckpointError: it belongs to another run, or its record is damaged.
         """
 
         def check() -> Checkpoint | None:
-            checkpoint = self.newest()
-            if checkpoint is not None:
-                checkpoint.verify()
-            return checkpoint
+            newest = self.newest()
+            if newest is not None:
+                require_same_run(newest, identity)
+            return newest
 
-        checkpoint = _on_first_rank(check)
-        if checkpoint is None:
-            return 0
-        read(checkpoint.folder)
-        return int(checkpoint.step)
+        return on_first_rank(check)
 
 
 def require_same_run(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distill_pretrain.cli.console import progress, say
 from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.config import dump_recipe, require
 from distill_pretrain.dist.env import launch_rank, launch_world_size
+
+if TYPE_CHECKING:
+    from distill_pretrain.formats.manifest import Manifest
 
 SECTIONS = ("data", "teacher", "capture")
 HELP = """
@@ -39,12 +43,10 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
     from distill_pretrain.teacher.engines import open_engine
 
     set_cpu_threads(recipe.capture.threads)
-    sequences = open_sequences(recipe.data)
     if recipe.teacher.kind == "hf":
         _require_own_tokenizer(recipe.teacher.path, recipe.data.tokens)
     with process_group(), model_parallel(ParallelConfig(), seed=0):
-        import torch.distributed as dist
-
+        sequences = open_sequences(recipe.data)
         engine = open_engine(
             recipe.teacher.kind,
             recipe.teacher.path,
@@ -68,11 +70,10 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
             left * plan.seq_len // launch_world_size(), "capturing", unit="positions"
         ) as bar:
             capture_shards(writer, engine, sequences, first_shard=first_shard, progress=bar.advance)
-        dist.barrier()
-        manifest = finish_capture(writer) if launch_rank() == 0 else None
-        dist.barrier()
-    if launch_rank() == 0:
-        _summarise(recipe, manifest)
+        # No barrier: shards differ in length by more than a collective may wait. The last to finish publishes.
+        manifest = finish_capture(writer)
+    if manifest is not None:
+        _summarise(recipe.capture.output_dir, manifest)
 
 
 def _require_own_tokenizer(model: Path, tokens: Path) -> None:
@@ -96,18 +97,12 @@ def _require_own_tokenizer(model: Path, tokens: Path) -> None:
         )
 
 
-def _summarise(recipe: Recipe, manifest: object) -> None:
-    assert recipe.capture
-    if manifest is None:
-        say("other processes are still writing shards; the last one to finish publishes the cache")
-        return
-    from distill_pretrain.formats.manifest import Manifest
-
-    assert isinstance(manifest, Manifest)
+def _summarise(folder: Path, manifest: Manifest) -> None:
     totals = manifest.totals
-    say(
-        f"cache complete: {recipe.capture.output_dir}\n"
+    print(
+        f"cache complete: {folder}\n"
         f"  {totals['tokens']:,} positions, {totals['bytes_per_token']:.1f} bytes/token, "
         f"{totals['entries_per_token']:.2f} unique ids/position\n"
-        f"  true next token among the stored ids: {totals['canary_hit_rate']:.1%}"
+        f"  true next token among the stored ids: {totals['canary_hit_rate']:.1%}",
+        flush=True,
     )

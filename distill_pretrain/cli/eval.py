@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from distill_pretrain.eval.results import EvalResults
 
 SECTIONS = ("data", "eval", "teacher")
-STUDENT_DTYPE = "fp32"
 
 HELP = """
 Scores trained models on held-out text: cross-entropy, perplexity, top-1 accuracy; with a teacher also
@@ -29,7 +28,7 @@ KL(teacher || model) over the whole vocabulary and how often both find the same 
 Reads   data.held_out_tokens (.bin/.idx), eval.models (run or checkpoint folders), teacher.path if there is a teacher
 Writes  eval.output (JSON), and eval.output.recipe.yaml: the settings that made it
 
-The models run in fp32. The teacher is scored too, under the name `teacher`. Under torchrun the sequences are divided
+The teacher is scored too, under the name `teacher`. Under torchrun the sequences are divided
 among the processes; the figures are the same. If eval.output already holds the figures of the same models on the same
 sequences, nothing is done.
 
@@ -62,8 +61,8 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
     from distill_pretrain.dist.process import process_group, set_cpu_threads
 
     set_cpu_threads(0)
-    held_out = open_sequences(recipe.data, recipe.data.held_out_tokens)
     with process_group():
+        held_out = open_sequences(recipe.data, recipe.data.held_out_tokens)
         from distill_pretrain.mcore.config import ParallelConfig
         from distill_pretrain.mcore.parallel import model_parallel
 
@@ -92,6 +91,7 @@ def _models(recipe: Recipe) -> dict[str, Path]:
 
 
 def _score(recipe: Recipe, models: dict[str, Path], held_out: SequenceData) -> EvalResults:
+    from distill_pretrain.dist.process import on_first_rank
     from distill_pretrain.eval.heldout import evaluate
     from distill_pretrain.eval.report import installed_versions, today
     from distill_pretrain.eval.results import EvalResults
@@ -112,13 +112,16 @@ def _score(recipe: Recipe, models: dict[str, Path], held_out: SequenceData) -> E
     teacher = None
     if recipe.teacher is not None:
         teacher = open_model(recipe.teacher.kind, recipe.teacher.path, recipe.teacher.dtype)
-    engines = {name: open_model("megatron", path, STUDENT_DTYPE) for name, path in models.items()}
+    engines = {
+        name: open_model("megatron", path, recipe.eval.dtype) for name, path in models.items()
+    }
     available = held_out.plan.num_sequences
     count = min(recipe.eval.num_sequences or available, available)
     inputs = _inputs(recipe, held_out, engines, models, teacher, count)
-    done = _already_done(recipe.eval.output, inputs)
+    output = recipe.eval.output
+    done = on_first_rank(lambda: _already_done(output, inputs))
     if done is not None:
-        say("already done:", recipe.eval.output)
+        say("already done:", output)
         return done
     share = -(-count // launch_world_size())
     with progress(share, "scoring", unit="sequences per process") as bar:
@@ -135,7 +138,6 @@ def _score(recipe: Recipe, models: dict[str, Path], held_out: SequenceData) -> E
         )
     results = EvalResults.of(scores, inputs=inputs, software=installed_versions(), date=today())
     if launch_rank() == 0:
-        output = recipe.eval.output
         output.parent.mkdir(parents=True, exist_ok=True)
         dump_recipe(recipe, output.with_name(f"{output.name}.recipe.yaml"))
         results.save(output)

@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -60,9 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run(verb, arguments)
     except DistillPretrainError as error:
         _print_error(verb, error)
-        return 2
+        return _leave(2)
     except KeyboardInterrupt:
         return 130
+    except Exception:
+        traceback.print_exc()
+        return _leave(1)
     return 0
 
 
@@ -78,6 +83,21 @@ def _print_error(verb: str, error: DistillPretrainError) -> None:
         time.sleep(OTHER_RANKS_WAIT_S)
     where = f" (rank {rank})" if rank else ""
     print(f"{PROG} {verb}: error{where}: {error}", file=sys.stderr, flush=True)
+
+
+def _leave(status: int) -> int:
+    """The exit status; in a job of several processes the process ends here and now.
+
+    Other ranks may be waiting for this one in a collective, and so may the end of the interpreter; the launcher ends
+    the job as soon as one process has gone.
+    """
+    from distill_pretrain.dist.env import launch_world_size
+
+    if launch_world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def overview() -> str:

@@ -31,7 +31,7 @@ from distill_pretrain.corpus.tokenizers import (
     train_tokenizer,
 )
 from distill_pretrain.errors import ConfigError, CorpusError, TokenizerMismatch
-from distill_pretrain.formats.atomic import fsync_dir
+from distill_pretrain.formats.atomic import fsync_path
 from distill_pretrain.formats.token_index import TokenIndex
 from distill_pretrain.formats.token_writer import TokenIndexWriter
 from distill_pretrain.formats.tokens_record import FILE_NAME as RECORD
@@ -236,9 +236,9 @@ def _building(output_dir: Path) -> Iterator[Path]:
         _clear(folder)
         try:
             yield folder
-            fsync_dir(folder)
+            fsync_path(folder)
             folder.rename(output_dir)
-            fsync_dir(output_dir.parent)
+            fsync_path(output_dir.parent)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise

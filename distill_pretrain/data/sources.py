@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill_pretrain.data.config import DataConfig
+from distill_pretrain.dist.process import on_first_rank
 from distill_pretrain.errors import ConfigError, TokenDataError, TokenizerMismatch
 from distill_pretrain.formats.cache_reader import CacheReader
 from distill_pretrain.formats.sequence_plan import SequencePlan
@@ -35,6 +36,8 @@ class SequenceData:
 def open_sequences(data: DataConfig, prefix: Path | None = None) -> SequenceData:
     """Open `data.tokens`, or another corpus under the same settings, and check its ids against the vocabulary.
 
+    In a job every rank calls it.
+
     Args:
         data: recipe section.
         prefix: corpus to open instead of `data.tokens` (whole: `num_sequences` is then not applied).
@@ -57,6 +60,8 @@ def open_sequences(data: DataConfig, prefix: Path | None = None) -> SequenceData
             expected=f"{record.vocab_size} (tokens.json beside {tokens})",
             remedy="leave data.vocab_size out",
         )
+    # Rank 0 reads a corpus without fingerprint whole and leaves the result beside it for the others.
+    on_first_rank(lambda: TokenIndex.open(tokens, vocab_size=vocab_size).fingerprint)
     index = TokenIndex.open(tokens, vocab_size=vocab_size)
     plan = SequencePlan(index, seq_len=data.seq_len, seed=data.seed)
     wanted = data.num_sequences if prefix is None else None

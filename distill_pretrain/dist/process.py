@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,9 @@ from distill_pretrain.dist.env import (
     launch_rank,
     launch_world_size,
 )
+from distill_pretrain.errors import DistillPretrainError, LayoutError
+
+Result = TypeVar("Result")
 
 
 def local_device() -> torch.device:
@@ -40,18 +44,23 @@ def _free_port() -> int:
 
 
 @contextmanager
-def process_group(timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
-    """The job's default process group (NCCL on GPUs, gloo on CPUs), closed at the end.
+def process_group(timeout: timedelta = timedelta(hours=2)) -> Iterator[None]:
+    """The job's default process group (NCCL on GPUs, gloo on CPUs), closed when the block succeeds.
 
-    Without a launcher this is a group of one process. A group that exists already is used and left open.
+    Without a launcher this is a group of one process. A group that exists already is used and left open. After an
+    error in a job of several processes it is left to the end of the process: taking it down while other ranks wait
+    in a collective can block, and would hide the error.
     """
     if dist.is_initialized():
         yield
         return
     device = local_device()
     if device.type == "cuda":
+        _require_a_gpu_per_process()
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
+    # Tensor parallelism overlaps communication with compute only under this setting; read when CUDA starts.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
@@ -64,5 +73,38 @@ def process_group(timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
         )
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if launch_world_size() == 1:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def on_first_rank(action: Callable[[], Result]) -> Result:
+    """Run `action` on rank 0 alone; its result, or the user's mistake it found, reaches every rank.
+
+    Every rank calls it. Without a process group it just runs the action.
+    """
+    if not dist.is_initialized():
+        return action()
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = action()
+        except (DistillPretrainError, OSError) as error:
+            box[1] = error
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    result: Result = box[0]
+    return result
+
+
+def _require_a_gpu_per_process() -> None:
+    processes, gpus = launch_local_world_size(), torch.cuda.device_count()
+    if processes > gpus:
+        raise LayoutError(
+            "more processes than GPUs on this node",
+            found=f"{processes} processes, {gpus} GPUs",
+            remedy=f"start {gpus} per node, or set CUDA_VISIBLE_DEVICES= to run on the CPU",
+        )

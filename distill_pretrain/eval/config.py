@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -20,6 +21,8 @@ class EvalConfig(Section):
     """Score only the first so many held-out sequences; null scores all."""
     micro_batch_size: int = Field(default=8, ge=1)
     """Sequences per forward pass."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the models' forward pass; the teacher has its own in `teacher.dtype`."""
 
 
 class ReportConfig(Section):

@@ -19,9 +19,9 @@ def canonical_json(value: object) -> bytes:
     return text.encode("ascii") + b"\n"
 
 
-def fsync_dir(folder: Path) -> None:
-    """Make the names in `folder` durable."""
-    fd = os.open(folder, os.O_RDONLY)
+def fsync_path(path: Path) -> None:
+    """Make a file's bytes, or the names in a folder, durable."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
@@ -40,7 +40,7 @@ def publish_bytes(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    fsync_dir(path.parent)
+    fsync_path(path.parent)
 
 
 def publish_bytes_once(path: Path, data: bytes) -> bool:
@@ -60,7 +60,7 @@ def publish_bytes_once(path: Path, data: bytes) -> bool:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    fsync_dir(path.parent)
+    fsync_path(path.parent)
     return True
 
 

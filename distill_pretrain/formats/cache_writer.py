@@ -20,7 +20,7 @@ import numpy.typing as npt
 from distill_pretrain.contracts import RaggedTargets
 from distill_pretrain.errors import CacheCorrupt, CacheError, CacheIncomplete, CacheMismatch
 from distill_pretrain.formats.atomic import (
-    fsync_dir,
+    fsync_path,
     publish_bytes,
     publish_bytes_once,
     sha256_fd,
@@ -182,7 +182,7 @@ class CacheWriter:
         final = self._path(shard, ".dpt")
         if final.exists():
             os.replace(final, self._path(shard, ".bad"))
-            fsync_dir(self.folder)
+            fsync_path(self.folder)
 
     def _adopt(self, shard: int) -> bool:
         """Whether a finished file without record is sound; its record is written if so."""
@@ -302,7 +302,7 @@ class ShardWriter(Closing):
                 write_all(self._owner.fd, closing_bytes(self._index), self._end)
                 self._sync()
                 os.replace(self._owner.path, final)
-                fsync_dir(final.parent)
+                fsync_path(final.parent)
                 self._cache._publish_record(self.shard, self._owner.fd, self._index)
         finally:
             self.close()

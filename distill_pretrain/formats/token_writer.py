@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distill_pretrain.errors import TokenDataError, TokenizerMismatch
-from distill_pretrain.formats.atomic import fsync_dir
+from distill_pretrain.formats.atomic import fsync_path
 from distill_pretrain.formats.token_index import TokenIndex, import_indexed_dataset, with_suffix
 
 
@@ -106,7 +106,7 @@ class TokenIndexWriter:
             with_suffix(self.prefix, ".fingerprint.json").unlink(missing_ok=True)
             for suffix in (".bin", ".idx"):
                 os.replace(with_suffix(self._temporary, suffix), with_suffix(self.prefix, suffix))
-            fsync_dir(self.prefix.parent)
+            fsync_path(self.prefix.parent)
         except BaseException:
             self.abort()
             raise

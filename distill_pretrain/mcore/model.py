@@ -96,6 +96,7 @@ def transformer_config(
         # pipeline size 2.
         "overlap_p2p_comm": interleaved,
         "batch_p2p_comm": not interleaved,
+        "deallocate_pipeline_outputs": True,
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
@@ -114,7 +115,7 @@ def build_model_chunks(
     vocab_size: int,
     seq_len: int,
     precision: str,
-    seed: int,
+    seed: int | None,
     loss_function: LossFunction | None = None,
 ) -> list[torch.nn.Module]:
     """Model chunks of this rank, with initial weights that depend on `seed` and not on the layout.
@@ -125,7 +126,7 @@ def build_model_chunks(
         vocab_size: V, real vocabulary.
         seq_len: L; the number of learned positions of a gpt2 model.
         precision: "fp32" or "bf16".
-        seed: of the initial weights.
+        seed: of the initial weights; None leaves them to be loaded.
         loss_function: what the last stage computes from its logits; None for scoring only.
     """
     config = transformer_config(model, parallel, dtype=DTYPES[precision])
@@ -152,7 +153,10 @@ def build_model_chunks(
         gpt.loss_function = loss_function
         for parameter in gpt.parameters():
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
-        initialize_weights(gpt, model, vocab_size=vocab_size, seed=seed)
+        # Megatron-core makes its own layers on the GPU; norms and learned positions start on the CPU.
+        gpt.cuda(torch.cuda.current_device())
+        if seed is not None:
+            initialize_weights(gpt, model, vocab_size=vocab_size, seed=seed)
         chunks.append(Float16Module(config, gpt) if precision == "bf16" else gpt)
     return chunks
 

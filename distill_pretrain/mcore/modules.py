@@ -5,6 +5,7 @@ Shapes: s positions, b sequences, n heads, g query groups, h head width.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from distill_pretrain.mcore.core import (
     TransformerConfig,
     get_gpt_layer_local_spec,
     get_num_layers_to_build,
+    tensor_parallel,
 )
 
 
@@ -69,15 +71,23 @@ class SDPAttention(MegatronModule):
         assert attention_mask is None and attention_bias is None and packed_seq_params is None
         s, b, n, h = query.shape
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=True,
-            scale=self.softmax_scale,
-            enable_gqa=q.size(1) != k.size(1),
-        )
+        groups = k.size(1)
+        if groups != n and q.dtype == torch.float32:
+            # On GPUs grouped heads in fp32 have no fused kernel and would make [s, s] matrices.
+            k, v = (x.repeat_interleave(n // groups, dim=1) for x in (k, v))
+        dropout = self.dropout if self.training else 0.0
+        # Heads on different tensor-parallel ranks need masks of their own, as in megatron-core's attention.
+        own_stream = dropout > 0 and not self.config.sequence_parallel
+        with tensor_parallel.get_cuda_rng_tracker().fork() if own_stream else nullcontext():
+            out = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                dropout_p=dropout,
+                is_causal=True,
+                scale=self.softmax_scale,
+                enable_gqa=q.size(1) != k.size(1),
+            )
         return out.permute(2, 0, 1, 3).reshape(s, b, n * h)
 
 

@@ -44,4 +44,5 @@ def model_parallel(parallel: ParallelConfig, *, seed: int) -> Iterator[ParallelG
             pipeline_last_rank=ps.get_pipeline_model_parallel_last_rank(),
         )
     finally:
+        # Forgets the groups; no communication.
         ps.destroy_model_parallel()

@@ -47,7 +47,8 @@ class StepResult:
 
 def _reduce_terms(num_tokens: torch.Tensor, terms: torch.Tensor) -> Any:
     report = torch.cat((terms.detach().double(), num_tokens.double().reshape(1)))
-    return terms[0], num_tokens, {"sums": report}
+    # A view would not be freed by the pipeline schedule.
+    return terms[0].clone(), num_tokens, {"sums": report}
 
 
 def _forward_step(data_iterator: Iterator[TokenBatch], model: torch.nn.Module) -> Any:

@@ -20,21 +20,25 @@ from distill_pretrain.mcore.schedule import Student
 def _metadata() -> dict[str, Any]:
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
+        # One rank at a time gathers a model shard's optimizer state, instead of all of them at once.
+        "distrib_optim_fully_reshardable_mem_efficient": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
 
 
+def _chunk_names(chunks: list[torch.nn.Module]) -> list[str]:
+    return ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
+
+
 def _model_state(chunks: list[torch.nn.Module], metadata: dict[str, Any]) -> dict[str, Any]:
-    names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
     return {
         name: unwrap(chunk).sharded_state_dict(metadata=metadata)
-        for name, chunk in zip(names, chunks, strict=True)
+        for name, chunk in zip(_chunk_names(chunks), chunks, strict=True)
     }
 
 
 def _load_model(chunks: list[torch.nn.Module], loaded: dict[str, Any]) -> None:
-    names = [name for name in loaded if name.startswith("model")]
-    for name, chunk in zip(sorted(names), chunks, strict=True):
+    for name, chunk in zip(_chunk_names(chunks), chunks, strict=True):
         unwrap(chunk).load_state_dict(loaded[name], strict=True)
 
 
@@ -48,8 +52,21 @@ def _student_state(student: Student, *, is_loading: bool) -> dict[str, Any]:
     return state
 
 
-def _rng_file(folder: Path) -> Path:
-    return folder / f"rng-{dist.get_rank():05d}.pt"
+def rng_file(folder: Path, rank: int) -> Path:
+    """Where a rank's random streams are saved."""
+    return folder / f"rng-{rank:05d}.pt"
+
+
+def _layout(student: Student) -> list[int]:
+    """What decides which rank draws from which random stream."""
+    config = student.config
+    return [
+        dist.get_world_size(),
+        config.tensor_model_parallel_size,
+        config.pipeline_model_parallel_size,
+        config.virtual_pipeline_model_parallel_size or 1,
+        int(config.sequence_parallel),
+    ]
 
 
 def save_student(student: Student, folder: Path) -> None:
@@ -60,21 +77,19 @@ def save_student(student: Student, folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dist_checkpointing.save(_student_state(student, is_loading=False), str(folder))
-    torch.save(
-        {
-            "default": torch.get_rng_state(),
-            "device": torch.cuda.get_rng_state(),
-            **megatron_random.get_cuda_rng_tracker().get_states(),
-        },
-        _rng_file(folder),
-    )
+    streams = {
+        "default": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        **megatron_random.get_cuda_rng_tracker().get_states(),
+    }
+    torch.save({"layout": _layout(student), "streams": streams}, rng_file(folder, dist.get_rank()))
 
 
 def load_student(student: Student, folder: Path) -> bool:
     """Restore what `save_student` wrote, under any layout.
 
     Returns:
-        Whether this rank's random streams were restored: not when the number of ranks has changed.
+        Whether this rank's random streams were restored: not when the layout has changed.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -82,10 +97,11 @@ def load_student(student: Student, folder: Path) -> bool:
     _load_model(student.chunks, loaded)
     student.optimizer.load_state_dict(loaded["optimizer"])
     student.scheduler.load_state_dict(loaded["scheduler"])
-    saved_ranks = len(list(folder.glob("rng-*.pt")))
-    if saved_ranks != dist.get_world_size():
+    path = rng_file(folder, dist.get_rank())
+    saved = torch.load(path, weights_only=True) if path.exists() else None
+    if saved is None or saved["layout"] != _layout(student):
         return False
-    streams = torch.load(_rng_file(folder), weights_only=True)
+    streams = saved["streams"]
     torch.set_rng_state(streams.pop("default"))
     torch.cuda.set_rng_state(streams.pop("device"))
     megatron_random.get_cuda_rng_tracker().set_states(streams)

@@ -103,7 +103,7 @@ def capture_shards(
 
 
 def finish_capture(writer: CacheWriter) -> Manifest | None:
-    """Publish the manifest if every shard is done; None while other processes still write."""
+    """Publish the manifest; None while other processes still write: the last of them publishes."""
     return None if writer.pending() else writer.publish_manifest()
 
 

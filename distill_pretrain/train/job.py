@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from distill_pretrain.checkpoint.store import CheckpointStore, require_same_run
+from distill_pretrain.checkpoint.store import CheckpointStore, require_shared_folder
 from distill_pretrain.data.batches import StudentBatches
 from distill_pretrain.data.config import DataConfig
 from distill_pretrain.data.sources import SequenceData, open_cache, open_sequences
@@ -27,11 +27,22 @@ def run_identity(
     data: SequenceData,
     cache: CacheReader | None,
     model: ModelConfig,
+    parallel: ParallelConfig,
+    optimizer: OptimizerConfig,
     objective: ObjectiveConfig,
     train: TrainConfig,
 ) -> dict[str, Any]:
-    """What a checkpoint must share with the run that goes on from it."""
+    """What a checkpoint must share with the run that goes on from it.
+
+    Megatron-core restores the learning-rate schedule and Adam's settings from the checkpoint, so a changed recipe
+    would be ignored without a word; and the distributed optimizer's state has a layout of its own.
+    """
+    schedule = optimizer.model_dump(mode="json")
+    if optimizer.decay_style != "constant":
+        schedule["decay_steps"] = optimizer.decay_steps or train.steps
     return {
+        "optimizer": schedule,
+        "distributed_optimizer": parallel.distributed_optimizer,
         "sequence_plan_id": data.plan.plan_id,
         "num_sequences": data.num_sequences,
         "seq_len": data.plan.seq_len,
@@ -86,21 +97,20 @@ def train_student(
             remedy="run `distill-pretrain capture` and set data.cache, or set objective.kd_weight=0",
         )
     set_cpu_threads(train.threads)
-    sequences = open_sequences(data)
-    distils = objective.kd_weight > 0 and data.cache is not None
-    cache = open_cache(data.cache, sequences) if distils and data.cache else None
-    identity = run_identity(sequences, cache, model, objective, train)
-    checkpoints = CheckpointStore(train.output_dir / "checkpoints")
-    newest = checkpoints.newest()
-    if newest is not None:
-        require_same_run(newest, identity)
-        if newest.step >= train.steps:
+    with process_group():
+        sequences = open_sequences(data)
+        distils = objective.kd_weight > 0 and data.cache is not None
+        cache = open_cache(data.cache, sequences) if distils and data.cache else None
+        identity = run_identity(sequences, cache, model, parallel, optimizer, objective, train)
+        checkpoints = CheckpointStore(train.output_dir / "checkpoints")
+        newest = checkpoints.find(identity)
+        if newest is not None and newest.step >= train.steps:
             say(f"already trained: {newest.folder}")
             return
-    if launch_rank() == 0:
-        save_recipe()
+        require_shared_folder(train.output_dir)
+        if launch_rank() == 0:
+            save_recipe()
 
-    with process_group():
         # Seconds of imports: only once nothing is left that a user could have got wrong.
         from distill_pretrain.mcore.parallel import model_parallel
 
@@ -143,6 +153,7 @@ def train_student(
                 student=student,
                 batches=batches,
                 checkpoints=checkpoints,
+                resume_from=newest,
                 identity=identity,
                 config=train,
                 open_metrics=lambda done: (

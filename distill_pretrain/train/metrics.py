@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,10 @@ class MetricsLog:
     def write(self, record: dict[str, Any]) -> None:
         """Append one record."""
         self._file.write(json.dumps(record) + "\n")
+
+    def sync(self) -> None:
+        """Make the records so far durable: no checkpoint may outlive the records of its steps."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from distill_pretrain.checkpoint.store import CheckpointStore
+from distill_pretrain.checkpoint.store import Checkpoint, CheckpointStore
 from distill_pretrain.data.batches import StudentBatches
 from distill_pretrain.mcore.schedule import StepResult, Student
 from distill_pretrain.mcore.state import load_student, save_student
@@ -20,7 +20,8 @@ class Trainer:
     Args:
         student: model, optimizer and schedule of this rank.
         batches: this rank's data.
-        checkpoints: where to save and resume.
+        checkpoints: where to save.
+        resume_from: checkpoint to go on from, of this run; None starts at step 0.
         identity: what a checkpoint must share with this run.
         config: length and intervals.
         open_metrics: opens metrics.jsonl from a step on; returns None on ranks that do not write.
@@ -34,6 +35,7 @@ class Trainer:
         student: Student,
         batches: StudentBatches,
         checkpoints: CheckpointStore,
+        resume_from: Checkpoint | None,
         identity: dict[str, Any],
         config: TrainConfig,
         open_metrics: Callable[[int], MetricsLog | None],
@@ -43,6 +45,7 @@ class Trainer:
         self.student = student
         self.batches = batches
         self.checkpoints = checkpoints
+        self.resume_from = resume_from
         self.identity = identity
         self.config = config
         self.open_metrics = open_metrics
@@ -50,10 +53,8 @@ class Trainer:
         self.say = say
 
     def fit(self) -> None:
-        """Train from the newest checkpoint, or the start, to the last step."""
-        done = self.checkpoints.restore_newest(self._load)
-        if done:
-            self.say(f"resumed at step {done}")
+        """Train to the last step."""
+        done = self._resume()
         metrics = self.open_metrics(done)
         while done < self.config.steps:
             started = time.perf_counter()
@@ -66,6 +67,8 @@ class Trainer:
             if done % self.config.log_interval == 0 or done == self.config.steps:
                 self._print(record)
             if done % self.config.checkpoint_interval == 0 or done == self.config.steps:
+                if metrics is not None:
+                    metrics.sync()
                 self._save(done)
         if metrics is not None:
             metrics.close()
@@ -94,9 +97,14 @@ class Trainer:
             f"lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tokens/s"
         )
 
-    def _load(self, folder: Any) -> None:
-        if not load_student(self.student, folder):
-            self.say("the number of processes has changed: dropout streams start anew")
+    def _resume(self) -> int:
+        if self.resume_from is None:
+            return 0
+        self.resume_from.verify()
+        if not load_student(self.student, self.resume_from.folder):
+            self.say("the layout has changed: dropout streams start anew")
+        self.say(f"resumed at step {self.resume_from.step}")
+        return self.resume_from.step
 
     def _save(self, step: int) -> None:
         self.checkpoints.save(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from distill_pretrain.dist.process import local_device
+from distill_pretrain.dist.process import local_device, on_first_rank
 from distill_pretrain.errors import MissingDependency, TeacherError, TokenizerMismatch
 from distill_pretrain.formats.atomic import sha256_file
 
@@ -59,11 +59,12 @@ class HFEngine:
         self.device = local_device()
         self._model = model.to(self.device).eval()
         files = sorted({f for pattern in _IDENTITY_PATTERNS for f in path.glob(pattern)})
+        digests = on_first_rank(lambda: {f.name: sha256_file(f) for f in files})
         self._identity = {
             "kind": "hf",
             "dtype": dtype,
             "model_type": str(model.config.model_type),
-            "files": {f.name: sha256_file(f) for f in files},
+            "files": digests,
         }
 
     @property

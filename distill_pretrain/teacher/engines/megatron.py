@@ -54,7 +54,7 @@ class MegatronEngine:
             vocab_size=vocab_size,
             seq_len=trained["seq_len"],
             precision=dtype,
-            seed=0,
+            seed=None,
         )
         load_weights(chunks, checkpoint.folder)
         self._model = chunks[0].eval()
