@@ -13,15 +13,15 @@ import pytest
 from distill_pretrain.cli.main import main
 from distill_pretrain.data.config import DataConfig
 from distill_pretrain.data.sources import open_cache, open_sequences
+from distill_pretrain.formats import sha256_file
 from tests.support.jobs import SEQ_LEN, kill_all
 
-PUBLISHED = ("plan.json", "manifest.json")
 
-
-def cache_bytes(folder: Path) -> dict[str, bytes]:
-    names = [p.name for p in folder.iterdir() if p.name != "recipe.yaml"]
+def cache_bytes(folder: Path) -> dict[str, str]:
+    """sha256 by name of what a cache consists of; a kill may leave a hidden temporary file, which is not."""
+    names = [p.name for p in folder.iterdir() if p.name != "recipe.yaml" and p.name[0] != "."]
     assert not [n for n in names if n.endswith((".part", ".bad"))]
-    return {name: (folder / name).read_bytes() for name in names}
+    return {name: sha256_file(folder / name) for name in names}
 
 
 def data_config(job) -> DataConfig:
