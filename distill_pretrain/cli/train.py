@@ -16,7 +16,8 @@ logits, or on a mix of both, as the section `objective` says.
 Reads   data.tokens (.bin/.idx), and data.cache when objective.kd_weight > 0
 Writes  train.output_dir: recipe.yaml, metrics.jsonl (one record per step), checkpoints/
 
-Started again with the same recipe it goes on from the newest checkpoint, under any parallel layout.
+Started again with the same recipe it goes on from the newest checkpoint, under any tensor x pipeline x data parallel
+layout. What may not change on the way is compared, and a difference is named.
 
     distill-pretrain train student.yaml
     torchrun --nproc-per-node=2 -m distill_pretrain train student.yaml parallel.tensor=2

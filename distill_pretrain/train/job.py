@@ -99,8 +99,9 @@ def train_student(
     set_cpu_threads(train.threads)
     with process_group():
         sequences = open_sequences(data)
-        distils = objective.kd_weight > 0 and data.cache is not None
-        cache = open_cache(data.cache, sequences) if distils and data.cache else None
+        cache = None
+        if objective.kd_weight > 0 and data.cache is not None:
+            cache = open_cache(data.cache, sequences)
         identity = run_identity(sequences, cache, model, parallel, optimizer, objective, train)
         checkpoints = CheckpointStore(train.output_dir / "checkpoints")
         newest = checkpoints.find(identity)

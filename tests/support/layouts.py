@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from distill_pretrain.contracts import IGNORED_LABEL, RaggedTargets
 from distill_pretrain.data.batches import StudentBatches
+from distill_pretrain.dist.groups import ParallelGroups
 from distill_pretrain.dist.process import local_device, process_group
 from distill_pretrain.losses.sparse_kd import DistillationObjective
 from distill_pretrain.mcore.config import ModelConfig, OptimizerConfig, ParallelConfig
@@ -96,6 +97,68 @@ class WalkTargets:
         )
 
 
+def make_job(
+    model: dict[str, Any],
+    layout: ParallelConfig,
+    groups: ParallelGroups,
+    *,
+    kd: bool,
+    steps: int,
+    precision: str = "fp32",
+) -> tuple[Any, StudentBatches]:
+    """A student and its batches on this rank; the process groups of the layout must exist."""
+    from distill_pretrain.mcore.schedule import Student
+
+    model_config = ModelConfig(**model)
+    check_layout(
+        model_config,
+        layout,
+        world_size=dist.get_world_size(),
+        micro_batch_size=MICRO_BATCH,
+        global_batch_size=GLOBAL_BATCH,
+        seq_len=SEQ_LEN,
+    )
+    plan = WalkPlan()
+    batches = StudentBatches(
+        plan,
+        WalkTargets(plan) if kd else None,
+        num_sequences=plan.num_sequences,
+        seed=3,
+        global_batch_size=GLOBAL_BATCH,
+        micro_batch_size=MICRO_BATCH,
+        data_rank=dist.get_rank(groups.data),
+        data_size=dist.get_world_size(groups.data),
+        device=local_device(),
+    )
+    student = Student(
+        model=model_config,
+        parallel=layout,
+        optimizer=OptimizerConfig(lr=3e-3, warmup_steps=3),
+        groups=groups,
+        vocab_size=VOCAB_SIZE,
+        seq_len=SEQ_LEN,
+        precision=precision,
+        seed=5,
+        steps=steps,
+        micro_batch_size=MICRO_BATCH,
+        num_micro_batches=batches.num_micro_batches,
+        loss_function=DistillationObjective(
+            ce_weight=0.3 if kd else 1.0,
+            kd_weight=0.7 if kd else 0.0,
+            vocab_size=VOCAB_SIZE,
+            tensor_group=groups.tensor,
+        ),
+        num_terms=len(DistillationObjective.TERMS),
+    )
+    return student, batches
+
+
+def take_step(student: Any, batches: StudentBatches, step: int) -> Any:
+    """One optimizer step on the global batch of `step`."""
+    micro_batches = batches.step_batches(step, with_targets=student.is_last_stage)
+    return student.step([iter(micro_batches) for _ in student.chunks])
+
+
 def train_curves(
     *,
     model: dict[str, Any],
@@ -107,56 +170,12 @@ def train_curves(
     """Loss, CE, KL and gradient norm of every step, on every rank."""
     from distill_pretrain.mcore.parallel import model_parallel
 
-    model_config = ModelConfig(**model)
     layout = ParallelConfig(**parallel)
-    world = dist.get_world_size()
-    check_layout(
-        model_config,
-        layout,
-        world_size=world,
-        micro_batch_size=MICRO_BATCH,
-        global_batch_size=GLOBAL_BATCH,
-        seq_len=SEQ_LEN,
-    )
     with model_parallel(layout, seed=1) as groups:
-        from distill_pretrain.mcore.schedule import Student
-
-        plan = WalkPlan()
-        batches = StudentBatches(
-            plan,
-            WalkTargets(plan) if kd else None,
-            num_sequences=plan.num_sequences,
-            seed=3,
-            global_batch_size=GLOBAL_BATCH,
-            micro_batch_size=MICRO_BATCH,
-            data_rank=dist.get_rank(groups.data),
-            data_size=dist.get_world_size(groups.data),
-            device=local_device(),
-        )
-        student = Student(
-            model=model_config,
-            parallel=layout,
-            optimizer=OptimizerConfig(lr=3e-3, warmup_steps=3),
-            groups=groups,
-            vocab_size=VOCAB_SIZE,
-            seq_len=SEQ_LEN,
-            precision=precision,
-            seed=5,
-            steps=steps,
-            micro_batch_size=MICRO_BATCH,
-            num_micro_batches=batches.num_micro_batches,
-            loss_function=DistillationObjective(
-                ce_weight=0.3 if kd else 1.0,
-                kd_weight=0.7 if kd else 0.0,
-                vocab_size=VOCAB_SIZE,
-                tensor_group=groups.tensor,
-            ),
-            num_terms=len(DistillationObjective.TERMS),
-        )
+        student, batches = make_job(model, layout, groups, kd=kd, steps=steps, precision=precision)
         curves: dict[str, list[float]] = {"loss": [], "ce": [], "kl": [], "grad_norm": []}
         for step in range(steps):
-            micro_batches = batches.step_batches(step, with_targets=student.is_last_stage)
-            result = student.step([iter(micro_batches) for _ in student.chunks])
+            result = take_step(student, batches, step)
             for name, value in zip(DistillationObjective.TERMS, result.terms.tolist(), strict=True):
                 curves[name].append(value)
             curves["grad_norm"].append(result.grad_norm)

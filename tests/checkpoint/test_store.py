@@ -1,0 +1,104 @@
+"""Checkpoints are published whole, pruned, compared by field, and only into folders every rank sees."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from distill_pretrain.checkpoint import store
+from distill_pretrain.checkpoint.store import Checkpoint, CheckpointStore, require_shared_folder
+from distill_pretrain.dist.process import process_group
+from distill_pretrain.errors import CheckpointError, ConfigError
+from tests.support.distributed import run_distributed
+
+
+def write(text: str):
+    return lambda folder: (folder / "weights").write_text(text)
+
+
+@pytest.fixture
+def group():
+    with process_group():
+        yield
+
+
+def test_the_newest_are_kept_and_found_by_step(tmp_path, group):
+    checkpoints = CheckpointStore(tmp_path)
+    for step in (5, 10, 15):
+        checkpoints.save(step, {"seed": 1}, write(f"at {step}"), keep=2)
+    assert [p.name for p in checkpoints.complete()] == ["step-00000010", "step-00000015"]
+    newest = checkpoints.find({"seed": 1})
+    assert newest.step == 15 and (newest.folder / "weights").read_text() == "at 15"
+    newest.verify()
+
+
+def test_a_save_that_dies_leaves_the_one_before(tmp_path, group):
+    checkpoints = CheckpointStore(tmp_path)
+    checkpoints.save(5, {}, write("good"), keep=1)
+
+    def dies(folder: Path) -> None:
+        write("half")(folder)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save(10, {}, dies, keep=1)
+    assert checkpoints.newest().step == 5
+    checkpoints.save(10, {}, write("whole"), keep=1)
+    assert (checkpoints.newest().folder / "weights").read_text() == "whole"
+
+
+def test_another_run_is_refused_field_by_field(tmp_path, group):
+    checkpoints = CheckpointStore(tmp_path)
+    checkpoints.save(5, {"seed": 1, "model": "a", "same": 0}, write(""), keep=1)
+    with pytest.raises(CheckpointError) as error:
+        checkpoints.find({"seed": 2, "model": "b", "same": 0})
+    assert "seed: checkpoint 1, this run 2" in str(error.value)
+    assert "model: checkpoint 'a', this run 'b'" in str(error.value)
+    assert "same" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["changed", "missing"])
+def test_a_damaged_file_is_named(tmp_path, group, damage):
+    checkpoints = CheckpointStore(tmp_path)
+    checkpoints.save(5, {}, write("good"), keep=1)
+    file = checkpoints.newest().folder / "weights"
+    if damage == "changed":
+        file.write_text("goof")
+    else:
+        file.unlink()
+    with pytest.raises(CheckpointError, match="weights"):
+        checkpoints.newest().verify()
+
+
+def test_a_damaged_record_is_an_error_not_a_fresh_start(tmp_path, group):
+    checkpoints = CheckpointStore(tmp_path)
+    checkpoints.save(5, {}, write(""), keep=1)
+    (checkpoints.complete()[0] / store.RECORD).write_text("{")
+    with pytest.raises(CheckpointError, match="record is damaged"):
+        checkpoints.find({})
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        Checkpoint.open(tmp_path)
+
+
+def folders_of_their_own(root: str) -> str:
+    """Every rank in a working folder of its own, as on nodes without a shared file system."""
+    store.SHARED_FOLDER_WAIT_S = 0.3
+    with process_group():
+        mine = Path(root, str(dist.get_rank()))
+        mine.mkdir()
+        require_shared_folder(Path(root, "shared"))
+        os.chdir(mine)
+        try:
+            require_shared_folder(Path("run"))
+        except ConfigError as error:
+            return str(error)
+    return "not noticed"
+
+
+def test_an_output_folder_that_is_not_shared_is_refused(tmp_path):
+    message = run_distributed(folders_of_their_own, 2, root=str(tmp_path))
+    assert "ranks 1 do not see what rank 0 writes" in message
+    assert not list((tmp_path / "shared").iterdir())

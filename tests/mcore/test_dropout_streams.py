@@ -1,0 +1,83 @@
+"""Random streams: restored under the same layout, started anew under another; ranks that must agree do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from distill_pretrain.dist.process import process_group
+from distill_pretrain.mcore.config import ParallelConfig
+from tests.support.distributed import run_distributed
+from tests.support.layouts import LLAMA, make_job, take_step
+
+DROPOUT = {**LLAMA, "dropout": 0.2}
+
+
+def change_layout(folder: str) -> dict[str, Any]:
+    """Two steps under PP2, saved; on under PP2 again, and under TP2."""
+    from distill_pretrain.mcore.parallel import model_parallel
+    from distill_pretrain.mcore.state import load_student, save_student
+
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {}
+    pipeline, tensor = ParallelConfig(pipeline=2), ParallelConfig(tensor=2)
+    with process_group():
+        with model_parallel(pipeline, seed=1) as groups:
+            student, batches = make_job(DROPOUT, pipeline, groups, kd=True, steps=8)
+            take_step(student, batches, 0)
+            save_student(student, Path(folder))
+            found["unbroken"] = take_step(student, batches, 1).terms.tolist()
+        dist.barrier()
+        with model_parallel(pipeline, seed=99) as groups:
+            student, batches = make_job(DROPOUT, pipeline, groups, kd=True, steps=8)
+            found["restored"] = load_student(student, Path(folder))
+            found["resumed"] = take_step(student, batches, 1).terms.tolist()
+        with model_parallel(tensor, seed=1) as groups:
+            student, batches = make_job(DROPOUT, tensor, groups, kd=True, steps=8)
+            found["restored elsewhere"] = load_student(student, Path(folder))
+            for step in (1, 2):
+                take_step(student, batches, step)
+            norms = torch.cat(
+                [p.flatten() for n, p in student.chunks[0].named_parameters() if "layernorm" in n]
+            ).detach()
+            others = [torch.empty_like(norms) for _ in range(2)]
+            dist.all_gather(others, norms, group=groups.tensor)
+            found["replicated weights differ by"] = (others[0] - others[1]).abs().max().item()
+            found["norms moved by"] = (norms - 1).abs().max().item()
+    return found
+
+
+def test_streams_follow_the_layout(tmp_path):
+    found = run_distributed(change_layout, 2, folder=str(tmp_path))
+    assert found["restored"] is True
+    assert found["resumed"] == found["unbroken"]
+    assert found["restored elsewhere"] is False
+    assert found["norms moved by"] > 1e-4
+    assert found["replicated weights differ by"] == 0.0
+
+
+def attention_outputs() -> list[list[float]]:
+    """What attention with dropout makes of the same inputs, per tensor-parallel rank."""
+    from distill_pretrain.mcore.modules import SDPAttention
+    from distill_pretrain.mcore.parallel import model_parallel
+
+    layout = ParallelConfig(tensor=2)
+    with process_group(), model_parallel(layout, seed=1) as groups:
+        student, _ = make_job({**LLAMA, "dropout": 0.5}, layout, groups, kd=False, steps=1)
+        attention = next(
+            m for m in student.chunks[0].modules() if isinstance(m, SDPAttention)
+        ).train()
+        query = torch.zeros(16, 1, 2, 8)
+        value = torch.ones(16, 1, 1, 8)
+        out = attention(query, value, value, None)
+        outs = [torch.empty_like(out) for _ in range(2)]
+        dist.all_gather(outs, out, group=groups.tensor)
+    return [o.flatten().tolist() for o in outs]
+
+
+def test_heads_on_different_ranks_drop_different_positions():
+    outputs = run_distributed(attention_outputs, 2)
+    assert outputs[0] != outputs[1]
