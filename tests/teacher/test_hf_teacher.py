@@ -13,22 +13,15 @@ from distill_pretrain.cli.main import main
 from distill_pretrain.data.config import DataConfig
 from distill_pretrain.data.sources import open_cache, open_sequences
 from distill_pretrain.errors import TeacherError, TokenizerMismatch
-from distill_pretrain.formats import TokenIndexWriter
 from distill_pretrain.teacher.engines import open_engine
+from tests.support.small_corpus import SEQ_LEN, VOCAB_SIZE, write_small_corpus
 
 transformers = pytest.importorskip("transformers")
-
-VOCAB_SIZE, SEQ_LEN, NUM_SEQUENCES = 200, 32, 12
 
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory) -> Path:
-    prefix = tmp_path_factory.mktemp("tokens") / "train"
-    text = np.frombuffer(Path(__file__).read_bytes(), dtype=np.uint8)[: SEQ_LEN * NUM_SEQUENCES]
-    with TokenIndexWriter(prefix, VOCAB_SIZE) as writer:
-        for document in np.array_split(text.astype(np.int64), 7):
-            writer.add_document(document)
-    return prefix
+    return write_small_corpus(tmp_path_factory.mktemp("tokens") / "train")
 
 
 @pytest.fixture(scope="module")

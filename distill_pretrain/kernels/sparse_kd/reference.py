@@ -54,7 +54,7 @@ def pick_columns(
         ids = torch.cat((ids, targets.ids), dim=-1)
         weights = torch.cat((weights, targets.probs * kd_weight), dim=-1)
     columns = ids - first_column
-    owned = (ids >= 0) & (columns >= 0) & (columns < num_columns)
+    owned = (columns >= 0) & (columns < num_columns)  # no id at all is negative, so never owned
     return Picks(columns=columns.masked_fill(~owned, 0), owned=owned, weights=weights)
 
 
