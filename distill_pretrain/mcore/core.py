@@ -34,7 +34,13 @@ with warnings.catch_warnings():
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 
-_CHATTER = ("RNG state changed", "Rerun State Machine", "RerunStateMachine")
+_CHATTER = (
+    "RNG state changed",
+    "Rerun State Machine",
+    "RerunStateMachine",
+    # Only rank 0 of the data-parallel ranks holds the gathered optimizer state while it is saved.
+    "'param_state')], Mismatched keys: []",
+)
 _HARMLESS_WARNINGS = (
     r"`torch\.distributed\..*` is deprecated",
     r"full scope is deprecated",
@@ -48,7 +54,11 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 def silence_chatter() -> None:
     """Drop the messages megatron-core repeats on every run and that ask nothing of the user."""
-    for name in ("tensor_parallel.random", "rerun_state_machine"):
+    for name in (
+        "tensor_parallel.random",
+        "rerun_state_machine",
+        "dist_checkpointing.validation",
+    ):
         logging.getLogger(f"megatron.core.{name}").addFilter(_is_news)
     for message in _HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
