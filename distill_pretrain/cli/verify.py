@@ -80,17 +80,12 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
 
 def _check_matches(folder: Path, sequences: SequenceData) -> None:
     """Raises CacheMismatch when the cache belongs to another corpus; damage is left to the full check."""
+    from distill_pretrain.data.sources import require_made_from
     from distill_pretrain.formats.cache_reader import CacheReader, load_plan
 
     try:
         with CacheReader.open(folder) as cache:
-            cache.check_matches(
-                sequence_plan_id=sequences.plan.plan_id,
-                vocab_size=sequences.vocab_size,
-                seq_len=sequences.plan.seq_len,
-                tokenizer_sha256=sequences.tokenizer_sha256,
-                tokens=sequences.index.fingerprint.as_dict(),
-            )
+            require_made_from(cache, sequences)
     except (CacheCorrupt, CacheIncomplete):
         plan = load_plan(folder)
         if plan.sequence_plan_id != sequences.plan.plan_id:

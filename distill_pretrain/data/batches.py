@@ -5,7 +5,6 @@ Shapes: B micro-batch, L sequence length, K the most entries of a position.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
@@ -106,12 +105,6 @@ class StudentBatches:
             self._batch(self.sequences(step, number), with_targets)
             for number in range(self.num_micro_batches)
         ]
-
-    def from_step(self, step: int, *, with_targets: bool) -> Iterator[list[TokenBatch]]:
-        """The steps' micro-batches from `step` on, without end."""
-        while True:
-            yield self.step_batches(step, with_targets=with_targets)
-            step += 1
 
     def _batch(self, sequences: npt.NDArray[np.int64], with_targets: bool) -> TokenBatch:
         tokens, labels = self.plan.read(sequences)

@@ -84,12 +84,19 @@ def open_sequences(data: DataConfig, prefix: Path | None = None) -> SequenceData
 def open_cache(folder: Path, data: SequenceData) -> CacheReader:
     """Open a finished cache and check that it was made from these sequences and covers them."""
     cache = CacheReader.open(folder)
+    require_made_from(cache, data, num_sequences=data.num_sequences)
+    return cache
+
+
+def require_made_from(
+    cache: CacheReader, data: SequenceData, *, num_sequences: int | None = None
+) -> None:
+    """Raise CacheMismatch unless a cache was made from these sequences, and covers so many of them."""
     cache.check_matches(
         sequence_plan_id=data.plan.plan_id,
         vocab_size=data.vocab_size,
         seq_len=data.plan.seq_len,
         tokenizer_sha256=data.tokenizer_sha256,
         tokens=data.index.fingerprint.as_dict(),
-        num_sequences=data.num_sequences,
+        num_sequences=num_sequences,
     )
-    return cache
