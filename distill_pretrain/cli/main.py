@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:
         traceback.print_exc()
         return _leave(1)
-    return 0
+    return _leave(0)
 
 
 def _print_error(verb: str, error: DistillPretrainError) -> None:
@@ -88,8 +88,9 @@ def _print_error(verb: str, error: DistillPretrainError) -> None:
 def _leave(status: int) -> int:
     """The exit status; in a job of several processes the process ends here and now.
 
-    Other ranks may be waiting for this one in a collective, and so may the end of the interpreter; the launcher ends
-    the job as soon as one process has gone.
+    After an error other ranks may be waiting for this one in a collective, and so may the end of the interpreter; the
+    launcher ends the job as soon as one process has gone. After success the communication library's threads can abort
+    a process whose interpreter is being taken down; all work is on disk by then.
     """
     from distill_pretrain.dist.env import launch_world_size
 
