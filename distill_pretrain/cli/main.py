@@ -8,6 +8,7 @@ megatron-core are imported inside `run`.
 from __future__ import annotations
 
 import argparse
+import atexit
 import difflib
 import importlib
 import os
@@ -90,11 +91,14 @@ def _leave(status: int) -> int:
 
     After an error other ranks may be waiting for this one in a collective, and so may the end of the interpreter; the
     launcher ends the job as soon as one process has gone. After success the communication library's threads can abort
-    a process whose interpreter is being taken down; all work is on disk by then.
+    a process whose interpreter is being taken down; all work is on disk by then. The exit functions still run: they
+    end the helper processes this one started (checkpoint saving keeps one), which would otherwise live on and hold
+    the job's output open.
     """
     from distill_pretrain.dist.env import launch_world_size
 
     if launch_world_size() > 1:
+        atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
 import time
@@ -24,6 +25,15 @@ def cache_bytes(folder: Path) -> dict[str, str]:
     return {name: sha256_file(folder / name) for name in names}
 
 
+def folder_bytes(folder: Path) -> int:
+    """What a folder holds, while others write to it: a temporary file may go between listing and asking."""
+    total = 0
+    for file in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            total += file.stat().st_size
+    return total
+
+
 def data_config(job) -> DataConfig:
     return DataConfig(tokens=job.tokens / "train", seq_len=SEQ_LEN, num_sequences=40)
 
@@ -42,10 +52,9 @@ def test_a_killed_capture_resumes_to_the_same_bytes(job, tmp_path):
             "capture", f"capture.output_dir={tmp_path}", num_processes=1 + number % 2
         )
         deadline = time.monotonic() + 60
-        before = sum(f.stat().st_size for f in tmp_path.iterdir())
+        before = folder_bytes(tmp_path)
         while process.poll() is None and time.monotonic() < deadline:
-            written = sum(f.stat().st_size for f in tmp_path.iterdir() if f.exists())
-            if written > before + chance.randrange(2000, 8000):
+            if folder_bytes(tmp_path) > before + chance.randrange(2000, 8000):
                 kill_all(process)
                 kills += 1
                 break
