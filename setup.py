@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(
@@ -20,6 +20,15 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["distill_pretrain", "distill_pretrain.*"]),
     package_data={"": ["*.md", "*.cuh", "*.cu", "*.cpp", "py.typed"]},
+    # Loaded with ctypes; where no C compiler is found, a slow coder in Python takes its place.
+    ext_modules=[
+        Extension(
+            "distill_pretrain.formats._hc",
+            ["distill_pretrain/formats/_hc.c"],
+            extra_compile_args=["-O3"],
+            optional=True,
+        )
+    ],
     entry_points={"console_scripts": ["distill-pretrain = distill_pretrain.cli.main:main"]},
     install_requires=[
         "torch>=2.6",

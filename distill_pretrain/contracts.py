@@ -31,7 +31,7 @@ class RaggedTargets:
             "logprobs": values are natural-log teacher probabilities (top-k), row mass <= 1.
         num_draws: draws per position (counts) or the k of top-k (logprobs): the most entries a row can have.
         entries_per_token: int32[T]; 0 where the position has no target.
-        ids: int32[E], strictly ascending within a row.
+        ids: int32[E], distinct within a row; in which order is the codec's affair.
         values: int32[E] counts, or float32[E] log-probabilities.
     """
 

@@ -12,6 +12,7 @@ from distill_pretrain.config import dump_recipe, require
 from distill_pretrain.dist.env import launch_rank, launch_world_size
 
 if TYPE_CHECKING:
+    from distill_pretrain.formats.hc_tables import HcTables
     from distill_pretrain.formats.manifest import Manifest
 
 SECTIONS = ("data", "teacher", "capture")
@@ -20,10 +21,10 @@ Runs the teacher over the training sequences and stores, for every position, a s
 distribution. Students then train from this cache at the cost of plain cross-entropy.
 
 Reads   data.tokens (.bin/.idx), teacher.path
-Writes  capture.output_dir: plan.json, s-*.dpt, manifest.json (last)
+Writes  capture.output_dir: codec-*.bin, plan.json, extent.json, s-*.dpt, manifest.json (last)
 
 Killed and started again, or started with another number of processes, it goes on where it stopped; the bytes are
-the same.
+the same. A larger data.num_sequences or capture.num_sequences extends a finished cache: full shards are kept.
 
     distill-pretrain capture distill.yaml
     torchrun --nproc-per-node=2 -m distill_pretrain capture distill.yaml
@@ -34,14 +35,21 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
     """Capture the cache of a recipe."""
     require(recipe, "capture", "data", "teacher", "capture")
     assert recipe.data and recipe.teacher and recipe.capture
-    from distill_pretrain.data.sources import open_sequences
-    from distill_pretrain.dist.process import process_group, set_cpu_threads
+    from distill_pretrain.data.sources import open_sequences, require_one_source
+    from distill_pretrain.dist.process import on_first_rank, process_group, set_cpu_threads
     from distill_pretrain.formats.cache_writer import CacheWriter
+    from distill_pretrain.formats.codec_files import read_tables
     from distill_pretrain.mcore.config import ParallelConfig
     from distill_pretrain.mcore.parallel import model_parallel
-    from distill_pretrain.teacher.capture import capture_shards, finish_capture, make_plan
+    from distill_pretrain.teacher.capture import (
+        capture_shards,
+        finish_capture,
+        make_plan,
+        pilot_tables,
+    )
     from distill_pretrain.teacher.engines import open_engine
 
+    require_one_source(recipe.data, "capture", "capture.output_dir")
     set_cpu_threads(recipe.capture.threads)
     if recipe.teacher.kind == "hf":
         _require_own_tokenizer(recipe.teacher.path, recipe.data.tokens)
@@ -56,13 +64,27 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
             tokenizer_sha256=sequences.tokenizer_sha256,
         )
         plan = make_plan(sequences, recipe.capture, engine.identity)
-        writer = CacheWriter.create_or_resume(
-            recipe.capture.output_dir,
-            plan,
-            labels_of=lambda sequence: sequences.plan.read([sequence])[1][0],
-        )
+        capture = recipe.capture
+
+        def make_tables() -> HcTables:
+            if capture.codec_tables is not None:
+                return read_tables(capture.codec_tables, plan)
+            say("scoring a pilot for the codec's tables")
+            return pilot_tables(engine, sequences, plan, num_tokens=capture.pilot_tokens)
+
+        def join() -> CacheWriter:
+            return CacheWriter.create_or_resume(
+                capture.output_dir,
+                plan,
+                make_tables=make_tables,
+                labels_of=lambda sequence: sequences.plan.read([sequence])[1][0],
+            )
+
+        # Rank 0 first: it makes the tables of a new cache, which the others then find.
+        on_first_rank(lambda: join().plan.plan_id)
+        writer = join()
         if launch_rank() == 0:
-            dump_recipe(recipe, recipe.capture.output_dir / "recipe.yaml")
+            dump_recipe(recipe, capture.output_dir / "recipe.yaml")
         left = sum(plan.shard_range(shard)[1] for shard in writer.pending())
         say(f"{plan.num_sequences - left} of {plan.num_sequences} sequences are captured already")
         first_shard = launch_rank() * plan.num_shards // launch_world_size()

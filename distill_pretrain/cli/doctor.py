@@ -146,6 +146,7 @@ def examine(folder: Path) -> list[Finding]:
             enables="the report's picture",
             install="pip install 'distill-pretrain[eval]'",
         ),
+        _fast_coder(),
         _locks(folder),
     ]
 
@@ -280,6 +281,24 @@ def _package(
         usable=loaded is not None,
         required=required,
         enables=enables,
+        install=install,
+    )
+
+
+def _fast_coder() -> Finding:
+    """The C part of this package, which pip leaves out without an error where it cannot compile it."""
+    module, problem = _import("distill_pretrain.formats.hc_native", top="distill_pretrain")
+    install = "pip install -e . with a C compiler (such as gcc) on PATH"
+    if module is not None:
+        try:
+            module.load()
+        except OSError as error:
+            problem = "not built" if module.find_library() is None else f"{error}"
+    return Finding(
+        name="fast cache coder",
+        found=problem or "built",
+        usable=not problem,
+        enables="entropy-coded caches at speed; without it they are a thousand times slower",
         install=install,
     )
 

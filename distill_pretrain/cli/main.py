@@ -34,6 +34,8 @@ RECIPE_VERBS = {
     "report": "markdown report that compares runs",
 }
 OTHER_VERBS = {
+    "recompress": "copy a cache with another coding of the same targets",
+    "merge": "make one cache of shards captured in several places",
     "inspect": "say what a cache, a tokenised corpus, a run or a checkpoint contains",
     "doctor": "check this machine and the installed packages",
 }
@@ -156,13 +158,6 @@ def verb_parser(verb: str, module: ModuleType) -> argparse.ArgumentParser:
             "--print-recipe",
             action="store_true",
             help="print the resolved recipe, with every default, and stop",
-        )
-    elif verb == "inspect":
-        parser.add_argument(
-            "path",
-            type=Path,
-            metavar="PATH",
-            help="cache folder, token prefix, run folder or checkpoint folder",
         )
     if hasattr(module, "add_arguments"):
         module.add_arguments(parser)

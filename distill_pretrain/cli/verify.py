@@ -26,7 +26,8 @@ a disk fault.
 
 Reads   data.cache, data.tokens (.bin/.idx)
 Writes  nothing; exit status 2 and a list of what to capture again if anything is wrong.
-        With --discard, damaged shards are set aside as .bad and the next `capture` makes just those anew.
+        With --repair, damaged shards are set aside as .bad and the next `capture` makes just those anew;
+        with --quick it takes seconds and finds missing, cut-off and misplaced files only.
 
 Example
   distill-pretrain verify recipe.yaml
@@ -39,9 +40,14 @@ Example
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this verb."""
     parser.add_argument(
-        "--discard",
+        "--repair",
         action="store_true",
         help="set damaged shards aside, so that `capture` makes them anew",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="of each shard check only size, header, index and the first and last block",
     )
 
 
@@ -58,9 +64,10 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
         )
     if launch_rank() != 0:
         return
-    from distill_pretrain.data.sources import open_sequences
+    from distill_pretrain.data.sources import open_sequences, require_one_source
     from distill_pretrain.formats.cache_verify import verify_cache
 
+    require_one_source(recipe.data, "verify", "data.cache")
     sequences = open_sequences(recipe.data)
     folder = recipe.data.cache
     _check_matches(folder, sequences)
@@ -69,25 +76,30 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
             folder,
             lambda sequence: sequences.plan.read([sequence])[0][0],
             bar.reach,
+            quick=args.quick,
         )
     say(f"{result.shards_checked:,} shards, {result.blocks_checked:,} blocks checked in {folder}")
-    if args.discard:
-        _discard(folder, result)
+    if args.repair:
+        _repair(folder, result)
     if result.problems:
-        raise _corrupt(folder, result, discarded=args.discard)
-    say("sound: every byte is as written, and belongs to this corpus")
+        raise _corrupt(folder, result, repaired=args.repair)
+    if args.quick:
+        say("no problem found; only a check without --quick reads every byte")
+    else:
+        say("sound: every byte is as written, and belongs to this corpus")
 
 
-def _check_matches(folder: Path, sequences: SequenceData) -> None:
+def _check_matches(folder: str, sequences: SequenceData) -> None:
     """Raises CacheMismatch when the cache belongs to another corpus; damage is left to the full check."""
     from distill_pretrain.data.sources import require_made_from
     from distill_pretrain.formats.cache_reader import CacheReader, load_plan
+    from distill_pretrain.formats.storage import open_storage
 
     try:
         with CacheReader.open(folder) as cache:
             require_made_from(cache, sequences)
     except (CacheCorrupt, CacheIncomplete):
-        plan = load_plan(folder)
+        plan = load_plan(open_storage(folder))
         if plan.sequence_plan_id != sequences.plan.plan_id:
             raise CacheMismatch(
                 "the cache was made from other sequences than the recipe names",
@@ -98,16 +110,24 @@ def _check_matches(folder: Path, sequences: SequenceData) -> None:
             ) from None
 
 
-def _discard(folder: Path, result: VerifyResult) -> None:
-    from distill_pretrain.formats.cache_reader import load_plan
+def _repair(folder: str, result: VerifyResult) -> None:
+    from distill_pretrain.formats.cache_reader import load_plan_of_extent
     from distill_pretrain.formats.cache_writer import CacheWriter
+    from distill_pretrain.formats.storage import is_remote, open_storage
 
-    writer = CacheWriter.create_or_resume(folder, load_plan(folder))
+    if is_remote(folder):
+        raise ConfigError(
+            "a cache in an object store cannot be repaired in place",
+            where="data.cache",
+            found=folder,
+            remedy="repair the folder it was copied from, and copy the shards again",
+        )
+    writer = CacheWriter.create_or_resume(Path(folder), load_plan_of_extent(open_storage(folder)))
     for shard in result.damaged_shards:
         writer.discard(shard)
 
 
-def _corrupt(folder: Path, result: VerifyResult, *, discarded: bool) -> CacheCorrupt:
+def _corrupt(folder: str, result: VerifyResult, *, repaired: bool) -> CacheCorrupt:
     listed = [f"  - {problem}" for problem in result.problems[:MOST_LISTED]]
     if len(result.problems) > MOST_LISTED:
         listed.append(f"  ... and {len(result.problems) - MOST_LISTED} more")
@@ -117,9 +137,9 @@ def _corrupt(folder: Path, result: VerifyResult, *, discarded: bool) -> CacheCor
         ranges = ", ".join(f"{first} to {last}" for first, last in result.recapture)
         affected = f"shards {shards} (sequences {ranges})"
         remedy += f"; it makes {affected} anew"
-        if not discarded:
+        if not repaired:
             remedy = (
-                f"copy {affected} again from a sound cache, or run `verify --discard` and then "
+                f"copy {affected} again from a sound cache, or run `verify --repair` and then "
                 "`distill-pretrain capture`, which makes only those anew"
             )
     count = len(result.problems)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from distill_pretrain.corpus.config import CorpusConfig, TokenizerConfig
 from distill_pretrain.corpus.readers import Slice, SourceList, read_sample
-from distill_pretrain.errors import ConfigError, MissingDependency, TokenizerMismatch
+from distill_pretrain.errors import ConfigError, CorpusError, MissingDependency, TokenizerMismatch
 
 SAMPLE_BYTES = 1 << 16
 HF_FILES = (
@@ -228,9 +228,19 @@ def train_tokenizer(
     import sentencepiece
 
     model = io.BytesIO()
+    found: list[CorpusError] = []
+
+    def sample() -> Iterator[str]:
+        # sentencepiece turns what its iterator raises into a RuntimeError with a traceback in it.
+        try:
+            yield from _sample(corpus, tokenizer, sources)
+        except CorpusError as error:
+            found.append(error)
+            raise
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sample(corpus, tokenizer, sources),
+            sentence_iterator=sample(),
             model_writer=model,
             vocab_size=tokenizer.vocab_size,
             model_type=tokenizer.model_type,
@@ -245,6 +255,8 @@ def train_tokenizer(
             minloglevel=2,
         )
     except RuntimeError as error:
+        if found:
+            raise found[0] from None
         if "ocabulary size" not in str(error):
             raise
         # "INTERNAL: file(line) [condition] sentence."

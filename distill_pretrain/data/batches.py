@@ -1,10 +1,13 @@
-"""Micro-batches of tokens, labels and cached targets for one data-parallel rank.
+"""Micro-batches of tokens, labels and cached targets for one data-parallel, context-parallel rank.
 
-Shapes: B micro-batch, L sequence length, K the most entries of a position.
+Shapes: B micro-batch, L sequence length, P positions of this rank (L, or L / context_size), K the most entries of a
+position.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -12,7 +15,8 @@ import numpy.typing as npt
 import torch
 
 from distill_pretrain.contracts import NO_ENTRY, RaggedTargets, SparseTargets, TokenBatch
-from distill_pretrain.data.order import VisitOrder
+from distill_pretrain.data.blend import BlendOrder
+from distill_pretrain.errors import LayoutError
 
 
 class SequenceSource(Protocol):
@@ -31,93 +35,221 @@ class SequenceSource(Protocol):
 class TargetSource(Protocol):
     """What this module needs of a cache."""
 
-    def read(self, sequence: int, tokens: npt.NDArray[np.int32]) -> RaggedTargets:
-        """Targets of the L positions of one sequence."""
+    def read(
+        self,
+        sequence: int,
+        tokens: npt.NDArray[np.int32],
+        start: int = 0,
+        stop: int | None = None,
+    ) -> RaggedTargets:
+        """Targets of positions [start, stop) of one sequence, whose tokens int32[L] are given whole."""
         ...
 
 
-def pad_targets(rows: list[RaggedTargets]) -> SparseTargets:
-    """B sequences of ragged targets -> ids int64[B, L, K] padded with -1, probs fp32[B, L, K] with 0."""
-    lengths = np.stack([row.entries_per_token for row in rows])
+@dataclass(frozen=True, kw_only=True)
+class BatchSource:
+    """One corpus of a blend.
+
+    Attributes:
+        plan: its sequences.
+        cache: their targets, or None.
+        num_sequences: length of an epoch; the first so many sequences of the plan.
+        weight: its share beside the other sources.
+    """
+
+    plan: SequenceSource
+    cache: TargetSource | None
+    num_sequences: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostBatch:
+    """A micro-batch in CPU memory, half the bytes of the `TokenBatch` it becomes.
+
+    Attributes:
+        tokens: int32[B, P].
+        labels: int32[B, P], -100 where there is none.
+        target_ids: int32[B, P, K], padded with -1; None without targets.
+        target_probs: fp32[B, P, K], zero where padded; None without targets.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    target_ids: torch.Tensor | None
+    target_probs: torch.Tensor | None
+
+    def pinned(self) -> HostBatch:
+        """The same in page-locked memory, from which a GPU copies while the CPU goes on."""
+        return HostBatch(
+            tokens=self.tokens.pin_memory(),
+            labels=self.labels.pin_memory(),
+            target_ids=None if self.target_ids is None else self.target_ids.pin_memory(),
+            target_probs=None if self.target_probs is None else self.target_probs.pin_memory(),
+        )
+
+    def to(self, device: torch.device) -> TokenBatch:
+        """The batch as a model takes it; ids are widened to int64 on the device."""
+
+        def moved(x: torch.Tensor) -> torch.Tensor:
+            return x.to(device, non_blocking=True)
+
+        targets = None
+        if self.target_ids is not None and self.target_probs is not None:
+            targets = SparseTargets(
+                ids=moved(self.target_ids).long(), probs=moved(self.target_probs)
+            )
+        return TokenBatch(
+            tokens=moved(self.tokens).long(), labels=moved(self.labels).long(), targets=targets
+        )
+
+
+def pad_targets(
+    parts: Sequence[RaggedTargets], *, rows: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """Ragged targets to rectangles: ids int32[B, P, K] padded with -1, probs fp32[B, P, K] padded with 0.
+
+    Args:
+        parts: targets of B * P consecutive positions in all, in any pieces and of any kinds.
+        rows: B.
+    """
+    lengths = np.concatenate([part.entries_per_token for part in parts]).reshape(rows, -1)
     k = max(1, int(lengths.max()))
-    ids = np.full((*lengths.shape, k), NO_ENTRY, dtype=np.int64)
+    ids = np.full((*lengths.shape, k), NO_ENTRY, dtype=np.int32)
     probs = np.zeros((*lengths.shape, k), dtype=np.float32)
     kept = np.arange(k) < lengths[..., None]
-    ids[kept] = np.concatenate([row.ids for row in rows])
-    probs[kept] = np.concatenate([row.probs() for row in rows])
-    return SparseTargets(ids=torch.from_numpy(ids), probs=torch.from_numpy(probs))
+    ids[kept] = np.concatenate([part.ids for part in parts])
+    probs[kept] = np.concatenate([part.probs() for part in parts])
+    return ids, probs
+
+
+def context_spans(seq_len: int, rank: int, size: int) -> list[tuple[int, int]]:
+    """The pieces [start, stop) of a sequence that a context-parallel rank holds, in order.
+
+    Of 2 * size equal chunks these are number `rank` and number `2 * size - 1 - rank`: under causal attention every
+    rank has the same work (megatron-core's load-balanced order).
+
+    Raises:
+        LayoutError: the sequence does not divide into 2 * size chunks.
+    """
+    if size == 1:
+        return [(0, seq_len)]
+    chunk, left = divmod(seq_len, 2 * size)
+    if left:
+        raise LayoutError(
+            "the sequence does not divide among the context-parallel ranks",
+            where="data.seq_len",
+            found=seq_len,
+            expected=f"a multiple of 2 x context-parallel size = {2 * size}",
+            remedy="change data.seq_len (and capture anew), or the context-parallel size",
+        )
+    last = 2 * size - 1 - rank
+    if last == rank + 1:  # one piece: its blocks are read once
+        return [(rank * chunk, (last + 1) * chunk)]
+    return [(rank * chunk, (rank + 1) * chunk), (last * chunk, (last + 1) * chunk)]
 
 
 class StudentBatches:
-    """Endless micro-batches of one data-parallel rank, resumable at any step.
+    """Endless micro-batches of one rank, resumable at any step.
 
     The global batch of step n holds positions n * global_batch_size onwards of the visiting order, whatever the
-    number of ranks and the micro-batch size.
+    number of ranks and the micro-batch size. Not for use by several threads at once: the caches are not.
 
     Args:
-        plan: sequences.
-        cache: targets of those sequences, or None.
-        num_sequences: length of an epoch; the first so many sequences of the plan.
+        sources: corpora of one seq_len, all with caches or all without.
         seed: of the visiting order.
         global_batch_size: sequences per step over all ranks.
         micro_batch_size: sequences per batch.
         data_rank: this rank's place among `data_size`.
         data_size: data-parallel ranks.
         device: where the tensors go.
+        context_rank: this rank's place among `context_size`.
+        context_size: ranks that share each sequence; see `context_spans`.
+
+    Attributes:
+        seq_len: L.
+        positions: int64[P], the places in the sequence that this rank's columns hold (its position ids).
+        has_targets: whether there are caches.
     """
 
     def __init__(
         self,
-        plan: SequenceSource,
-        cache: TargetSource | None,
+        sources: Sequence[BatchSource],
         *,
-        num_sequences: int,
         seed: int,
         global_batch_size: int,
         micro_batch_size: int,
         data_rank: int,
         data_size: int,
         device: torch.device,
+        context_rank: int = 0,
+        context_size: int = 1,
     ) -> None:
-        self.plan = plan
-        self.cache = cache
-        self.order = VisitOrder(num_sequences, seed=seed)
+        self.sources = tuple(sources)
+        (self.seq_len,) = {source.plan.seq_len for source in self.sources}
+        (without_targets,) = {source.cache is None for source in self.sources}
+        self.has_targets = not without_targets
+        self.order = BlendOrder(
+            [source.num_sequences for source in self.sources],
+            [source.weight for source in self.sources],
+            seed=seed,
+        )
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
         self.data_rank = data_rank
         self.data_size = data_size
         self.device = device
+        self._spans = context_spans(self.seq_len, context_rank, context_size)
+        self.positions = np.concatenate([np.arange(*span, dtype=np.int64) for span in self._spans])
 
     @property
     def num_micro_batches(self) -> int:
         """Micro-batches of this rank per step."""
         return self.global_batch_size // (self.micro_batch_size * self.data_size)
 
-    def sequences(self, step: int, micro_batch: int) -> npt.NDArray[np.int64]:
-        """Sequence numbers, int64[B], of one micro-batch of this rank."""
+    def sequences(
+        self, step: int, micro_batch: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Source and sequence numbers, int64[B] each, of one micro-batch of this rank."""
         first = step * self.global_batch_size
         first += (micro_batch * self.data_size + self.data_rank) * self.micro_batch_size
         return self.order[np.arange(first, first + self.micro_batch_size, dtype=np.int64)]
 
     def step_batches(self, step: int, *, with_targets: bool) -> list[TokenBatch]:
         """This rank's micro-batches of one step; targets are read only where the loss is computed."""
-        return [
-            self._batch(self.sequences(step, number), with_targets)
+        return [batch.to(self.device) for batch in self.host_batches(step, with_targets)]
+
+    def host_batches(self, step: int, with_targets: bool) -> list[HostBatch]:
+        """The same before they go to the device; pinned when that is a GPU."""
+        batches = [
+            self._batch(*self.sequences(step, number), with_targets)
             for number in range(self.num_micro_batches)
         ]
+        return [batch.pinned() for batch in batches] if self.device.type == "cuda" else batches
 
-    def _batch(self, sequences: npt.NDArray[np.int64], with_targets: bool) -> TokenBatch:
-        tokens, labels = self.plan.read(sequences)
-        targets = None
-        if self.cache is not None and with_targets:
-            padded = pad_targets(
-                [self.cache.read(int(s), t) for s, t in zip(sequences, tokens, strict=True)]
-            )
-            targets = SparseTargets(
-                ids=padded.ids.to(self.device), probs=padded.probs.to(self.device)
-            )
-        return TokenBatch(
-            tokens=torch.from_numpy(tokens.astype(np.int64)).to(self.device),
-            labels=torch.from_numpy(labels.astype(np.int64)).to(self.device),
-            targets=targets,
+    def _batch(
+        self,
+        sources: npt.NDArray[np.int64],
+        sequences: npt.NDArray[np.int64],
+        with_targets: bool,
+    ) -> HostBatch:
+        shape = (len(sequences), self.seq_len)
+        tokens, labels = np.empty(shape, np.int32), np.empty(shape, np.int32)
+        for number in np.unique(sources):
+            rows = sources == number
+            tokens[rows], labels[rows] = self.sources[number].plan.read(sequences[rows])
+        parts = []
+        if with_targets and self.has_targets:
+            for number, sequence, row in zip(sources, sequences.tolist(), tokens, strict=True):
+                cache = self.sources[number].cache
+                assert cache is not None
+                parts += [cache.read(sequence, row, *span) for span in self._spans]
+        ids = probs = None
+        if parts:
+            ids, probs = map(torch.from_numpy, pad_targets(parts, rows=len(sequences)))
+        return HostBatch(
+            tokens=torch.from_numpy(tokens[:, self.positions]),
+            labels=torch.from_numpy(labels[:, self.positions]),
+            target_ids=ids,
+            target_probs=probs,
         )

@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
 from distill_pretrain.config import Section
+
+
+class BlendSource(Section):
+    """One more corpus to train on, with the cache that belongs to it."""
+
+    tokens: Path
+    """Prefix of the corpus: PREFIX.bin and PREFIX.idx; same tokenizer as data.tokens."""
+    cache: str | None = None
+    """Its sparse-logit cache: a folder, or a URL; needed when objective.kd_weight > 0."""
+    weight: float = Field(gt=0)
+    """Its share of the sequences is weight / (data.weight + the weights of the blend)."""
+    num_sequences: int | None = Field(default=None, ge=1)
+    """Use only the first so many sequences of its plan; null uses all."""
+    seed: int | None = Field(default=None, ge=0)
+    """Seed of the document order in its sequence plan; null takes data.seed."""
 
 
 class DataConfig(Section):
@@ -24,5 +40,30 @@ class DataConfig(Section):
     """Seed of the document order in the sequence plan."""
     num_sequences: int | None = Field(default=None, ge=1)
     """Use only the first so many sequences of the plan; null uses all."""
-    cache: Path | None = None
-    """Sparse-logit cache to train from; null trains on the text alone."""
+    cache: str | None = None
+    """Sparse-logit cache to train from, a folder or a URL such as s3://bucket/cache; null trains on the text alone."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share of this corpus among those of data.blend (any unit; only the ratios count)."""
+    blend: tuple[BlendSource, ...] = ()
+    """More corpora to train on (train): a list of {tokens, cache, weight, num_sequences, seed}."""
+    prefetch_steps: int = Field(default=2, ge=0)
+    """Steps that a background thread reads and decodes ahead of training; 0 reads when they are needed."""
+    canary: Literal["refuse", "warn"] = "refuse"
+    """What `train` does when a cache's targets do not fit the text (shifted, or from a teacher that ignores it)."""
+
+    @property
+    def sources(self) -> tuple[DataConfig, ...]:
+        """Every corpus of the blend as a section of its own, this one first."""
+        alone = self.model_copy(update={"blend": ()})
+        return (
+            alone,
+            *(
+                alone.model_copy(
+                    update={
+                        **source.model_dump(),
+                        "seed": self.seed if source.seed is None else source.seed,
+                    }
+                )
+                for source in self.blend
+            ),
+        )

@@ -1,10 +1,12 @@
-"""From the recipe's `data` section to a sequence plan, a vocabulary and a cache that fit each other."""
+"""From the recipe's `data` section to sequence plans, a vocabulary and caches that fit each other."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from distill_pretrain.data.batches import BatchSource
 from distill_pretrain.data.config import DataConfig
 from distill_pretrain.dist.process import on_first_rank
 from distill_pretrain.errors import ConfigError, TokenDataError, TokenizerMismatch
@@ -31,6 +33,40 @@ class SequenceData:
     vocab_size: int
     tokenizer_sha256: str | None
     num_sequences: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSource:
+    """One corpus of the run.
+
+    Attributes:
+        config: its recipe section.
+        sequences: the corpus.
+        cache: its targets, or None where the loss needs none.
+    """
+
+    config: DataConfig
+    sequences: SequenceData
+    cache: CacheReader | None
+
+    @property
+    def for_batches(self) -> BatchSource:
+        """What the batches need of it."""
+        return BatchSource(
+            plan=self.sequences.plan,
+            cache=self.cache,
+            num_sequences=self.sequences.num_sequences,
+            weight=self.config.weight,
+        )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Which sequences and targets these are."""
+        return {
+            "sequence_plan_id": self.sequences.plan.plan_id,
+            "num_sequences": self.sequences.num_sequences,
+            "cache_manifest_sha256": self.cache.manifest_sha256 if self.cache else None,
+        }
 
 
 def open_sequences(data: DataConfig, prefix: Path | None = None) -> SequenceData:
@@ -81,9 +117,86 @@ def open_sequences(data: DataConfig, prefix: Path | None = None) -> SequenceData
     )
 
 
-def open_cache(folder: Path, data: SequenceData) -> CacheReader:
-    """Open a finished cache and check that it was made from these sequences and covers them."""
-    cache = CacheReader.open(folder)
+def open_blend(data: DataConfig) -> list[SequenceData]:
+    """Open data.tokens and every corpus of data.blend, as `open_sequences` does, and check that they fit together.
+
+    Raises:
+        TokenizerMismatch: they differ in vocabulary or tokenizer.
+    """
+    opened = [open_sequences(source) for source in data.sources]
+    first = opened[0]
+    for config, other in zip(data.sources, opened, strict=True):
+        if other.vocab_size != first.vocab_size:
+            raise TokenizerMismatch(
+                "the corpora of the blend differ in vocabulary",
+                where=f"data.blend, {config.tokens}",
+                found=other.vocab_size,
+                expected=f"{first.vocab_size}, that of {data.tokens}",
+                remedy="tokenise both with the same tokenizer",
+            )
+        digests = (first.tokenizer_sha256, other.tokenizer_sha256)
+        if None not in digests and digests[0] != digests[1]:
+            raise TokenizerMismatch(
+                "the corpora of the blend were made with different tokenizers",
+                where=f"data.blend, {config.tokens}",
+                found=f"tokenizer {str(digests[1])[:12]}",
+                expected=f"{str(digests[0])[:12]}, that of {data.tokens}",
+                remedy="tokenise both with the same tokenizer",
+            )
+    return opened
+
+
+def open_sources(data: DataConfig, *, kd_weight: float) -> list[TrainingSource]:
+    """Open every corpus of the recipe, and its cache where the loss needs one."""
+    needs_cache = kd_weight > 0
+    return [
+        TrainingSource(
+            config=config,
+            sequences=sequences,
+            cache=open_cache(config.cache, sequences) if needs_cache and config.cache else None,
+        )
+        for config, sequences in zip(data.sources, open_blend(data), strict=True)
+    ]
+
+
+def require_caches(data: DataConfig, kd_weight: float) -> None:
+    """Raise ConfigError where the loss needs caches and not every corpus names one."""
+    missing = [source.tokens for source in data.sources if source.cache is None]
+    if kd_weight > 0 and missing:
+        raise ConfigError(
+            "the objective needs a cache for every corpus",
+            where="data.cache" if data.cache is None else "data.blend",
+            found=f"objective.kd_weight = {kd_weight}, no cache for {', '.join(map(str, missing))}",
+            expected="the folder of a finished capture",
+            remedy="run `distill-pretrain capture` and set `cache` beside `tokens`, or set objective.kd_weight=0",
+        )
+
+
+def require_one_source(data: DataConfig, verb: str, output_key: str) -> None:
+    """Raise ConfigError, saying what to run instead, where a verb that works on one corpus is given a blend."""
+    if not data.blend:
+        return
+    runs = [
+        f"{verb} RECIPE.yaml data.blend=[] data.tokens={source.tokens} data.seed={source.seed} "
+        f"data.num_sequences={source.num_sequences or 'null'} {output_key}={source.cache or 'FOLDER'}"
+        for source in data.sources
+    ]
+    raise ConfigError(
+        f"`{verb}` works on one corpus, and the recipe names a blend",
+        where="data.blend",
+        found=f"{len(runs)} corpora",
+        remedy="run it once for each:\n" + "\n".join(f"  distill-pretrain {run}" for run in runs),
+    )
+
+
+def open_cache(location: str | Path, data: SequenceData) -> CacheReader:
+    """Open a finished cache and check that it was made from these sequences and covers them.
+
+    Args:
+        location: a folder, or a URL.
+        data: the sequences.
+    """
+    cache = CacheReader.open(location)
     require_made_from(cache, data, num_sequences=data.num_sequences)
     return cache
 

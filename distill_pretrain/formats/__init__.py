@@ -5,7 +5,7 @@ from distill_pretrain.formats.cache_plan import CachePlan
 from distill_pretrain.formats.cache_reader import CacheReader
 from distill_pretrain.formats.cache_verify import VerifyResult, verify_cache
 from distill_pretrain.formats.cache_writer import CacheWriter, ShardWriter
-from distill_pretrain.formats.raw_codec import codec_of_sampler
+from distill_pretrain.formats.codecs import codec_number
 from distill_pretrain.formats.sequence_plan import SequenceOutOfRange, SequencePlan
 from distill_pretrain.formats.token_index import TokenFingerprint, TokenIndex
 from distill_pretrain.formats.token_writer import TokenIndexWriter
@@ -24,7 +24,7 @@ __all__ = [
     "TokensRecord",
     "VerifyResult",
     "canonical_json",
-    "codec_of_sampler",
+    "codec_number",
     "publish_bytes",
     "sha256_file",
     "verify_cache",

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+import time
 from pathlib import Path
 
 _CHUNK_BYTES = 1 << 20
@@ -62,6 +63,16 @@ def publish_bytes_once(path: Path, data: bytes) -> bool:
         temporary.unlink(missing_ok=True)
     fsync_path(path.parent)
     return True
+
+
+def discard_stale_temporaries(folder: Path, *, min_age_s: float = 3600.0) -> None:
+    """Delete what killed processes left of `publish_bytes`; files younger than that may be in use."""
+    for path in folder.glob(".*.tmp"):
+        try:
+            if time.time() - path.stat().st_mtime > min_age_s:
+                path.unlink()
+        except FileNotFoundError:
+            continue
 
 
 def sha256_file(path: Path) -> str:

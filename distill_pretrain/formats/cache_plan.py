@@ -1,17 +1,18 @@
-"""plan.json: everything that decides what a cache holds. Its sha256 is the cache's plan id."""
+"""plan.json: everything that decides what a cache holds but its extent. Its sha256 is the plan id."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+import re
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
 from distill_pretrain.contracts import TargetKind
 from distill_pretrain.errors import CacheCorrupt, CacheError
 from distill_pretrain.formats.atomic import canonical_json
-from distill_pretrain.formats.raw_codec import CODEC_KINDS, RawCodec, codec_of_sampler
+from distill_pretrain.formats.codecs import CODECS, codec_number
 
 FORMAT_NAME = "distill-pretrain-cache"
 FORMAT_VERSION = 1
@@ -37,13 +38,16 @@ class CachePlan:
         tokenizer_sha256: of the tokenizer, or None when the corpus came without one.
         vocab_size: V, 2 to 2**20.
         seq_len: positions per sequence.
-        num_sequences: the first so many sequences of the sequence plan.
+        num_sequences: the first so many sequences of the sequence plan. The extent of a cache can
+            grow, so it is no part of plan.json, of the plan id or of what a shard's bytes say.
         sampler: {"name", "num_draws", "temperature": 1.0, "seed", "rng"}.
         teacher: the engine's identity (JSON-able).
         micro_batch_size: sequences per teacher forward pass.
         block_tokens: most positions per block, at most 65536.
         shard_sequences: sequences per shard file.
-        codec: 1 (raw counts) or 2 (raw log-probabilities).
+        codec: number of the block codec, see `formats.codecs`.
+        codec_sha256: of the codec's tables; None for a codec without tables, and in a plan whose
+            tables have not been made yet.
         software: package -> version.
     """
 
@@ -59,6 +63,7 @@ class CachePlan:
     block_tokens: int
     shard_sequences: int
     codec: int
+    codec_sha256: str | None = None
     software: dict[str, str]
 
     def __post_init__(self) -> None:
@@ -79,12 +84,17 @@ class CachePlan:
     @property
     def kind(self) -> TargetKind:
         """What an entry's value is."""
-        return CODEC_KINDS[self.codec]
+        return CODECS[self.codec].kind
 
-    @cached_property
-    def raw_codec(self) -> RawCodec:
-        """The block codec."""
-        return RawCodec(kind=self.kind, num_draws=self.num_draws, vocab_size=self.vocab_size)
+    @property
+    def has_tables(self) -> bool:
+        """Whether the codec needs tables made from a pilot."""
+        return CODECS[self.codec].name == "hc"
+
+    @property
+    def max_entries_per_token(self) -> int:
+        """Most entries of a position: min(N, V)."""
+        return min(self.num_draws, self.vocab_size)
 
     @cached_property
     def plan_id(self) -> str:
@@ -96,7 +106,7 @@ class CachePlan:
         """Shard files of the whole cache."""
         return -(-self.num_sequences // self.shard_sequences)
 
-    @property
+    @cached_property
     def blocks_per_sequence(self) -> int:
         """Blocks of one sequence; the last may be shorter than `block_tokens`."""
         return -(-self.seq_len // self.block_tokens)
@@ -114,44 +124,70 @@ class CachePlan:
     def block_place(self, shard: int, block: int) -> tuple[int, int, int]:
         """(sequence, offset of the first position, positions) of a shard's block."""
         row, part = divmod(block, self.blocks_per_sequence)
-        offset = part * self.block_tokens
-        size = min(self.block_tokens, self.seq_len - offset)
-        return self.shard_range(shard)[0] + row, offset, size
+        first = self.shard_range(shard)[0]
+        return first + row, part * self.block_tokens, self.block_size(block)
+
+    def block_size(self, block: int) -> int:
+        """Positions of a shard's block."""
+        part = block % self.blocks_per_sequence
+        return min(self.block_tokens, self.seq_len - part * self.block_tokens)
 
     def to_json_bytes(self) -> bytes:
         """Canonical JSON: the contents of plan.json."""
-        return canonical_json({"format": FORMAT_NAME, "version": FORMAT_VERSION, **asdict(self)})
+        values = {"format": FORMAT_NAME, "version": FORMAT_VERSION, **asdict(self)}
+        del values["num_sequences"]
+        return canonical_json(values)
 
     @classmethod
-    def from_json_bytes(cls, data: bytes) -> CachePlan:
+    def from_json_bytes(cls, data: bytes, *, num_sequences: int) -> CachePlan:
         """Parse plan.json.
+
+        Args:
+            data: its bytes.
+            num_sequences: extent of the cache, from its manifest or extent.json.
 
         Raises:
             CacheCorrupt: no JSON, not canonical, another version, or an invalid field.
         """
         try:
             values = json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _bad_plan(f"no valid JSON ({error})") from None
         if not isinstance(values, dict) or values.pop("format", None) != FORMAT_NAME:
             raise _bad_plan("not the plan of a cache")
         version = values.pop("version", None)
         if version != FORMAT_VERSION:
             raise _bad_plan(f"format version {version!r}, this program reads {FORMAT_VERSION}")
-        names = {field.name for field in fields(cls)}
+        names = {field.name for field in fields(cls)} - {"num_sequences"}
         if set(values) != names:
             raise _bad_plan(f"fields {sorted(set(values) ^ names)} are missing or unknown")
         try:
-            plan = cls(**values)
+            plan = cls(**values, num_sequences=num_sequences)
         except CacheError as error:
             raise _bad_plan(str(error)) from None
+        if plan.has_tables and plan.codec_sha256 is None:
+            raise _bad_plan("no codec_sha256, though the codec has tables")
         if plan.to_json_bytes() != data:
             raise _bad_plan("the bytes are not the canonical form")
         return plan
 
+    def with_tables(self, codec_sha256: str) -> CachePlan:
+        """The same plan with the codec's tables named."""
+        return replace(self, codec_sha256=codec_sha256)
+
+    def with_extent(self, num_sequences: int) -> CachePlan:
+        """The same contents for another number of sequences (CacheError if that is impossible)."""
+        return replace(self, num_sequences=num_sequences)
+
     def differences(self, other: CachePlan) -> list[str]:
-        """One line per field in which `self` (found) differs from `other` (expected)."""
-        return _differences("", asdict(self), asdict(other))
+        """One line per field of plan.json in which `self` (found) differs from `other` (expected)."""
+        return _differences("", asdict(self), asdict(other.with_extent(self.num_sequences)))
+
+    def joining(self, stored: CachePlan) -> CachePlan:
+        """This plan with the tables of the cache it joins, if it has none of its own."""
+        if self.codec_sha256 is None and self.codec == stored.codec:
+            return replace(self, codec_sha256=stored.codec_sha256)
+        return self
 
 
 def _differences(prefix: str, found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
@@ -196,11 +232,20 @@ def _problems(plan: CachePlan) -> list[str]:
         problems.append(f"sampler.num_draws is {plan.sampler['num_draws']}, expected 1 to 1024")
     if plan.sampler["temperature"] != 1.0:
         problems.append(f"sampler.temperature is {plan.sampler['temperature']}, expected 1.0")
-    expected_codec = codec_of_sampler(plan.sampler["name"])
-    if not _is_int(plan.codec) or plan.codec != expected_codec:
-        name = plan.sampler["name"]
-        problems.append(f"codec is {plan.codec!r}, expected {expected_codec} for sampler {name!r}")
+    sampler = plan.sampler["name"]
+    possible = [codec_number(name, sampler) for name in ("raw", "hc")]
+    if not _is_int(plan.codec) or plan.codec not in possible:
+        problems.append(f"codec is {plan.codec!r}, expected {possible} for sampler {sampler!r}")
+        return problems
+    digest = plan.codec_sha256
+    if digest is not None and not (plan.has_tables and is_sha256(digest)):
+        problems.append(f"codec_sha256 is {digest!r}")
     return problems
+
+
+def is_sha256(value: object) -> bool:
+    """Whether a value is a lower-case hex sha256; digests become parts of file names."""
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def _bad_plan(found: str) -> CacheCorrupt:

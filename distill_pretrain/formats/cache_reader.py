@@ -13,78 +13,93 @@ import numpy.typing as npt
 from distill_pretrain.contracts import RaggedTargets
 from distill_pretrain.errors import CacheCorrupt, CacheIncomplete, CacheMismatch
 from distill_pretrain.formats.cache_plan import CachePlan
-from distill_pretrain.formats.cache_writer import MANIFEST_NAME, PLAN_NAME, sequence_ranges
 from distill_pretrain.formats.closing import Closing
-from distill_pretrain.formats.manifest import Manifest
-from distill_pretrain.formats.shard import (
-    ShardFile,
-    block_where,
-    decode_frame,
+from distill_pretrain.formats.codec_files import CodecFiles
+from distill_pretrain.formats.manifest import Manifest, extent_from
+from distill_pretrain.formats.names import (
+    EXTENT_NAME,
+    MANIFEST_NAME,
+    PLAN_NAME,
+    missing_ranges,
+    ranges_text,
+    record_name,
+    sequence_ranges,
     shard_name,
-    token_hash,
+    shards_in,
 )
+from distill_pretrain.formats.shard import ShardFile, ShardSpec, token_hash
+from distill_pretrain.formats.storage import Storage, open_storage
 
 
 class CacheReader(Closing):
     """A finished cache; not for use by several threads at once.
 
     Attributes:
-        folder: of the cache.
+        location: folder or URL of the cache.
         plan: what it holds.
         manifest: its shards.
         manifest_sha256: hex digest of manifest.json, the cache's identity.
     """
 
-    def __init__(self, folder: Path, plan: CachePlan, manifest: Manifest, max_open: int) -> None:
+    def __init__(self, storage: Storage, manifest: Manifest, max_open: int) -> None:
         """Use `CacheReader.open`."""
-        self.folder = folder
-        self.plan = plan
+        self.location = storage.location
+        self.plan = manifest.plan
         self.manifest = manifest
         self.manifest_sha256 = hashlib.sha256(manifest.to_json_bytes()).hexdigest()
+        self._storage = storage
+        self._codecs = CodecFiles(storage, self.plan)
         self._max_open = max_open
         self._open: OrderedDict[int, ShardFile] = OrderedDict()
 
     @classmethod
-    def open(cls, folder: Path, *, max_open: int = 16) -> CacheReader:
+    def open(cls, location: str | Path, *, max_open: int = 256) -> CacheReader:
         """Open a cache.
 
         Args:
-            folder: of the cache.
+            location: its folder, or a URL that fsspec reads (s3://bucket/cache).
             max_open: most shard files kept open.
 
         Raises:
             CacheIncomplete: no plan, no manifest, or a shard file is missing; names the sequences.
-            CacheCorrupt: plan, manifest or the size of a shard is wrong.
+            CacheCorrupt: plan, manifest, codec tables or the size of a shard is wrong.
+            CacheError: the store cannot be read.
         """
-        folder = Path(folder)
-        plan = load_plan(folder)
+        storage = open_storage(location)
+        plan = load_plan(storage)
+        sizes = storage.sizes()
         try:
-            data = (folder / MANIFEST_NAME).read_bytes()
+            data = storage.read(MANIFEST_NAME)
         except FileNotFoundError:
-            raise _unfinished(folder, plan) from None
+            raise _unfinished(storage.location, plan, sizes) from None
         manifest = Manifest.from_json_bytes(data, plan)
-        missing = []
+        plan, missing = manifest.plan, []
         for record in manifest.shards:
-            path = folder / shard_name(record.shard)
-            if not path.exists():
+            name = shard_name(plan, record.shard)
+            if name not in sizes:
                 missing.append(record.shard)
-            elif path.stat().st_size != record.size:
+            elif sizes[name] != record.size:
                 raise CacheCorrupt(
                     "a shard has the wrong size",
-                    where=f"{path}, sequences {sequence_ranges(plan, [record.shard])}",
-                    found=f"{path.stat().st_size} bytes",
+                    where=f"{storage.location}/{name}, "
+                    f"sequences {sequence_ranges(plan, [record.shard])}",
+                    found=f"{sizes[name]} bytes",
                     expected=f"{record.size} bytes",
                     remedy="copy the shard again, or recapture its sequences",
                 )
         if missing:
+            names = [shard_name(plan, shard) for shard in missing[:4]]
             raise CacheIncomplete(
                 "shard files of the cache are missing",
-                where=folder,
-                found=f"no {', '.join(map(shard_name, missing[:4]))}"
+                where=storage.location,
+                found=f"no {', '.join(names)}"
                 f"{' ...' if len(missing) > 4 else ''}: sequences {sequence_ranges(plan, missing)}",
                 remedy="copy the files again, or run `distill-pretrain capture` again",
             )
-        return cls(folder, plan, manifest, max_open)
+        reader = cls(storage, manifest, max_open)
+        for sha256 in {record.codec_sha256 for record in manifest.shards}:
+            reader._codecs.get(sha256)
+        return reader
 
     def check_matches(
         self,
@@ -146,58 +161,68 @@ class CacheReader(Closing):
         if lines:
             raise CacheMismatch(
                 "the cache was made from something else than this run uses",
-                where=self.folder,
+                where=self.location,
                 found="\n  " + "\n  ".join(lines) + "\n",
                 remedy="as listed, or set data.cache to another cache",
             )
 
-    def read(self, sequence: int, tokens: npt.NDArray[np.int32]) -> RaggedTargets:
+    def read(
+        self,
+        sequence: int,
+        tokens: npt.NDArray[np.int32],
+        start: int = 0,
+        stop: int | None = None,
+    ) -> RaggedTargets:
         """Targets of one sequence, if its tokens are those the teacher saw.
+
+        Only the blocks that overlap the positions asked for are read and checked.
 
         Args:
             sequence: number in the plan.
             tokens: int32[L] inputs of that sequence.
+            start: first position wanted.
+            stop: one after the last; None for L.
 
         Returns:
-            Targets of L positions.
+            Targets of the positions from `start` to `stop`.
 
         Raises:
             CacheMismatch: the tokens of a block differ; names shard, block and sequence.
             CacheCorrupt: bytes of the block are damaged.
         """
         plan = self.plan
+        stop = plan.seq_len if stop is None else stop
         if not 0 <= sequence < plan.num_sequences:
             raise CacheMismatch(
                 "no such sequence in the cache",
-                where=self.folder,
+                where=self.location,
                 found=sequence,
                 expected=f"0 to {plan.num_sequences - 1}",
                 remedy="lower data.num_sequences, or capture more sequences",
             )
         assert tokens.shape == (plan.seq_len,), (tokens.shape, plan.seq_len)
+        assert 0 <= start < stop <= plan.seq_len, (start, stop)
         shard, row = divmod(sequence, plan.shard_sequences)
-        first = row * plan.blocks_per_sequence
+        first_part, last_part = start // plan.block_tokens, (stop - 1) // plan.block_tokens
+        first = row * plan.blocks_per_sequence + first_part
+        file = self._shard(shard)
         parts = []
-        for block, frame in enumerate(
-            self._shard(shard).frames(first, plan.blocks_per_sequence), start=first
-        ):
-            _, offset, size = plan.block_place(shard, block)
+        offset = first_part * plan.block_tokens
+        for block, frame in enumerate(file.frames(first, last_part - first_part + 1), start=first):
+            size = frame.num_tokens
             if token_hash(tokens[offset : offset + size]) != frame.token_hash:
                 raise CacheMismatch(
                     "the tokens differ from those the teacher saw",
-                    where=block_where(plan, shard, block),
+                    where=file.spec.where(block),
                     remedy="set data.tokens to the corpus of the capture, or recapture",
                 )
-            parts.append(decode_frame(frame, plan, shard, block))
-        if len(parts) == 1:
-            return parts[0]
-        return RaggedTargets(
-            kind=plan.kind,
-            num_draws=plan.num_draws,
-            entries_per_token=np.concatenate([part.entries_per_token for part in parts]),
-            ids=np.concatenate([part.ids for part in parts]),
-            values=np.concatenate([part.values for part in parts]),
-        )
+            parts.append(file.spec.decode(frame, block))
+            offset += size
+        joined = parts[0] if len(parts) == 1 else concatenate_targets(parts)
+        begin = first_part * plan.block_tokens
+        if (start, stop) == (begin, begin + len(joined.entries_per_token)):
+            return joined
+        return _slice_targets(joined, start - begin, stop - begin)
 
     def close(self) -> None:
         """Close every shard file."""
@@ -208,53 +233,92 @@ class CacheReader(Closing):
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
+        name = shard_name(self.plan, shard)
+        codec = self._codecs.get(self.manifest.shards[shard].codec_sha256)
         try:
-            file = ShardFile(self.folder / shard_name(shard), self.plan, shard)
+            data = self._storage.open(name)
         except FileNotFoundError:
             raise CacheIncomplete(
                 "a shard file vanished after the cache was opened",
-                where=f"{shard_name(shard)}, sequences {sequence_ranges(self.plan, [shard])}",
+                where=f"{name}, sequences {sequence_ranges(self.plan, [shard])}",
                 remedy="copy the file again, or run `distill-pretrain capture` again",
             ) from None
+        spec = ShardSpec(self.plan, shard, codec)
+        file = ShardFile(data, spec, f"{self.location}/{name}")
         self._open[shard] = file
         if len(self._open) > self._max_open:
             self._open.popitem(last=False)[1].close()
         return file
 
 
-def load_plan(folder: Path) -> CachePlan:
-    """The plan of a cache folder.
+def concatenate_targets(parts: list[RaggedTargets]) -> RaggedTargets:
+    """Targets of consecutive positions as one."""
+    return RaggedTargets(
+        kind=parts[0].kind,
+        num_draws=parts[0].num_draws,
+        entries_per_token=np.concatenate([part.entries_per_token for part in parts]),
+        ids=np.concatenate([part.ids for part in parts]),
+        values=np.concatenate([part.values for part in parts]),
+    )
+
+
+def _slice_targets(targets: RaggedTargets, start: int, stop: int) -> RaggedTargets:
+    lengths = targets.entries_per_token
+    first = int(lengths[:start].sum(dtype=np.int64))
+    last = first + int(lengths[start:stop].sum(dtype=np.int64))
+    return RaggedTargets(
+        kind=targets.kind,
+        num_draws=targets.num_draws,
+        entries_per_token=lengths[start:stop],
+        ids=targets.ids[first:last],
+        values=targets.values[first:last],
+    )
+
+
+def load_plan(storage: Storage) -> CachePlan:
+    """The plan of a cache; its extent is that of extent.json, and 1 without one.
 
     Raises:
         CacheIncomplete: there is none.
         CacheCorrupt: it is damaged.
     """
     try:
-        data = (folder / PLAN_NAME).read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
+        data = storage.read(PLAN_NAME)
+    except FileNotFoundError:
         raise CacheIncomplete(
             "no cache here",
-            where=folder,
+            where=storage.location,
             found=f"no {PLAN_NAME}",
             remedy="run `distill-pretrain capture`, or correct data.cache",
         ) from None
-    return CachePlan.from_json_bytes(data)
+    try:
+        extent = extent_from(storage.read(EXTENT_NAME))
+    except FileNotFoundError:
+        extent = None
+    return CachePlan.from_json_bytes(data, num_sequences=extent or 1)
 
 
-def _unfinished(folder: Path, plan: CachePlan) -> CacheIncomplete:
-    missing = [
-        shard
-        for shard in range(plan.num_shards)
-        if not (folder / (shard_name(shard)[:-4] + ".json")).exists()
-    ]
+def load_plan_of_extent(storage: Storage) -> CachePlan:
+    """As `load_plan`, with the manifest's extent where that is larger or the only one."""
+    plan = load_plan(storage)
+    try:
+        finished = Manifest.from_json_bytes(storage.read(MANIFEST_NAME), plan).plan
+    except (FileNotFoundError, CacheCorrupt):
+        return plan
+    return finished if finished.num_sequences >= plan.num_sequences else plan
+
+
+def _unfinished(location: str, plan: CachePlan, sizes: dict[str, int]) -> CacheIncomplete:
+    done = [shard for shard in shards_in(plan, sizes) if record_name(plan, shard) in sizes]
+    missing = missing_ranges(plan, done)
     if missing:
-        found = f"{len(missing)} of {plan.num_shards} shards missing: sequences "
-        found += sequence_ranges(plan, missing)
+        found = f"{plan.num_shards - len(done)} of {plan.num_shards} shards missing: sequences "
+        found += ranges_text(missing)
     else:
         found = f"every shard, but no {MANIFEST_NAME}"
     return CacheIncomplete(
         "the cache is not finished",
-        where=folder,
+        where=location,
         found=found,
         remedy="run `distill-pretrain capture` again; finished shards are kept",
     )

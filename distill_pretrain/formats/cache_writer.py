@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,38 +20,47 @@ import numpy.typing as npt
 from distill_pretrain.contracts import RaggedTargets
 from distill_pretrain.errors import CacheCorrupt, CacheError, CacheIncomplete, CacheMismatch
 from distill_pretrain.formats.atomic import (
+    discard_stale_temporaries,
     fsync_path,
     publish_bytes,
     publish_bytes_once,
-    sha256_fd,
     write_all,
 )
 from distill_pretrain.formats.cache_plan import CachePlan
 from distill_pretrain.formats.closing import Closing
-from distill_pretrain.formats.manifest import Manifest, ShardRecord
+from distill_pretrain.formats.codec_files import CodecFiles, tables_name
+from distill_pretrain.formats.hc_tables import HcTables
+from distill_pretrain.formats.manifest import Manifest, ShardRecord, extent_bytes, extent_from
+from distill_pretrain.formats.names import (
+    EXTENT_NAME,
+    MANIFEST_NAME,
+    PLAN_NAME,
+    record_name,
+    sequence_ranges,
+    shard_name,
+)
 from distill_pretrain.formats.shard import (
     FRAME_HEAD_BYTES,
     HEADER_BYTES,
     INDEX_DTYPE,
     ShardFile,
-    claimed_length,
+    ShardSpec,
     closing_bytes,
-    decode_frame,
-    frame_bytes,
-    header_bytes,
-    parse_frame,
-    read_exactly,
-    shard_name,
     token_hash,
 )
+from distill_pretrain.formats.storage import LocalFile, open_storage, read_exactly
 
-PLAN_NAME = "plan.json"
-MANIFEST_NAME = "manifest.json"
 LabelsOf = Callable[[int], npt.NDArray[np.int32]]
+Canary = tuple[int | None, int | None]
 
 
 class CacheWriter:
-    """One process's hand in a cache folder."""
+    """One process's hand in a cache folder.
+
+    Attributes:
+        folder: of the cache.
+        plan: what it holds, the codec's tables included.
+    """
 
     def __init__(self, folder: Path, plan: CachePlan, labels_of: LabelsOf | None, sync_every: int):
         """Use `CacheWriter.create_or_resume`."""
@@ -59,6 +68,8 @@ class CacheWriter:
         self.plan = plan
         self._labels_of = labels_of
         self._sync_every = sync_every
+        self._codecs = CodecFiles(open_storage(folder), plan)
+        self._codecs.get(plan.codec_sha256)
 
     @classmethod
     def create_or_resume(
@@ -66,14 +77,19 @@ class CacheWriter:
         folder: Path,
         plan: CachePlan,
         *,
+        make_tables: Callable[[], HcTables] | None = None,
         labels_of: LabelsOf | None = None,
         sync_every: int = 64,
     ) -> CacheWriter:
         """Start a cache, or join the one in `folder` when its plan is the same.
 
+        A cache grows: a plan that differs only in `num_sequences` keeps the full shards there are.
+
         Args:
             folder: of the cache; created.
-            plan: of the cache.
+            plan: of the cache. With `codec_sha256` None and a codec that needs tables, the tables are those of
+                the folder, or those that `make_tables` makes for a new cache.
+            make_tables: called only where the folder has no plan yet.
             labels_of: sequence number -> int32[L] next tokens (-100 for none), for the canary; all
                 writers of a cache give it, or none does.
             sync_every: blocks between two fsyncs.
@@ -87,9 +103,13 @@ class CacheWriter:
         with _io_errors(path):
             folder.mkdir(parents=True, exist_ok=True)
             if not path.exists():
+                if plan.has_tables and plan.codec_sha256 is None:
+                    assert make_tables is not None, "a new cache of this codec needs tables"
+                    plan = plan.with_tables(publish_tables(folder, make_tables()))
                 publish_bytes_once(path, plan.to_json_bytes())
             stored = path.read_bytes()
-        found = CachePlan.from_json_bytes(stored)
+        found = CachePlan.from_json_bytes(stored, num_sequences=plan.num_sequences)
+        plan = plan.joining(found)
         if found != plan:
             raise CacheMismatch(
                 "the folder holds a cache made from something else",
@@ -97,17 +117,32 @@ class CacheWriter:
                 found="\n  " + "\n  ".join(found.differences(plan)) + "\n",
                 remedy="set capture.output_dir to a new folder, or undo the change of the recipe",
             )
+        with _io_errors(folder):
+            discard_stale_temporaries(folder)
+            _raise_extent(folder / EXTENT_NAME, plan.num_sequences)
         return cls(folder, plan, labels_of, sync_every)
 
     def pending(self) -> list[int]:
         """Shards that are not finished, whether or not someone is writing them."""
         return [shard for shard in range(self.plan.num_shards) if self._record(shard) is None]
 
-    def claim(self, shard: int) -> ShardWriter | None:
+    def claim(
+        self,
+        shard: int,
+        *,
+        canary: Canary | None = None,
+        choose_tables: Callable[[], HcTables | None] | None = None,
+    ) -> ShardWriter | None:
         """Ownership of a shard, or None when it is finished or a live process owns it.
 
         A finished file without its done record is verified in full and gets the record (None), or
         is set aside as `.bad` and written anew.
+
+        Args:
+            shard: number.
+            canary: `labelled` and `label_hits` of the shard's record where they are known already.
+            choose_tables: called once the shard is owned; the tables of its own to code it with, or None for the
+                plan's. It must return the same tables every time.
 
         Raises:
             CacheError: the folder cannot be written.
@@ -120,9 +155,10 @@ class CacheWriter:
                     return None
                 try:
                     # The owner before us may have finished between our two looks.
-                    unfinished = owner.is_current() and self._record(shard) is None
-                    if unfinished and not self._adopt(shard):
-                        return ShardWriter(self, shard, owner)
+                    if owner.is_current() and self._record(shard) is None:
+                        spec = self._spec(shard, choose_tables() if choose_tables else None)
+                        if not self._adopt(spec, canary):
+                            return ShardWriter(self, spec, owner, canary)
                     if owner.is_current():
                         part.unlink()
                 except BaseException:
@@ -140,6 +176,8 @@ class CacheWriter:
 
     def publish_manifest(self) -> Manifest:
         """Write manifest.json once every shard is finished; whoever does it writes the same bytes.
+
+        A manifest of more sequences than this writer's plan asks for is left as it is.
 
         Raises:
             CacheIncomplete: a shard is not finished, naming the sequences.
@@ -160,13 +198,26 @@ class CacheWriter:
         path = self.folder / MANIFEST_NAME
         data = manifest.to_json_bytes()
         with _io_errors(path):
-            if not (path.exists() and path.read_bytes() == data):
+            published = path.read_bytes() if path.exists() else b""
+            larger = self._larger_manifest(published)
+            if larger is not None:
+                return larger
+            if published != data:
                 publish_bytes(path, data)
         return manifest
 
+    def _larger_manifest(self, published: bytes) -> Manifest | None:
+        try:
+            found = Manifest.from_json_bytes(published, self.plan)
+        except CacheCorrupt:
+            return None
+        return found if found.plan.num_sequences > self.plan.num_sequences else None
+
     def _path(self, shard: int, suffix: str) -> Path:
-        name = shard_name(shard)
-        return self.folder / (name + ".part" if suffix == ".part" else name[:-4] + suffix)
+        name = shard_name(self.plan, shard)
+        if suffix == ".part":
+            return self.folder / f"{name}.part"
+        return self.folder / (name.removesuffix(".dpt") + suffix)
 
     def _record(self, shard: int) -> ShardRecord | None:
         """The done record of a finished shard whose file has the recorded size."""
@@ -178,65 +229,78 @@ class CacheWriter:
             return None
         return record if size == record.size else None
 
+    def _spec(self, shard: int, tables: HcTables | None) -> ShardSpec:
+        sha256 = self.plan.codec_sha256 if tables is None else publish_tables(self.folder, tables)
+        return ShardSpec(self.plan, shard, self._codecs.get(sha256))
+
     def _set_aside(self, shard: int) -> None:
         final = self._path(shard, ".dpt")
         if final.exists():
             os.replace(final, self._path(shard, ".bad"))
             fsync_path(self.folder)
 
-    def _adopt(self, shard: int) -> bool:
+    def _adopt(self, spec: ShardSpec, canary: Canary | None) -> bool:
         """Whether a finished file without record is sound; its record is written if so."""
-        final = self._path(shard, ".dpt")
+        final = self._path(spec.shard, ".dpt")
         if not final.exists():
             return False
         try:
-            with ShardFile(final, self.plan, shard) as file:
-                self._publish_record(shard, file.fd, file.index)
+            with ShardFile(LocalFile.open(final), spec, str(final)) as file:
+                counts = self._canary(spec, file, canary)
+                self._publish_record(spec, file.sha256(), file.size, counts)
         except CacheCorrupt:
-            self._set_aside(shard)
+            self._set_aside(spec.shard)
             return False
         return True
 
-    def _publish_record(self, shard: int, fd: int, index: npt.NDArray[np.void]) -> None:
-        """Decode every frame once more, as read back from the file, then write the done record."""
-        first, count = self.plan.shard_range(shard)
-        labelled, hits = self._canary(shard, fd, index)
+    def _publish_record(self, spec: ShardSpec, sha256: str, size: int, counts: _Counts) -> None:
+        first, count = self.plan.shard_range(spec.shard)
         record = ShardRecord(
             plan_id=self.plan.plan_id,
-            shard=shard,
+            shard=spec.shard,
             first_sequence=first,
             num_sequences=count,
-            size=os.fstat(fd).st_size,
-            sha256=sha256_fd(fd),
-            blocks=len(index),
+            size=size,
+            sha256=sha256,
+            blocks=spec.num_blocks,
             tokens=count * self.plan.seq_len,
-            entries=int(index["entries"].sum(dtype=np.int64)),
-            labelled=None if self._labels_of is None else labelled,
-            label_hits=None if self._labels_of is None else hits,
+            entries=counts.entries,
+            labelled=counts.labelled,
+            label_hits=counts.label_hits,
+            codec_sha256=spec.codec.tables_sha256,
         )
-        publish_bytes(self._path(shard, ".json"), record.to_json_bytes())
+        publish_bytes(self.folder / record_name(self.plan, spec.shard), record.to_json_bytes())
 
-    def _canary(self, shard: int, fd: int, index: npt.NDArray[np.void]) -> tuple[int, int]:
-        """(labelled positions, of those with the label among the stored ids)."""
-        labelled = hits = 0
+    def _canary(self, spec: ShardSpec, file: ShardFile, known: Canary | None) -> _Counts:
+        """Decode every block once more, as read back from the file; count what is not known."""
+        labels_of = self._labels_of if known is None else None
+        entries = labelled = hits = 0
         labels = np.empty(0, np.int32)
-        for block, row in enumerate(index):
-            data = memoryview(read_exactly(fd, int(row["length"]), int(row["offset"])))
-            targets = decode_frame(
-                parse_frame(data, self.plan, shard, block), self.plan, shard, block
-            )
-            if self._labels_of is None:
+        for block in range(spec.num_blocks):
+            targets = spec.decode(file.frames(block, 1)[0], block)
+            entries += len(targets.ids)
+            if labels_of is None:
                 continue
-            sequence, offset, size = self.plan.block_place(shard, block)
+            sequence, offset, size = self.plan.block_place(spec.shard, block)
             if offset == 0:
-                labels = self._labels_of(sequence)
+                labels = labels_of(sequence)
                 assert labels.shape == (self.plan.seq_len,), labels.shape
             wanted = labels[offset : offset + size]
             labelled += int(np.count_nonzero((wanted >= 0) & (targets.entries_per_token > 0)))
             hits += int(
                 np.count_nonzero(np.repeat(wanted, targets.entries_per_token) == targets.ids)
             )
-        return labelled, hits
+        if labels_of is None:
+            return _Counts(entries, *(known or (None, None)))
+        return _Counts(entries, labelled, hits)
+
+
+class _Counts(NamedTuple):
+    """What a done record says of a shard's targets."""
+
+    entries: int
+    labelled: int | None
+    label_hits: int | None
 
 
 class ShardWriter(Closing):
@@ -246,15 +310,20 @@ class ShardWriter(Closing):
         shard: number.
         num_blocks: blocks of the whole shard.
         next_block: the block that `append` takes next; > 0 after a resume.
+        codec: what the shard is coded with.
     """
 
-    def __init__(self, cache: CacheWriter, shard: int, owner: _Ownership) -> None:
+    def __init__(
+        self, cache: CacheWriter, spec: ShardSpec, owner: _Ownership, canary: Canary | None
+    ) -> None:
         """Use `CacheWriter.claim`."""
-        self.shard = shard
-        self.num_blocks = cache.plan.shard_blocks(shard)
+        self.shard = spec.shard
+        self.num_blocks = spec.num_blocks
         self.next_block = 0
+        self.codec = spec.codec
+        self._canary = canary
         self._cache = cache
-        self._plan = cache.plan
+        self._spec = spec
         self._owner = owner
         self._index = np.zeros(self.num_blocks, INDEX_DTYPE)
         self._end = HEADER_BYTES
@@ -263,7 +332,7 @@ class ShardWriter(Closing):
 
     def place(self, block: int) -> tuple[int, int, int]:
         """(sequence, offset of the first position, positions) of a block."""
-        return self._plan.block_place(self.shard, block)
+        return self._spec.plan.block_place(self.shard, block)
 
     def append(self, targets: RaggedTargets, tokens: npt.NDArray[np.int32]) -> None:
         """Write the next block.
@@ -275,10 +344,14 @@ class ShardWriter(Closing):
         Raises:
             CacheError: the write failed (disk full, ...); earlier blocks are kept.
         """
+        assert tokens.shape == targets.entries_per_token.shape, tokens.shape
+        self.append_hashed(targets, token_hash(tokens))
+
+    def append_hashed(self, targets: RaggedTargets, hashed: int) -> None:
+        """As `append`, for tokens of which only the `token_hash` is known."""
         block, size = self.next_block, self.place(self.next_block)[2]
-        assert tokens.shape == targets.entries_per_token.shape == (size,), (tokens.shape, size)
-        hashed = token_hash(tokens)
-        frame = frame_bytes(self._plan, block, targets, hashed)
+        assert targets.entries_per_token.shape == (size,), (targets.entries_per_token.shape, size)
+        frame = self._spec.frame_bytes(block, targets, hashed)
         try:
             with _io_errors(self._owner.path):
                 write_all(self._owner.fd, frame, self._end)
@@ -303,7 +376,29 @@ class ShardWriter(Closing):
                 self._sync()
                 os.replace(self._owner.path, final)
                 fsync_path(final.parent)
-                self._cache._publish_record(self.shard, self._owner.fd, self._index)
+                # As read back. Never closed: closing any descriptor of the file would drop the lock.
+                file = ShardFile(LocalFile(self._owner.fd), self._spec, str(final))
+                counts = self._cache._canary(self._spec, file, self._canary)
+                self._cache._publish_record(self._spec, file.sha256(), file.size, counts)
+        finally:
+            self.close()
+
+    def finish_with(self, place: Callable[[Path], None], record: ShardRecord) -> None:
+        """Finish with a file from elsewhere instead; blocks written here so far are dropped.
+
+        Args:
+            place: puts the whole file, durable, under the name it is given.
+            record: of that file.
+
+        Raises:
+            CacheError: a write failed; a later run continues.
+        """
+        final = self._cache._path(self.shard, ".dpt")
+        try:
+            with _io_errors(final):
+                place(final)
+                publish_bytes(final.with_suffix(".json"), record.to_json_bytes())
+                self._owner.path.unlink()
         finally:
             self.close()
 
@@ -331,17 +426,16 @@ class ShardWriter(Closing):
 
     def _resume(self) -> None:
         """Keep the sound frames at the start of the file, cut off the rest."""
-        fd, header = self._owner.fd, header_bytes(self._plan, self.shard)
-        if read_exactly(fd, HEADER_BYTES, 0) != header:
+        fd, spec = self._owner.fd, self._spec
+        if read_exactly(fd, HEADER_BYTES, 0) != spec.header:
             os.ftruncate(fd, 0)
-            write_all(fd, header, 0)
+            write_all(fd, spec.header, 0)
             return
         try:
             while self.next_block < self.num_blocks:
-                length = claimed_length(read_exactly(fd, FRAME_HEAD_BYTES, self._end), self._plan)
-                data = memoryview(read_exactly(fd, length, self._end))
-                frame = parse_frame(data, self._plan, self.shard, self.next_block)
-                decode_frame(frame, self._plan, self.shard, self.next_block)
+                length = spec.claimed_length(read_exactly(fd, FRAME_HEAD_BYTES, self._end))
+                frame = spec.parse(memoryview(read_exactly(fd, length, self._end)), self.next_block)
+                spec.decode(frame, self.next_block)
                 self._add(frame.length, frame.num_entries, frame.token_hash)
         except CacheCorrupt:
             pass
@@ -391,21 +485,18 @@ class _Ownership:
             self.fd = -1
 
 
-def sequence_ranges(plan: CachePlan, shards: list[int]) -> str:
-    """The sequences of some ascending shards, neighbours joined: "0 to 511, 1024 to 1535"."""
-    return ", ".join(f"{first} to {last}" for first, last in merged_ranges(plan, shards))
+def publish_tables(folder: Path, tables: HcTables) -> str:
+    """Write codec tables into a cache folder under their sha256, which is returned."""
+    path = folder / tables_name(tables.sha256)
+    if not path.exists():
+        publish_bytes(path, tables.to_bytes())
+    return tables.sha256
 
 
-def merged_ranges(plan: CachePlan, shards: list[int]) -> list[tuple[int, int]]:
-    """(first, last) sequence of every run of neighbouring shards."""
-    ranges: list[tuple[int, int]] = []
-    for shard in shards:
-        first, count = plan.shard_range(shard)
-        if ranges and ranges[-1][1] == first - 1:
-            first = ranges.pop()[0]
-            count = plan.shard_range(shard)[0] + count - first
-        ranges.append((first, first + count - 1))
-    return ranges
+def _raise_extent(path: Path, num_sequences: int) -> None:
+    known = extent_from(path.read_bytes()) if path.exists() else None
+    if known is None or known < num_sequences:
+        publish_bytes(path, extent_bytes(num_sequences))
 
 
 @contextmanager

@@ -7,9 +7,14 @@ import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from distill_pretrain.errors import CacheCorrupt
+from distill_pretrain.errors import CacheCorrupt, CacheError
 from distill_pretrain.formats.atomic import canonical_json
-from distill_pretrain.formats.cache_plan import FORMAT_NAME, FORMAT_VERSION, CachePlan
+from distill_pretrain.formats.cache_plan import (
+    FORMAT_NAME,
+    FORMAT_VERSION,
+    CachePlan,
+    is_sha256,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +33,7 @@ class ShardRecord:
         entries: stored (id, value) pairs.
         labelled: positions that have a next token and at least one entry; None if not measured.
         label_hits: of those, positions whose next token is among the stored ids.
+        codec_sha256: tables the shard is coded with; None for a codec without.
     """
 
     plan_id: str
@@ -41,6 +47,7 @@ class ShardRecord:
     entries: int
     labelled: int | None
     label_hits: int | None
+    codec_sha256: str | None
 
     def to_json_bytes(self) -> bytes:
         """Contents of the done record."""
@@ -55,7 +62,7 @@ class ShardRecord:
         """
         try:
             record = _record(json.loads(data), plan, shard)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if record is None or record.to_json_bytes() != data:
             raise CacheCorrupt(
@@ -66,9 +73,28 @@ class ShardRecord:
         return record
 
 
+def extent_bytes(num_sequences: int) -> bytes:
+    """Contents of extent.json: how many sequences the largest capture so far was asked for."""
+    return canonical_json({"num_sequences": num_sequences})
+
+
+def extent_from(data: bytes) -> int | None:
+    """Number of sequences that extent.json says; None if it is damaged."""
+    try:
+        number = json.loads(data)["num_sequences"]
+        return number if extent_bytes(number) == data and type(number) is int else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A finished cache: one record per shard, in order."""
+    """A finished cache: one record per shard, in order.
+
+    Attributes:
+        plan: what the cache holds, with the extent that the manifest states.
+        shards: their records.
+    """
 
     plan: CachePlan
     shards: tuple[ShardRecord, ...]
@@ -106,6 +132,7 @@ class Manifest:
                 "format": FORMAT_NAME,
                 "version": FORMAT_VERSION,
                 "plan_id": self.plan.plan_id,
+                "num_sequences": self.plan.num_sequences,
                 "root_sha256": self.root_sha256,
                 "totals": self.totals,
                 "shards": [asdict(record) for record in self.shards],
@@ -116,18 +143,23 @@ class Manifest:
     def from_json_bytes(cls, data: bytes, plan: CachePlan) -> Manifest:
         """Parse manifest.json.
 
+        Args:
+            data: its bytes.
+            plan: of the cache, of any extent.
+
         Raises:
             CacheCorrupt: not the canonical manifest of a cache with this plan.
         """
         try:
-            listed = json.loads(data)["shards"]
+            values = json.loads(data)
+            plan, listed = plan.with_extent(values["num_sequences"]), values["shards"]
             if len(listed) != plan.num_shards:
                 raise ValueError
             records = [_record(values, plan, shard) for shard, values in enumerate(listed)]
-        except (ValueError, TypeError, KeyError):
-            records = [None]
+        except (ValueError, TypeError, KeyError, RecursionError, CacheError):
+            listed, records = [None], [None]
         whole = tuple(record for record in records if record is not None)
-        if len(whole) == plan.num_shards:
+        if len(whole) == len(listed):
             manifest = cls(plan=plan, shards=whole)
             if manifest.to_json_bytes() == data:
                 return manifest
@@ -152,6 +184,8 @@ def _record(values: Any, plan: CachePlan, shard: int) -> ShardRecord | None:
         value = values[name]
         if kind == "str":
             sound = isinstance(value, str)
+        elif kind == "str | None":
+            sound = value is None or isinstance(value, str)
         else:
             sound = type(value) is int and value >= 0
             sound = sound or (value is None and kind == "int | None")
@@ -168,4 +202,6 @@ def _record(values: Any, plan: CachePlan, shard: int) -> ShardRecord | None:
         record.blocks,
         record.tokens,
     )
-    return record if found == implied else None
+    digest = record.codec_sha256
+    tables_sound = is_sha256(digest) if plan.has_tables else digest is None
+    return record if found == implied and tables_sound else None

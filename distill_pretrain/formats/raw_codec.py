@@ -13,21 +13,15 @@ import numpy as np
 import numpy.typing as npt
 
 from distill_pretrain.contracts import RaggedTargets, TargetKind
-from distill_pretrain.errors import CacheCorrupt, TeacherError
-
-COUNTS_CODEC = 1
-LOGPROBS_CODEC = 2
-CODEC_KINDS: dict[int, TargetKind] = {COUNTS_CODEC: "counts", LOGPROBS_CODEC: "logprobs"}
-
-LOGPROB_SCALE = 2048
-_LARGEST_LOGPROB_CODE = 65535
-# Rounding to 1/2048 moves a probability by at most 1/4096 of itself.
-_LARGEST_ROW_MASS = 1.0 + 2.0**-11
-
-
-def codec_of_sampler(sampler: str) -> int:
-    """Codec id that stores what a sampler yields."""
-    return LOGPROBS_CODEC if sampler == "topk" else COUNTS_CODEC
+from distill_pretrain.errors import CacheCorrupt
+from distill_pretrain.formats.target_checks import (
+    counts_problem,
+    logprob_codes,
+    logprobs_of_codes,
+    logprobs_problem,
+    order_problem,
+    structure_problem,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +37,11 @@ class RawCodec:
     kind: TargetKind
     num_draws: int
     vocab_size: int
+
+    @property
+    def tables_sha256(self) -> None:
+        """None: this codec has no tables."""
+        return None
 
     @cached_property
     def id_bits(self) -> int:
@@ -70,6 +69,11 @@ class RawCodec:
         """Exact payload size of a block."""
         return num_tokens * self.length_dtype.itemsize + num_entries * self.entry_bytes
 
+    def payload_bounds(self, num_tokens: int, num_entries: int) -> tuple[int, int]:
+        """Smallest and largest payload of a block: both the exact size."""
+        size = self.payload_bytes(num_tokens, num_entries)
+        return size, size
+
     def encode(self, targets: RaggedTargets) -> bytes:
         """Payload of one block.
 
@@ -80,7 +84,7 @@ class RawCodec:
         problem = self._structure_problem(targets.entries_per_token, targets.ids)
         assert problem is None and len(targets.values) == len(targets.ids), problem
         if self.kind == "counts":
-            problem = self._counts_problem(targets)
+            problem = counts_problem(targets)
             assert problem is None, problem
             codes = targets.values.astype(np.uint32) - np.uint32(1)
             entries = _to_bytes(
@@ -88,16 +92,7 @@ class RawCodec:
                 self.entry_bytes,
             )
         else:
-            problem = _logprobs_problem(targets)
-            if problem is not None:
-                raise TeacherError(
-                    "top-k log-probabilities are no distribution",
-                    found=problem,
-                    expected="values <= 0 whose probabilities add up to at most 1",
-                    remedy="check the teacher's weights and dtype",
-                )
-            scaled = np.rint(targets.values.astype(np.float64) * -LOGPROB_SCALE)
-            codes = np.minimum(scaled, _LARGEST_LOGPROB_CODE).astype(np.uint32)
+            codes = logprob_codes(targets)
             ids = _to_bytes(targets.ids.astype(np.uint32), self.entry_bytes - 2)
             entries = np.concatenate([ids, _to_bytes(codes, 2)], axis=1)
         lengths = targets.entries_per_token.astype(self.length_dtype)
@@ -133,7 +128,7 @@ class RawCodec:
             values = (words >> np.uint32(self.id_bits)).astype(np.int32) + np.int32(1)
         else:
             ids = _from_bytes(raw[:, :-2]).astype(np.int32)
-            values = _from_bytes(raw[:, -2:]).astype(np.float32) / np.float32(-LOGPROB_SCALE)
+            values = logprobs_of_codes(_from_bytes(raw[:, -2:]))
         problem = self._structure_problem(lengths, ids)
         targets = RaggedTargets(
             kind=self.kind,
@@ -143,9 +138,9 @@ class RawCodec:
             values=values,
         )
         if problem is None and self.kind == "counts":
-            problem = self._counts_problem(targets)
+            problem = counts_problem(targets)
         elif problem is None:
-            problem = _logprobs_problem(targets)
+            problem = logprobs_problem(targets)
         if problem is not None:
             raise CacheCorrupt("a block breaks the rules of the format", found=problem)
         return targets
@@ -153,51 +148,13 @@ class RawCodec:
     def _structure_problem(
         self, lengths: npt.NDArray[np.int32], ids: npt.NDArray[np.int32]
     ) -> str | None:
-        if len(lengths) and (lengths.min() < 0 or lengths.max() > self.max_entries_per_token):
-            return f"{lengths.max()} entries at one position, at most {self.max_entries_per_token}"
-        if int(lengths.sum(dtype=np.int64)) != len(ids):
-            return f"{len(ids)} entries, but the positions count {lengths.sum(dtype=np.int64)}"
-        if len(ids) == 0:
-            return None
-        if ids.min() < 0 or ids.max() >= self.vocab_size:
-            return f"token id {ids.max()} outside the vocabulary of {self.vocab_size}"
-        ascending = np.ones(len(ids) + 1, np.bool_)
-        np.greater(ids[1:], ids[:-1], out=ascending[1:-1])
-        ascending[np.cumsum(lengths)] = True
-        if not ascending.all():
-            return "token ids of a position do not ascend"
-        return None
-
-    def _counts_problem(self, targets: RaggedTargets) -> str | None:
-        values = targets.values
-        if len(values) and (values.min() < 1 or values.max() > self.num_draws):
-            return f"a count of {values.max()}, expected 1 to {self.num_draws}"
-        sums = _row_sums(targets)
-        if np.any(sums != self.num_draws):
-            return f"counts of a position add up to {sums[sums != self.num_draws][0]}"
-        return None
-
-
-def _logprobs_problem(targets: RaggedTargets) -> str | None:
-    values = targets.values
-    if not np.all(values <= 0):
-        return "a log-probability is positive or NaN"
-    probs = np.exp(values.astype(np.float64))
-    masses = _row_sums(targets, probs)
-    if np.any(masses > _LARGEST_ROW_MASS):
-        return f"probabilities of a position add up to {masses.max():.6f}"
-    return None
-
-
-def _row_sums(targets: RaggedTargets, values: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
-    """Sums over the non-empty rows."""
-    lengths = targets.entries_per_token
-    starts = (np.cumsum(lengths) - lengths)[lengths > 0]
-    summed = targets.values if values is None else values
-    if len(starts) == 0:
-        return np.zeros(0, summed.dtype)
-    sums: npt.NDArray[Any] = np.add.reduceat(summed, starts)
-    return sums
+        problem = structure_problem(
+            lengths,
+            ids,
+            max_entries_per_token=self.max_entries_per_token,
+            vocab_size=self.vocab_size,
+        )
+        return problem or order_problem(lengths, ids)
 
 
 def _to_bytes(words: npt.NDArray[np.uint32], width: int) -> npt.NDArray[np.uint8]:

@@ -9,23 +9,23 @@ Shapes: B sequences, L positions, V vocabulary.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
-import torch
-
 from distill_pretrain import __version__
-from distill_pretrain.contracts import IGNORED_LABEL, LogitsEngine
+from distill_pretrain.contracts import LogitsEngine, RaggedTargets
 from distill_pretrain.data.sources import SequenceData
-from distill_pretrain.errors import TeacherError
 from distill_pretrain.formats.cache_plan import CachePlan
 from distill_pretrain.formats.cache_writer import CacheWriter, ShardWriter
+from distill_pretrain.formats.codecs import codec_number
+from distill_pretrain.formats.hc_build import build_tables
+from distill_pretrain.formats.hc_tables import HcTables
 from distill_pretrain.formats.manifest import Manifest
-from distill_pretrain.formats.raw_codec import codec_of_sampler
-from distill_pretrain.sampling import RNG_NAME, BadLogits, sample_targets
+from distill_pretrain.sampling import RNG_NAME
 from distill_pretrain.teacher.config import CaptureConfig
+from distill_pretrain.teacher.scoring import ScoredBatch, score
 
 Progress = Callable[[int], None]
 """Called with the number of positions just written."""
@@ -62,7 +62,7 @@ def make_plan(
         micro_batch_size=capture.micro_batch_size,
         block_tokens=capture.block_tokens,
         shard_sequences=capture.shard_sequences,
-        codec=codec_of_sampler(capture.sampler),
+        codec=codec_number(capture.codec, capture.sampler),
         software=software_versions(teacher_identity["kind"]),
     )
 
@@ -117,38 +117,63 @@ def _fill_shard(
     """Score and append the blocks that are missing.
 
     Micro-batches start at fixed sequences of the shard, so a resumed shard sees the batch shapes of an unbroken
-    one: float rounding depends on them.
+    one: float rounding depends on them. Sampling, coding and writing one batch overlap the teacher's next.
     """
     first, count = plan.shard_range(shard.shard)
+    done = (
+        shard.place(shard.next_block)[0] if shard.next_block < shard.num_blocks else first + count
+    ) - first
+    starts = range(
+        done // plan.micro_batch_size * plan.micro_batch_size, count, plan.micro_batch_size
+    )
+    with ThreadPoolExecutor(1, "cache writer") as worker:
+        before: Future[None] | None = None
+        try:
+            for start in starts:
+                size = min(plan.micro_batch_size, count - start)
+                batch = score(engine, sequences, first + start, size)
+                if before is not None:
+                    before.result()
+                before = worker.submit(_append_batch, shard, plan, batch, progress)
+        finally:
+            if before is not None:
+                before.result()
+
+
+def _append_batch(
+    shard: ShardWriter, plan: CachePlan, batch: ScoredBatch, progress: Progress
+) -> None:
     while shard.next_block < shard.num_blocks:
-        sequence = shard.place(shard.next_block)[0]
-        start = first + (sequence - first) // plan.micro_batch_size * plan.micro_batch_size
-        numbers = np.arange(start, min(start + plan.micro_batch_size, first + count))
-        tokens, labels = sequences.plan.read(numbers)
-        logits = engine.logits(torch.from_numpy(tokens.astype(np.int64)).to(engine.device))
-        scored = logits.cpu().numpy()
-        while shard.next_block < shard.num_blocks:
-            sequence, offset, length = shard.place(shard.next_block)
-            if sequence > numbers[-1]:
-                break
-            row, span = sequence - start, slice(offset, offset + length)
-            positions = np.arange(length, dtype=np.uint64) + np.uint64(
-                sequence * plan.seq_len + offset
-            )
-            try:
-                targets = sample_targets(
-                    scored[row, span],
-                    positions,
-                    sampler=plan.sampler["name"],
-                    num_draws=plan.num_draws,
-                    seed=plan.sampler["seed"],
-                    valid=labels[row, span] != IGNORED_LABEL,
-                )
-            except BadLogits as error:
-                raise TeacherError(
-                    "the teacher's logits are not finite",
-                    where=f"sequence {sequence}, {error}",
-                    remedy="check the teacher's weights and dtype; finished shards are kept",
-                ) from None
-            shard.append(targets, tokens[row, span])
-            progress(length)
+        sequence, offset, length = shard.place(shard.next_block)
+        if sequence >= batch.stop:
+            break
+        shard.append(*batch.sample(plan, sequence, offset, length))
+        progress(length)
+
+
+def pilot_tables(
+    engine: LogitsEngine, sequences: SequenceData, plan: CachePlan, *, num_tokens: int
+) -> HcTables:
+    """Codec tables fitted to the targets of the first sequences of the plan.
+
+    Args:
+        engine: the teacher.
+        sequences: what it scores.
+        plan: of the cache.
+        num_tokens: positions wanted; at most an eighth of the plan's sequences are used, and at least one
+            micro-batch.
+    """
+    wanted = min(-(-num_tokens // plan.seq_len), plan.num_sequences // 8)
+    batches = max(1, wanted // plan.micro_batch_size)
+
+    def targets() -> Iterator[RaggedTargets]:
+        for number in range(batches):
+            first = number * plan.micro_batch_size
+            size = min(plan.micro_batch_size, plan.num_sequences - first)
+            batch = score(engine, sequences, first, size)
+            for sequence in range(first, batch.stop):
+                yield batch.sample(plan, sequence, 0, plan.seq_len)[0]
+
+    return build_tables(
+        targets(), kind=plan.kind, num_draws=plan.num_draws, vocab_size=plan.vocab_size
+    )

@@ -40,5 +40,11 @@ class CaptureConfig(Section):
     """Sequences per shard file."""
     block_tokens: int = Field(default=1024, ge=16, le=65536)
     """Most positions per checksummed block; a block never crosses a sequence."""
+    codec: Literal["hc", "raw"] = "hc"
+    """Block codec: `hc` (entropy-coded, a third to half the bytes) or `raw` (fixed width)."""
+    pilot_tokens: int = Field(default=65536, ge=1)
+    """Positions scored first to make the tables of `hc` (at most an eighth of the capture)."""
+    codec_tables: Path | None = None
+    """Tables of another cache (its codec-*.bin) instead of a pilot; caches to be merged need the same tables."""
     threads: int = Field(default=1, ge=1)
     """CPU threads per capture process (fixed, so that results do not depend on the machine)."""

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.distributed as dist
 
 from distill_pretrain.checkpoint.store import CheckpointStore, require_shared_folder
 from distill_pretrain.data.batches import StudentBatches
+from distill_pretrain.data.blend import blend_splits
+from distill_pretrain.data.canary import run_canary
 from distill_pretrain.data.config import DataConfig
-from distill_pretrain.data.sources import SequenceData, open_cache, open_sequences
+from distill_pretrain.data.sources import TrainingSource, open_sources, require_caches
 from distill_pretrain.dist.env import launch_rank, launch_world_size
-from distill_pretrain.dist.process import local_device, process_group, set_cpu_threads
-from distill_pretrain.errors import ConfigError
-from distill_pretrain.formats.cache_reader import CacheReader
+from distill_pretrain.dist.process import (
+    local_device,
+    on_first_rank,
+    process_group,
+    set_cpu_threads,
+)
 from distill_pretrain.losses.config import ObjectiveConfig
 from distill_pretrain.losses.sparse_kd import DistillationObjective
 from distill_pretrain.mcore.config import ModelConfig, OptimizerConfig, ParallelConfig
@@ -24,8 +29,7 @@ from distill_pretrain.train.metrics import MetricsLog
 
 
 def run_identity(
-    data: SequenceData,
-    cache: CacheReader | None,
+    sources: Sequence[TrainingSource],
     model: ModelConfig,
     parallel: ParallelConfig,
     optimizer: OptimizerConfig,
@@ -40,21 +44,44 @@ def run_identity(
     schedule = optimizer.model_dump(mode="json")
     if optimizer.decay_style != "constant":
         schedule["decay_steps"] = optimizer.decay_steps or train.steps
-    return {
+    first = sources[0].sequences
+    identity = {
+        **sources[0].identity,
         "optimizer": schedule,
         "distributed_optimizer": parallel.distributed_optimizer,
-        "sequence_plan_id": data.plan.plan_id,
-        "num_sequences": data.num_sequences,
-        "seq_len": data.plan.seq_len,
-        "vocab_size": data.vocab_size,
-        "tokenizer_sha256": data.tokenizer_sha256,
-        "cache_manifest_sha256": cache.manifest_sha256 if cache else None,
+        "seq_len": first.plan.seq_len,
+        "vocab_size": first.vocab_size,
+        "tokenizer_sha256": first.tokenizer_sha256,
         "model": model.model_dump(mode="json"),
         "objective": objective.model_dump(mode="json"),
         "precision": train.precision,
         "seed": train.seed,
         "global_batch_size": train.global_batch_size,
     }
+    if len(sources) > 1:
+        identity["blend"] = [source.identity for source in sources[1:]]
+        identity["blend_splits"] = list(blend_splits([s.config.weight for s in sources]))
+    return identity
+
+
+def check_targets(sources: Sequence[TrainingSource], say: Callable[[str], None]) -> None:
+    """Run the canary on every cache; rank 0 reads, every rank learns of an error."""
+
+    def check() -> None:
+        for source in sources:
+            if source.cache is not None:
+                rate = source.cache.manifest.totals["canary_hit_rate"]
+                run_canary(
+                    source.sequences.plan,
+                    source.cache,
+                    num_sequences=source.sequences.num_sequences,
+                    where=source.config.cache,
+                    captured_rate=rate,
+                    refuse=source.config.canary == "refuse",
+                    say=say,
+                )
+
+    on_first_rank(check)
 
 
 def train_student(
@@ -71,7 +98,7 @@ def train_student(
     """Train, or go on training, the model of a recipe.
 
     Args:
-        data: corpus and cache.
+        data: corpora and caches.
         model: architecture.
         parallel: layout.
         optimizer: AdamW and its schedule.
@@ -88,26 +115,17 @@ def train_student(
         global_batch_size=train.global_batch_size,
         seq_len=data.seq_len,
     )
-    if objective.kd_weight > 0 and data.cache is None:
-        raise ConfigError(
-            "the objective needs a cache and none is named",
-            where="data.cache",
-            found=f"objective.kd_weight = {objective.kd_weight}",
-            expected="the folder of a finished capture",
-            remedy="run `distill-pretrain capture` and set data.cache, or set objective.kd_weight=0",
-        )
+    require_caches(data, objective.kd_weight)
     set_cpu_threads(train.threads)
     with process_group():
-        sequences = open_sequences(data)
-        cache = None
-        if objective.kd_weight > 0 and data.cache is not None:
-            cache = open_cache(data.cache, sequences)
-        identity = run_identity(sequences, cache, model, parallel, optimizer, objective, train)
+        sources = open_sources(data, kd_weight=objective.kd_weight)
+        identity = run_identity(sources, model, parallel, optimizer, objective, train)
         checkpoints = CheckpointStore(train.output_dir / "checkpoints")
         newest = checkpoints.find(identity)
         if newest is not None and newest.step >= train.steps:
             say(f"already trained: {newest.folder}")
             return
+        check_targets(sources, say)
         require_shared_folder(train.output_dir)
         if launch_rank() == 0:
             save_recipe()
@@ -120,9 +138,7 @@ def train_student(
             from distill_pretrain.train.trainer import Trainer
 
             batches = StudentBatches(
-                sequences.plan,
-                cache,
-                num_sequences=sequences.num_sequences,
+                [source.for_batches for source in sources],
                 seed=train.seed,
                 global_batch_size=train.global_batch_size,
                 micro_batch_size=train.micro_batch_size,
@@ -130,12 +146,13 @@ def train_student(
                 data_size=dist.get_world_size(groups.data),
                 device=local_device(),
             )
+            vocab_size = sources[0].sequences.vocab_size
             student = Student(
                 model=model,
                 parallel=parallel,
                 optimizer=optimizer,
                 groups=groups,
-                vocab_size=sequences.vocab_size,
+                vocab_size=vocab_size,
                 seq_len=data.seq_len,
                 precision=train.precision,
                 seed=train.seed,
@@ -145,7 +162,7 @@ def train_student(
                 loss_function=DistillationObjective(
                     ce_weight=objective.ce_weight,
                     kd_weight=objective.kd_weight,
-                    vocab_size=sequences.vocab_size,
+                    vocab_size=vocab_size,
                     tensor_group=groups.tensor,
                 ),
                 num_terms=len(DistillationObjective.TERMS),
@@ -153,6 +170,7 @@ def train_student(
             Trainer(
                 student=student,
                 batches=batches,
+                prefetch_steps=data.prefetch_steps,
                 checkpoints=checkpoints,
                 resume_from=newest,
                 identity=identity,

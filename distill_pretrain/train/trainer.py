@@ -8,6 +8,7 @@ from typing import Any
 
 from distill_pretrain.checkpoint.store import Checkpoint, CheckpointStore
 from distill_pretrain.data.batches import StudentBatches
+from distill_pretrain.data.prefetch import PrefetchedBatches
 from distill_pretrain.mcore.schedule import StepResult, Student
 from distill_pretrain.mcore.state import load_student, save_student
 from distill_pretrain.train.config import TrainConfig
@@ -20,6 +21,7 @@ class Trainer:
     Args:
         student: model, optimizer and schedule of this rank.
         batches: this rank's data.
+        prefetch_steps: steps read and decoded ahead, in a background thread.
         checkpoints: where to save.
         resume_from: checkpoint to go on from, of this run; None starts at step 0.
         identity: what a checkpoint must share with this run.
@@ -34,6 +36,7 @@ class Trainer:
         *,
         student: Student,
         batches: StudentBatches,
+        prefetch_steps: int,
         checkpoints: CheckpointStore,
         resume_from: Checkpoint | None,
         identity: dict[str, Any],
@@ -44,6 +47,7 @@ class Trainer:
     ) -> None:
         self.student = student
         self.batches = batches
+        self.prefetch_steps = prefetch_steps
         self.checkpoints = checkpoints
         self.resume_from = resume_from
         self.identity = identity
@@ -56,27 +60,36 @@ class Trainer:
         """Train to the last step."""
         done = self._resume()
         metrics = self.open_metrics(done)
-        while done < self.config.steps:
-            started = time.perf_counter()
-            micro_batches = self.batches.step_batches(done, with_targets=self.student.is_last_stage)
-            result = self.student.step([iter(micro_batches) for _ in self.student.chunks])
-            done += 1
-            record = self._record(done, result, time.perf_counter() - started)
-            if metrics is not None:
-                metrics.write(record)
-            if done % self.config.log_interval == 0 or done == self.config.steps:
-                self._print(record)
-            if done % self.config.checkpoint_interval == 0 or done == self.config.steps:
+        with PrefetchedBatches(
+            self.batches,
+            steps=range(done, self.config.steps),
+            depth=self.prefetch_steps,
+            with_targets=self.student.is_last_stage,
+        ) as prefetched:
+            while done < self.config.steps:
+                started = time.perf_counter()
+                micro_batches = prefetched.step_batches(done)
+                waited = time.perf_counter() - started
+                result = self.student.step([iter(micro_batches) for _ in self.student.chunks])
+                done += 1
+                record = self._record(done, result, time.perf_counter() - started, waited)
                 if metrics is not None:
-                    metrics.sync()
-                self._save(done)
+                    metrics.write(record)
+                if done % self.config.log_interval == 0 or done == self.config.steps:
+                    self._print(record)
+                if done % self.config.checkpoint_interval == 0 or done == self.config.steps:
+                    if metrics is not None:
+                        metrics.sync()
+                    self._save(done)
         if metrics is not None:
             metrics.close()
 
-    def _record(self, step: int, result: StepResult, seconds: float) -> dict[str, Any]:
-        tokens_per_step = self.batches.global_batch_size * self.batches.plan.seq_len
+    def _record(
+        self, step: int, result: StepResult, seconds: float, waited: float
+    ) -> dict[str, Any]:
+        tokens_per_step = self.batches.global_batch_size * self.batches.seq_len
         terms = dict(zip(self.term_names, result.terms.tolist(), strict=True))
-        if self.batches.cache is None:
+        if not self.batches.has_targets:
             terms["kl"] = None
         return {
             "step": step,
@@ -86,6 +99,7 @@ class Trainer:
             "tokens": step * tokens_per_step,
             "tokens_per_second": round(tokens_per_step / seconds, 1),
             "seconds": round(seconds, 4),
+            "data_wait": round(waited, 4),
             "applied": result.applied,
         }
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from distill_pretrain.contracts import RaggedTargets
 from distill_pretrain.formats.cache_plan import CachePlan
@@ -56,6 +57,19 @@ def make_small_cache(root: Path, *, shift: int = 0) -> SmallCache:
     )
     (folder / "recipe.yaml").write_bytes(recipe.read_bytes())
     return SmallCache(tokens, folder, recipe)
+
+
+def upload(folder: Path, url: str) -> str:
+    """Copy a cache to a URL of fsspec's in-memory store."""
+    files = pytest.importorskip("fsspec").filesystem("memory")
+    for path in folder.iterdir():
+        files.pipe_file(f"{url.removeprefix('memory:/')}/{path.name}", path.read_bytes())
+    return url
+
+
+def published(folder: Path) -> dict[str, bytes]:
+    """The files of a finished cache."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def _write_cache(folder: Path, sequences: SequencePlan, index: TokenIndex, shift: int) -> None:

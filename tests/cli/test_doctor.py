@@ -9,6 +9,7 @@ import pytest
 
 from distill_pretrain.cli import doctor
 from distill_pretrain.cli.main import main
+from distill_pretrain.formats import hc_native
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -139,3 +140,12 @@ def test_a_folder_without_locks_is_reported(
     finding = doctor._locks(tmp_path)
     assert not finding.usable
     assert "do not keep other processes out" in finding.found
+
+
+def test_a_fast_coder_that_was_not_built_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hc_native, "find_library", lambda: None)
+    finding = doctor._fast_coder()
+    assert (finding.usable, finding.required, finding.found) == (False, False, "not built")
+    assert "C compiler" in finding.install
+    monkeypatch.setattr(hc_native, "load", lambda: None)
+    assert doctor._fast_coder().usable

@@ -5,15 +5,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_cache import SmallCache
+from small_cache import SmallCache, upload
 
-from distill_pretrain.cli.inspect import _bins
+from distill_pretrain.cli.inspect_cache import bins
 from distill_pretrain.cli.main import main
+from distill_pretrain.formats.cache_reader import load_plan_of_extent
+from distill_pretrain.formats.cache_recompress import recompress_cache
+from distill_pretrain.formats.cache_writer import CacheWriter
+from distill_pretrain.formats.finished_shards import FinishedShards
+from distill_pretrain.formats.hc_codec import HcCodec
 from distill_pretrain.formats.sequence_plan import SequencePlan
+from distill_pretrain.formats.storage import open_storage
 from distill_pretrain.formats.token_index import TokenIndex
 
 
-def inspect(path: Path, capsys: pytest.CaptureFixture[str], *, status: int = 0) -> str:
+def inspect(path: Path | str, capsys: pytest.CaptureFixture[str], *, status: int = 0) -> str:
     assert main(["inspect", str(path)]) == status
     captured = capsys.readouterr()
     return captured.err if status else captured.out
@@ -43,15 +49,110 @@ def test_cache(small_cache: SmallCache, capsys: pytest.CaptureFixture[str]) -> N
     assert f"next token   {labels[0, 7]:>7}" in text
 
 
+def test_targets_of_a_cache(small_cache: SmallCache, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every position with entries has an id drawn 4 times of 6 and one drawn twice."""
+    text = inspect(small_cache.folder, capsys)
+    shown = facts(text)
+    labels = SequencePlan(TokenIndex.open(small_cache.tokens), seq_len=16, seed=7).read(
+        np.arange(5)
+    )[1]
+    entropy = -(4 / 6) * np.log(4 / 6) - (2 / 6) * np.log(2 / 6)
+    assert "of the targets in 10 of 10 blocks" in text
+    assert shown["mean entropy"].startswith(f"{entropy:.3f} nats, of the sampled counts themselves")
+    assert "below the teacher's entropy, and never above ln 6 = 1.792" in shown["mean entropy"]
+    assert shown["mean top-1 mass"] == "0.667"
+    assert shown["without entries"] == f"{(labels < 0).mean():.1%} of positions"
+
+
+def test_codec_and_where_the_bytes_go(
+    small_cache: SmallCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = facts(inspect(small_cache.folder, capsys))
+    size = sum(p.stat().st_size for p in small_cache.folder.glob("*.dpt"))
+    entries = int(shown["entries"].partition(",")[0])
+    payload = (80 + 2 * entries) / 80  # a length per position, six bits of id and three of count
+    assert shown["codec"] == "raw of counts (number 1), no tables"
+    assert shown["bytes per position"].startswith(f"{payload:.2f} payload (measured in 10 of 10")
+    assert (
+        f", {size / 80 - payload:.2f} block heads, index and header"
+        in (shown["bytes per position"])
+    )
+    hc = tmp_path / "hc"
+    assert main(["recompress", str(small_cache.folder), str(hc)]) == 0
+    capsys.readouterr()
+    compact = facts(inspect(hc, capsys))
+    (tables,) = hc.glob("codec-*.bin")
+    assert compact["codec"] == f"hc of counts (number 3), tables {tables.name[6:18]}"
+    assert compact["tables of their own"] == "no shard of 3"
+    assert compact["tables"].startswith(f"1, {tables.stat().st_size:,} bytes beside that")
+    same = ("state", "entries", "canary", "mean entropy", "mean top-1 mass", "without entries")
+    assert {name: compact[name] for name in same} == {name: shown[name] for name in same}
+
+
+def test_shards_with_tables_of_their_own_are_named(
+    small_cache: SmallCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hc = tmp_path / "hc"
+    recompress_cache(small_cache.folder, hc, pilot_tokens=1000)
+    recompress_cache(small_cache.folder, tmp_path / "narrow", pilot_tokens=1)
+    storage = open_storage(tmp_path / "narrow")
+    narrow = FinishedShards(storage, load_plan_of_extent(storage))
+    writer = CacheWriter.create_or_resume(hc, load_plan_of_extent(open_storage(hc)))
+    writer.discard(1)
+    codec = narrow.codecs.get(narrow.plan.codec_sha256)
+    assert isinstance(codec, HcCodec)
+    claimed = writer.claim(1, choose_tables=lambda: codec.tables)
+    assert claimed is not None
+    with claimed, narrow.open(1) as file:
+        for block, frame in enumerate(file.frames(0, claimed.num_blocks)):
+            claimed.append_hashed(file.spec.decode(frame, block), frame.token_hash)
+        claimed.finish()
+    writer.publish_manifest()
+    shown = facts(inspect(hc, capsys))
+    assert shown["tables of their own"] == "1 of 3 shards: 1"
+    assert shown["tables"].startswith("2, ")
+
+
+def test_a_url_is_described_like_its_folder(
+    small_cache: SmallCache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = upload(small_cache.folder, "memory://inspect/cache")
+    there, here = inspect(url, capsys), inspect(small_cache.folder, capsys)
+    assert there.splitlines()[0] == f"cache {url}"
+    assert there.splitlines()[1:] == here.splitlines()[1:]
+    assert "no cache here" in inspect("memory://inspect/nothing", capsys, status=2)
+
+
 def test_unfinished_cache(small_cache: SmallCache, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("manifest.json", "s-000001.json", "recipe.yaml"):
         (small_cache.folder / name).unlink()
     text = inspect(small_cache.folder, capsys)
-    assert facts(text)["state"] == "2 of 3 shards done"
+    assert facts(text)["state"] == "unfinished: 2 of 3 shards done"
+    assert "in 6 of 6 blocks" in text
     assert "after" not in text
     for path in small_cache.folder.glob("s-*"):
         path.unlink()
-    assert facts(inspect(small_cache.folder, capsys))["state"] == "0 of 3 shards done"
+    state = facts(inspect(small_cache.folder, capsys))["state"]
+    assert state == "unfinished: 0 of 3 shards done"
+
+
+def test_a_cache_that_is_being_extended(
+    small_cache: SmallCache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = load_plan_of_extent(open_storage(small_cache.folder)).with_extent(9)
+    CacheWriter.create_or_resume(small_cache.folder, plan)
+    shown = facts(inspect(small_cache.folder, capsys))
+    assert shown["state"] == "5 sequences finished, being extended to 9: 2 of 5 shards done"
+    assert shown["sequences"] == "9 of 16 positions"
+
+
+def test_a_cache_that_lost_a_shard(
+    small_cache: SmallCache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (small_cache.folder / "s-000000.dpt").unlink()
+    text = inspect(small_cache.folder, capsys)
+    assert facts(text)["state"] == "damaged: 2 of 3 shards done"
+    assert "example: sequence 2," in text
 
 
 def test_damaged_cache(small_cache: SmallCache, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,7 +235,7 @@ def test_anything_else_says_what_was_looked_for(
 def test_histogram_bins_cover_every_count_once() -> None:
     for size in (2, 7, 51, 1025):
         counts = np.ones(size, np.int64)
-        bins = _bins(counts)
-        assert [low for low, _, _ in bins] == [0, *(high + 1 for _, high, _ in bins[:-1])]
-        assert bins[-1][1] == size - 1
-        assert sum(share for _, _, share in bins) == pytest.approx(1)
+        found = bins(counts)
+        assert [low for low, _, _ in found] == [0, *(high + 1 for _, high, _ in found[:-1])]
+        assert found[-1][1] == size - 1
+        assert sum(share for _, _, share in found) == pytest.approx(1)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_cache import SEQ_LEN, SmallCache, make_small_cache
+from small_cache import SEQ_LEN, SmallCache, make_small_cache, upload
 
 from distill_pretrain.cli.main import main
 
@@ -35,24 +35,78 @@ def test_a_flipped_byte_is_found_and_its_sequences_named(
     assert verify(small_cache) == 0
 
 
-def test_discard_sets_only_the_damaged_shard_aside(
+def test_repair_sets_only_the_damaged_shard_aside(
     small_cache: SmallCache, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = small_cache.folder / "s-000001.dpt"
     path.write_bytes(path.read_bytes()[:-3])
-    assert verify(small_cache, "--discard") == 2
+    assert verify(small_cache, "--repair") == 2
     assert "it makes shards 1 (sequences 2 to 3) anew" in capsys.readouterr().err
     names = {p.name for p in small_cache.folder.iterdir()}
-    assert {"s-000000.dpt", "s-000000.json", "s-000002.dpt", "plan.json"} <= names
+    assert {"s-000000.dpt", "s-000000.json", "s-000002-n1.dpt", "plan.json"} <= names
     assert not {"s-000001.dpt", "s-000001.json", "manifest.json"} & names
+
+
+def test_repair_leaves_a_sound_cache_alone(small_cache: SmallCache) -> None:
+    before = {p.name: p.read_bytes() for p in small_cache.folder.iterdir()}
+    assert verify(small_cache, "--repair") == 0
+    assert {p.name: p.read_bytes() for p in small_cache.folder.iterdir()} == before
+
+
+def test_a_store_cannot_be_repaired_in_place(
+    small_cache: SmallCache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = upload(small_cache.folder, "memory://verify/cache")
+    assert verify(small_cache, f"data.cache={url}") == 0
+    assert verify(small_cache, "--repair", f"data.cache={url}") == 2
+    assert "cannot be repaired in place" in capsys.readouterr().err
 
 
 def test_a_missing_shard_is_listed(
     small_cache: SmallCache, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (small_cache.folder / "s-000002.dpt").unlink()
+    (small_cache.folder / "s-000002-n1.dpt").unlink()
+    for option in ((), ("--quick",)):
+        assert verify(small_cache, *option) == 2
+        assert "sequences 4 to 4" in capsys.readouterr().err
+
+
+def damage_middle(cache: SmallCache) -> None:
+    """A byte of the third of four blocks of shard 1."""
+    path = cache.folder / "s-000001.dpt"
+    data = bytearray(path.read_bytes())
+    place = [n for n in range(len(data)) if data[n : n + 4] == b"BLK1"][2]
+    data[place + 40] ^= 4
+    path.write_bytes(data)
+
+
+def test_quick_says_that_it_did_not_read_everything(
+    small_cache: SmallCache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage_middle(small_cache)
+    assert verify(small_cache, "--quick") == 0
+    out = capsys.readouterr().out
+    assert "3 shards, 6 blocks checked" in out
+    assert "sound" not in out
+    assert "only a check without --quick reads every byte" in out
     assert verify(small_cache) == 2
-    assert "sequences 4 to 4" in capsys.readouterr().err
+    assert "shard 1, block 2" in capsys.readouterr().err
+
+
+def test_quick_finds_shards_that_are_cut_off_swapped_or_of_other_tokens(
+    small_cache: SmallCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = (small_cache.folder / f"s-00000{n}.dpt" for n in (0, 1))
+    whole = first.read_bytes()
+    for wrong in (whole[:-3], second.read_bytes()):
+        first.write_bytes(wrong)
+        assert verify(small_cache, "--quick") == 2
+        assert "shards 0 (sequences 0 to 1)" in capsys.readouterr().err
+    first.write_bytes(whole)
+    assert verify(small_cache, "--quick") == 0
+    capsys.readouterr()
+    assert verify(make_small_cache(tmp_path / "shifted", shift=1), "--quick") == 2
+    assert "the cache has 6 problems" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damaged", [False, True])

@@ -213,7 +213,7 @@ def test_every_key_is_described_with_type_default_and_documentation():
     text = describe(Recipe, list(Recipe.model_fields))
     assert "  steps: integer  (required)\n      Optimizer steps." in text
     assert "  precision: fp32 | bf16  (default fp32)" in text
-    assert "  cache: path | null  (default null)" in text
+    assert "  cache: text | null  (default null)" in text
     assert "  models: mapping of text to path" in text
     for name in Recipe.model_fields:
         assert f"{name}:  " in text

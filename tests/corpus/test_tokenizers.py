@@ -9,7 +9,7 @@ import pytest
 
 from distill_pretrain.corpus import readers, tokenizers
 from distill_pretrain.corpus.config import CorpusConfig, TokenizerConfig
-from distill_pretrain.errors import ConfigError, MissingDependency, TokenizerMismatch
+from distill_pretrain.errors import ConfigError, CorpusError, MissingDependency, TokenizerMismatch
 
 SOURCE = inspect.getsource(textwrap) + inspect.getsource(json)
 AWKWARD = [
@@ -151,3 +151,12 @@ def test_without_transformers_the_message_says_what_to_install(tmp_path, monkeyp
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(MissingDependency, match=r"pip install 'distill-pretrain\[hf\]'"):
         tokenizers.load_tokenizer("hf", tmp_path)
+
+
+def test_text_that_is_not_utf8_is_named_though_sentencepiece_reads_it(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"fine\n" * 2000)
+    (tmp_path / "b.txt").write_bytes(b"abc\xff\n" * 2000)
+    config = TokenizerConfig(vocab_size=300, training_bytes=100_000)
+    corpus = CorpusConfig(paths=[tmp_path], output_dir=tmp_path / "out")
+    with pytest.raises(CorpusError, match=r"not UTF-8; where: .*b\.txt"):
+        tokenizers.train_tokenizer(corpus, config, readers.list_sources(corpus))

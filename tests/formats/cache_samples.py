@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 from distill_pretrain.contracts import RaggedTargets
 from distill_pretrain.formats import CachePlan, CacheWriter, TokenIndex, TokenIndexWriter
+from distill_pretrain.formats.hc_build import build_tables
+from distill_pretrain.formats.hc_tables import HcTables
 
 
 def write_corpus(prefix: Path, documents: list[list[int]], vocab_size: int = 100) -> TokenIndex:
@@ -57,7 +59,7 @@ def make_labels(plan: CachePlan, sequence: int) -> npt.NDArray[np.int32]:
 
 def make_targets(plan: CachePlan, sequence: int, offset: int, size: int) -> RaggedTargets:
     """A pure function of the position, written out so that golden bytes never move."""
-    lengths, ids, values = [], [], []
+    lengths, ids, values, logprobs = [], [], [], []
     for place in range(sequence * plan.seq_len + offset, sequence * plan.seq_len + offset + size):
         entries = 0 if place % 11 == 3 else 1 + place % 3
         row = [
@@ -66,9 +68,10 @@ def make_targets(plan: CachePlan, sequence: int, offset: int, size: int) -> Ragg
         ]
         lengths.append(entries)
         ids += row
+        logprobs += [-(2.0 + (place + k) % 20) for k in range(entries)]
         values += [1] * (entries - 1) + [plan.num_draws - entries + 1] if entries else []
     if plan.kind == "logprobs":
-        stored = -np.arange(2, 2 + len(values), dtype=np.float32)
+        stored = np.array(logprobs, np.float32)
     else:
         stored = np.array(values, np.int32)
     return RaggedTargets(
@@ -95,9 +98,19 @@ def write_shard(writer: CacheWriter, shard: int, *, pause: object = None) -> boo
     return True
 
 
+def make_tables(plan: CachePlan) -> HcTables:
+    """Tables of the plan's first sequence."""
+    pilot = [make_targets(plan, 0, 0, plan.seq_len)]
+    return build_tables(pilot, kind=plan.kind, num_draws=plan.num_draws, vocab_size=plan.vocab_size)
+
+
 def open_writer(folder: Path, plan: CachePlan) -> CacheWriter:
     return CacheWriter.create_or_resume(
-        folder, plan, labels_of=lambda sequence: make_labels(plan, sequence), sync_every=4
+        folder,
+        plan,
+        make_tables=lambda: make_tables(plan),
+        labels_of=lambda sequence: make_labels(plan, sequence),
+        sync_every=4,
     )
 
 
@@ -107,6 +120,13 @@ def write_cache(folder: Path, plan: CachePlan) -> Path:
         write_shard(writer, shard)
     writer.publish_manifest()
     return folder
+
+
+def by_id(targets: RaggedTargets) -> list[list[tuple[int, float]]]:
+    """(id, value) pairs of every position, in the order of ids: codecs differ in their order."""
+    ends = np.cumsum(targets.entries_per_token)[:-1]
+    rows = zip(np.split(targets.ids, ends), np.split(targets.values, ends), strict=True)
+    return [sorted(zip(i.tolist(), v.tolist(), strict=True)) for i, v in rows]
 
 
 def tree(folder: Path) -> dict[str, bytes]:

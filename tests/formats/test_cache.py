@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from cache_samples import (
     Cache,
+    by_id,
     make_labels,
     make_plan,
     make_targets,
@@ -29,7 +30,19 @@ from distill_pretrain.errors import (
     CacheIncomplete,
     CacheMismatch,
 )
-from distill_pretrain.formats import CachePlan, CacheReader, CacheWriter, verify_cache
+from distill_pretrain.formats import (
+    CachePlan,
+    CacheReader,
+    CacheWriter,
+    canonical_json,
+    verify_cache,
+)
+
+
+@pytest.fixture(params=[1, 3])
+def any_cache(request, tmp_path: Path) -> Cache:
+    plan = make_plan(codec=request.param)
+    return Cache(write_cache(tmp_path / "cache", plan), plan)
 
 
 def read_all(cache: Cache) -> None:
@@ -46,40 +59,59 @@ def read_all(cache: Cache) -> None:
         {"shard_sequences": 100},
         {"sampler": {**make_plan().sampler, "num_draws": 300}},
         {"sampler": {**make_plan().sampler, "name": "topk"}, "codec": 2},
+        {"codec": 3},
+        {"codec": 3, "sampler": {**make_plan().sampler, "num_draws": 300}},
+        {"sampler": {**make_plan().sampler, "name": "topk"}, "codec": 4},
     ],
 )
 def test_targets_come_back_as_written(tmp_path: Path, changes: dict):
     plan = make_plan(**changes)
     write_cache(tmp_path / "c", plan)
     with CacheReader.open(tmp_path / "c", max_open=2) as reader:
-        assert reader.plan == plan
+        assert plan.joining(reader.plan) == reader.plan
         for sequence in [4, 0, 3, 1, 2, 0]:
             found = reader.read(sequence, make_tokens(plan, sequence))
             expected = make_targets(plan, sequence, 0, plan.seq_len)
-            assert np.array_equal(found.entries_per_token, expected.entries_per_token)
-            assert np.array_equal(found.ids, expected.ids)
-            if plan.codec == 1:
-                assert np.array_equal(found.values, expected.values)
             assert found.entries_per_token.shape == (plan.seq_len,)
+            # Log-probabilities of whole nats are stored exactly.
+            assert by_id(found) == by_id(expected)
+            for start, stop in ((0, 1), (3, 9), (5, 10), (11, 12)):
+                part = reader.read(sequence, make_tokens(plan, sequence), start, stop)
+                assert by_id(part) == by_id(expected)[start:stop]
     assert verify_cache(tmp_path / "c", lambda s: make_tokens(plan, s)).problems == ()
 
 
-def test_the_bytes_of_a_shard_never_change(cache: Cache):
-    digests = {
-        name: hashlib.sha256(data).hexdigest()[:16] for name, data in tree(cache.folder).items()
-    }
-    assert digests == GOLDEN_DIGESTS
+@pytest.mark.parametrize("codec", [1, 3])
+def test_the_bytes_of_a_cache_never_change(tmp_path: Path, codec: int):
+    folder = write_cache(tmp_path / "c", make_plan(codec=codec))
+    digests = {name: hashlib.sha256(data).hexdigest()[:16] for name, data in tree(folder).items()}
+    assert digests == GOLDEN_DIGESTS[codec]
 
 
 GOLDEN_DIGESTS = {
-    "manifest.json": "7cfa0995e7e8d294",
-    "plan.json": "3fd62dd7637b0437",
-    "s-000000.dpt": "2e936c30f2ad2781",
-    "s-000000.json": "2c6c8372ce5105b8",
-    "s-000001.dpt": "954472c8bc6868a1",
-    "s-000001.json": "f1291cf2f37c5576",
-    "s-000002.dpt": "ee78144b1f24a107",
-    "s-000002.json": "39668e7784488ee7",
+    1: {
+        "extent.json": "def6c5b7be5add9e",
+        "manifest.json": "3902d6fe19602442",
+        "plan.json": "09bd217e9be26690",
+        "s-000000.dpt": "184637cbb03d077e",
+        "s-000000.json": "5a5b770168380ce6",
+        "s-000001.dpt": "b74b55bc5908216a",
+        "s-000001.json": "981da81de577476b",
+        "s-000002-n1.dpt": "0aa564d40a6a4391",
+        "s-000002-n1.json": "0df1ac68e81860c3",
+    },
+    3: {
+        "codec-9dedbfc3f3bb1b002be1563a8117b6d5252a2ddd91ae1a02d5326d16647f8ce6.bin": "9dedbfc3f3bb1b00",
+        "extent.json": "def6c5b7be5add9e",
+        "manifest.json": "ad6d7b6131ec2fc7",
+        "plan.json": "583c2dc69afc5a17",
+        "s-000000.dpt": "a42791c5fc5ab4ee",
+        "s-000000.json": "87aaf3fb5d0ca2f3",
+        "s-000001.dpt": "9b76e0e47f339896",
+        "s-000001.json": "17da5d16b1811ccd",
+        "s-000002-n1.dpt": "d3c050f07d0d1519",
+        "s-000002-n1.json": "9e85a00e9db77cc2",
+    },
 }
 
 
@@ -98,8 +130,9 @@ def test_the_header_is_as_specified(cache: Cache):
     assert struct.unpack_from("<Q8s", data, len(data) - 16) == (len(data), b"DPT.END\0")
 
 
-def test_every_flipped_bit_of_a_shard_is_detected(tmp_path: Path):
-    plan = make_plan(num_sequences=1, seq_len=6, block_tokens=4, shard_sequences=1)
+@pytest.mark.parametrize("codec", [1, 3])
+def test_every_flipped_bit_of_a_shard_is_detected(tmp_path: Path, codec: int):
+    plan = make_plan(num_sequences=1, seq_len=6, block_tokens=4, shard_sequences=1, codec=codec)
     cache = Cache(write_cache(tmp_path / "c", plan), plan)
     path = cache.folder / "s-000000.dpt"
     whole = path.read_bytes()
@@ -145,11 +178,13 @@ def test_swapped_shards_are_detected(tmp_path: Path):
         read_all(Cache(folder, plan))
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "plan.json"])
-def test_every_flipped_byte_of_plan_and_manifest_is_detected(cache: Cache, name: str):
-    path = cache.folder / name
+@pytest.mark.parametrize("name", ["manifest.json", "plan.json", "codec-*.bin"])
+def test_every_flipped_byte_of_plan_manifest_and_tables_is_detected(tmp_path: Path, name: str):
+    plan = make_plan(codec=3)
+    cache = Cache(write_cache(tmp_path / "cache", plan), plan)
+    (path,) = cache.folder.glob(name)
     whole = path.read_bytes()
-    for position in range(len(whole)):
+    for position in range(0, len(whole), 1 + len(whole) // 1000):
         damaged = bytearray(whole)
         damaged[position] ^= 1
         path.write_bytes(damaged)
@@ -243,6 +278,24 @@ def test_an_unfinished_cache_names_the_missing_sequences(tmp_path: Path):
         CacheReader.open(tmp_path / "nothing")
 
 
+def test_a_damaged_extent_costs_no_time_and_a_foreign_digest_is_no_path(tmp_path: Path):
+    plan = make_plan(codec=3)
+    folder = write_cache(tmp_path / "c", plan)
+    manifest = (folder / "manifest.json").read_bytes()
+    (folder / "extent.json").write_bytes(canonical_json({"num_sequences": 1 << 40}))
+    (folder / "manifest.json").unlink()
+    with pytest.raises(CacheIncomplete, match=r"sequences 4 to 1099511627775"):
+        CacheReader.open(folder)
+    assert "sequences 4 to" in verify_cache(folder).problems[1]
+    digest = json.loads(manifest)["shards"][0]["codec_sha256"]
+    for foreign in ("../../" + digest[6:], "\0" * 64, digest.upper()):
+        values = json.loads(manifest)
+        values["shards"][0]["codec_sha256"] = foreign
+        (folder / "manifest.json").write_bytes(canonical_json(values))
+        with pytest.raises(CacheCorrupt, match=r"manifest\.json is damaged"):
+            CacheReader.open(folder)
+
+
 def test_verify_reports_every_problem(tmp_path: Path):
     plan = make_plan(num_sequences=12)
     folder = write_cache(tmp_path / "c", plan)
@@ -300,7 +353,7 @@ def test_another_plan_in_the_folder_is_refused_field_by_field(cache: Cache):
 
 def test_equal_plans_have_equal_ids_and_any_change_another():
     plan = make_plan()
-    assert CachePlan.from_json_bytes(plan.to_json_bytes()) == plan
+    assert CachePlan.from_json_bytes(plan.to_json_bytes(), num_sequences=5) == plan
     assert make_plan().plan_id == plan.plan_id
     assert make_plan(micro_batch_size=3).plan_id != plan.plan_id
 

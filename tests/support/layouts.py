@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from distill_pretrain.contracts import IGNORED_LABEL, RaggedTargets
-from distill_pretrain.data.batches import StudentBatches
+from distill_pretrain.data.batches import BatchSource, StudentBatches
 from distill_pretrain.dist.groups import ParallelGroups
 from distill_pretrain.dist.process import local_device, process_group
 from distill_pretrain.losses.sparse_kd import DistillationObjective
@@ -74,7 +74,10 @@ class WalkTargets:
     def __init__(self, plan: WalkPlan) -> None:
         self.plan = plan
 
-    def read(self, sequence: int, tokens: np.ndarray) -> RaggedTargets:
+    def read(
+        self, sequence: int, tokens: np.ndarray, start: int = 0, stop: int | None = None
+    ) -> RaggedTargets:
+        assert start == 0 and stop in (None, self.plan.seq_len)
         rng = np.random.Generator(np.random.Philox(sequence))
         following = self.plan.stream[sequence, 1:]
         _, labels = self.plan.read(np.array([sequence]))
@@ -119,10 +122,9 @@ def make_job(
         seq_len=SEQ_LEN,
     )
     plan = WalkPlan()
+    cache = WalkTargets(plan) if kd else None
     batches = StudentBatches(
-        plan,
-        WalkTargets(plan) if kd else None,
-        num_sequences=plan.num_sequences,
+        [BatchSource(plan=plan, cache=cache, num_sequences=plan.num_sequences)],
         seed=3,
         global_batch_size=GLOBAL_BATCH,
         micro_batch_size=MICRO_BATCH,

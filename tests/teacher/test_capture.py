@@ -11,7 +11,7 @@ import torch
 from distill_pretrain.data.config import DataConfig
 from distill_pretrain.data.sources import SequenceData, open_sequences
 from distill_pretrain.formats import CacheWriter
-from distill_pretrain.teacher.capture import capture_shards, finish_capture, make_plan
+from distill_pretrain.teacher.capture import capture_shards, finish_capture, make_plan, pilot_tables
 from distill_pretrain.teacher.config import CaptureConfig
 from tests.support.small_corpus import SEQ_LEN, VOCAB_SIZE, write_small_corpus
 
@@ -45,8 +45,12 @@ def capture(folder: Path, sequences: SequenceData, engine: BatchSensitive) -> di
     settings = CaptureConfig(
         output_dir=folder, micro_batch_size=3, shard_sequences=8, block_tokens=20
     )
+    plan = make_plan(sequences, settings, engine.identity)
     writer = CacheWriter.create_or_resume(
-        folder, make_plan(sequences, settings, engine.identity), sync_every=1
+        folder,
+        plan,
+        make_tables=lambda: pilot_tables(BatchSensitive(), sequences, plan, num_tokens=100),
+        sync_every=1,
     )
     capture_shards(writer, engine, sequences, first_shard=0, progress=lambda positions: None)
     assert finish_capture(writer) is not None

@@ -1,0 +1,215 @@
+"""Do a cache's targets fit the text? Measured at the start of training on a sample of its sequences.
+
+Every block is already tied to its tokens by a hash; this catches what no hash can: targets that were shifted before
+they were hashed, and a teacher that ignored its input (frozen, wrongly loaded, uniform).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from distill_pretrain.contracts import IGNORED_LABEL, RaggedTargets
+from distill_pretrain.data.batches import SequenceSource, TargetSource
+from distill_pretrain.errors import CacheMismatch, DistillPretrainError, TeacherError
+
+MOST_SEQUENCES = 64
+MOST_POSITIONS = 1 << 17
+FEWEST_POSITIONS = 1000
+NUM_GROUPS = 32
+CLEARLY = 4.0
+RATE_TOLERANCE = 0.05
+
+_ALIGNED, _EARLIER, _LATER = range(3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Canary:
+    """What a sample of a cache says about the text.
+
+    The three columns compare the targets of a position with the next token of that position, of the one before, and
+    of the one after.
+
+    Attributes:
+        hits: float64[T, 3], 1 where that token is among the stored ids.
+        mass: float64[T, 3], the stored probability of that token.
+        entropy: mean entropy of the stored targets, nats.
+        uniform_share: share of positions with several ids of almost equal probability.
+        same_top_share: share of positions whose likeliest id is the sample's commonest.
+    """
+
+    hits: npt.NDArray[np.float64]
+    mass: npt.NDArray[np.float64]
+    entropy: float
+    uniform_share: float
+    same_top_share: float
+
+    @property
+    def num_positions(self) -> int:
+        """T: positions with targets, a next token, and neighbours that have one."""
+        return len(self.hits)
+
+    def __str__(self) -> str:
+        rate, mass = self.hits.mean(0), self.mass.mean(0)
+        return (
+            f"next token among the stored ids at {rate[0]:.1%} of {self.num_positions:,} positions "
+            f"(one place off: {rate[1]:.1%}, {rate[2]:.1%}), with mean probability {mass[0]:.4f} "
+            f"(one place off: {mass[1]:.4f}, {mass[2]:.4f}); entropy {self.entropy:.2f} nats, "
+            f"{self.uniform_share:.0%} of positions look uniform, "
+            f"{self.same_top_share:.0%} share one likeliest id"
+        )
+
+
+def measure_canary(plan: SequenceSource, cache: TargetSource, *, num_sequences: int) -> Canary:
+    """Read up to 64 sequences (and about 131,072 positions) spread evenly over the first `num_sequences`."""
+    wanted = min(num_sequences, MOST_SEQUENCES, max(4, MOST_POSITIONS // plan.seq_len))
+    columns: list[tuple[npt.NDArray[np.float64], ...]] = []
+    for sequence in (np.arange(wanted) * num_sequences // wanted).tolist():
+        tokens, labels = (array[0] for array in plan.read(np.array([sequence])))
+        columns.append(_per_position(cache.read(sequence, tokens), labels))
+    hits, mass, entropy, uniform, top = map(np.concatenate, zip(*columns, strict=True))
+    _, counts = np.unique(top, return_counts=True)
+    return Canary(
+        hits=hits,
+        mass=mass,
+        entropy=float(entropy.mean()) if len(top) else 0.0,
+        uniform_share=float(uniform.mean()) if len(top) else 0.0,
+        same_top_share=float(counts.max() / len(top)) if len(top) else 0.0,
+    )
+
+
+def check_canary(canary: Canary, *, where: object, captured_rate: float | None) -> str | None:
+    """Judge a sample; raise, or return what it could not decide.
+
+    The stored probability of the true next token must exceed that of the neighbours' next tokens by 4 standard
+    errors. It is the probability and not the hit rate that decides because with k near the vocabulary, or many draws
+    of a small one, every token is among the ids; with one id per position (k = 1, N = 1) the two say the same.
+    Targets that do not depend on the text (constant, or uniform) give the three tokens equal probability on average,
+    shifted ones give a neighbour more, and a language model of a few dozen steps is 14 standard errors clear on
+    2,500 positions. Both sides of a difference come from the same position; its standard error is that of the means of
+    32 stretches of the sample, since neighbouring positions are not independent. Below 1,000 positions only a
+    neighbour's clear lead is an error: a weak teacher cannot be told from a useless one.
+
+    The hit rate must also not lie below the one counted at capture by more than 5 points and 5 standard errors.
+
+    Args:
+        canary: the sample.
+        where: the cache.
+        captured_rate: `canary_hit_rate` of its manifest, None if it was not counted.
+
+    Raises:
+        CacheMismatch: the targets are shifted against the text, or hit it less often than at capture.
+        TeacherError: the targets do not depend on the text.
+    """
+    if canary.num_positions < 2 * NUM_GROUPS:
+        return f"too few positions to tell whether targets and text fit: {canary.num_positions}"
+    leads = [_lead(canary.mass, other) for other in (_EARLIER, _LATER)]
+    if min(leads) < -CLEARLY:
+        place = "before" if leads[0] < leads[1] else "after"
+        raise CacheMismatch(
+            f"the targets fit the text one position {place} theirs: they are shifted",
+            where=where,
+            found=canary,
+            expected="the next token likelier than its neighbours",
+            remedy="capture the cache anew with this version",
+        )
+    if captured_rate is not None:
+        rate, error = _mean_and_error(canary.hits[:, _ALIGNED])
+        if rate < captured_rate - max(RATE_TOLERANCE, 5 * error):
+            raise CacheMismatch(
+                "the targets hit the text less often than when they were captured",
+                where=where,
+                found=canary,
+                expected=f"a hit rate near {captured_rate:.1%} (manifest.json)",
+                remedy="run `distill-pretrain verify`; if it finds nothing, capture the cache anew",
+            )
+    if min(leads) >= CLEARLY:
+        return None
+    if canary.num_positions < FEWEST_POSITIONS:
+        return "too few positions to tell a weak teacher from one that ignores the text"
+    raise TeacherError(
+        "the targets do not depend on the text: the next token is no likelier than its neighbours",
+        where=where,
+        found=canary,
+        expected="a teacher that predicts the text (trained, and loaded with its own weights and tokenizer)",
+        remedy="evaluate the teacher, then capture anew; to train from this cache all the same set data.canary=warn",
+    )
+
+
+def run_canary(
+    plan: SequenceSource,
+    cache: TargetSource,
+    *,
+    num_sequences: int,
+    where: object,
+    captured_rate: float | None,
+    refuse: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Measure and judge a cache, and print one line with the figures.
+
+    Args:
+        plan: the sequences.
+        cache: their targets.
+        num_sequences: of the plan, that training uses.
+        where: the cache, for messages.
+        captured_rate: `canary_hit_rate` of its manifest, None if it was not counted.
+        refuse: raise what `check_canary` raises; otherwise print it.
+        say: prints one line.
+    """
+    canary = measure_canary(plan, cache, num_sequences=num_sequences)
+    try:
+        doubt = check_canary(canary, where=where, captured_rate=captured_rate)
+    except DistillPretrainError as error:
+        if refuse:
+            raise
+        say(f"warning: {error}")
+        return
+    say(f"canary of {where}: {canary}" + (f"; {doubt}" if doubt else ""))
+
+
+def _per_position(
+    targets: RaggedTargets, labels: npt.NDArray[np.int32]
+) -> tuple[npt.NDArray[np.float64], ...]:
+    """Hits [T, 3], mass [T, 3], entropy [T], uniform [T], likeliest id [T] of the usable positions of a sequence."""
+    lengths = targets.entries_per_token
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    probs = targets.probs().astype(np.float64)
+    known = labels != IGNORED_LABEL
+    usable = (lengths > 0) & known & np.roll(known, 1) & np.roll(known, -1)
+    usable[[0, -1]] = False
+
+    def of_label(
+        label: npt.NDArray[np.int32], weight: npt.NDArray[np.float64]
+    ) -> npt.NDArray[np.float64]:
+        found = targets.ids == label[rows]
+        sums = np.bincount(rows[found], weight[found], minlength=len(lengths))
+        # Without any entry bincount forgets the weights' dtype.
+        wanted: npt.NDArray[np.float64] = sums[usable].astype(np.float64)
+        return wanted
+
+    compared = [labels, np.roll(labels, 1), np.roll(labels, -1)]
+    hits = np.stack([of_label(label, np.ones_like(probs)) for label in compared], 1)
+    mass = np.stack([of_label(label, probs) for label in compared], 1)
+    entropy = np.bincount(rows, -probs * np.log(np.maximum(probs, 1e-30)), minlength=len(lengths))
+    by_prob = np.lexsort((targets.ids, probs, rows))
+    ends = np.cumsum(lengths)[usable]
+    last, first = by_prob[ends - 1], by_prob[ends - lengths[usable]]
+    uniform = (lengths[usable] > 1) & (probs[last] <= 1.5 * probs[first])
+    return hits, mass, entropy[usable], uniform.astype(np.float64), targets.ids[last].astype(float)
+
+
+def _lead(mass: npt.NDArray[np.float64], other: int) -> float:
+    """By how many standard errors the aligned column exceeds another."""
+    mean, error = _mean_and_error(mass[:, _ALIGNED] - mass[:, other])
+    if error == 0:
+        return float(np.sign(mean)) * np.inf if mean else 0.0
+    return mean / error
+
+
+def _mean_and_error(values: npt.NDArray[np.float64]) -> tuple[float, float]:
+    groups = np.array([group.mean() for group in np.array_split(values, NUM_GROUPS)])
+    return float(values.mean()), float(groups.std(ddof=1) / np.sqrt(NUM_GROUPS))

@@ -1,0 +1,201 @@
+"""Where a finished cache lies: a local or mounted folder, or an object store that fsspec reaches.
+
+Only reading: caches are written to a folder (appending, locks and renames are a file system's).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from distill_pretrain.errors import CacheError, MissingDependency
+from distill_pretrain.formats.closing import Closing
+
+
+class RangeFile(Protocol):
+    """A file open for positioned reads."""
+
+    size: int
+    """Bytes when it was opened."""
+
+    def read(self, length: int, offset: int) -> bytes:
+        """Bytes of a range; fewer only at the end of the file."""
+
+    def close(self) -> None:
+        """Give the file up."""
+
+
+class Storage(Protocol):
+    """The files of one cache."""
+
+    location: str
+    """Folder or URL, as messages name it."""
+
+    def read(self, name: str) -> bytes:
+        """A whole file; FileNotFoundError if there is none."""
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes by name of every file; empty if there is no such folder."""
+
+    def open(self, name: str) -> RangeFile:
+        """A file for positioned reads; FileNotFoundError if there is none."""
+
+
+def is_remote(location: str | Path) -> bool:
+    """Whether a location is a URL and not a path."""
+    return "://" in str(location)
+
+
+def open_storage(location: str | Path) -> Storage:
+    """The storage of a folder, or of a URL such as s3://bucket/cache.
+
+    Raises:
+        MissingDependency: the package for this kind of URL is not installed.
+        CacheError: the URL cannot be used.
+    """
+    return _RemoteStorage(str(location)) if is_remote(location) else _Folder(Path(location))
+
+
+def read_exactly(fd: int, length: int, offset: int) -> bytes:
+    """Positioned read; fewer bytes only at the end of the file."""
+    parts = []
+    while length > 0 and (part := os.pread(fd, length, offset)):
+        parts.append(part)
+        length -= len(part)
+        offset += len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+class LocalFile(Closing):
+    """An open file descriptor with positioned reads.
+
+    Attributes:
+        fd: closed with this object.
+        size: bytes when it was opened.
+    """
+
+    def __init__(self, fd: int) -> None:
+        """Own `fd`."""
+        self.fd = fd
+        self.size = os.fstat(fd).st_size
+
+    @classmethod
+    def open(cls, path: Path) -> LocalFile:
+        """Open a file; OSError if it cannot be."""
+        return cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+
+    def read(self, length: int, offset: int) -> bytes:
+        """Bytes of a range; fewer only at the end of the file."""
+        return read_exactly(self.fd, length, offset)
+
+    def close(self) -> None:
+        """Close the file; further reads fail."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class _Folder:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.location = str(folder)
+
+    def read(self, name: str) -> bytes:
+        try:
+            return (self.folder / name).read_bytes()
+        except NotADirectoryError:
+            raise FileNotFoundError(self.folder / name) from None
+
+    def sizes(self) -> dict[str, int]:
+        if not self.folder.is_dir():
+            return {}
+        with os.scandir(self.folder) as entries:
+            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+
+    def open(self, name: str) -> RangeFile:
+        return LocalFile.open(self.folder / name)
+
+
+class _RemoteStorage:
+    def __init__(self, url: str) -> None:
+        self.location = url.rstrip("/")
+        try:
+            from fsspec.core import url_to_fs
+
+            self._files, self._root = url_to_fs(self.location)
+        except ImportError:
+            raise _missing(url) from None
+        except ValueError as error:
+            raise CacheError(
+                "the cache's URL cannot be used",
+                where=url,
+                found=error,
+                expected="a protocol that fsspec knows, such as s3://, gs://, az://, hdfs://",
+                remedy="correct data.cache",
+            ) from None
+
+    def read(self, name: str) -> bytes:
+        with _remote_errors(f"{self.location}/{name}"):
+            data: bytes = self._files.cat_file(f"{self._root}/{name}")
+            return data
+
+    def sizes(self) -> dict[str, int]:
+        try:
+            with _remote_errors(self.location):
+                listed: list[dict[str, Any]] = self._files.ls(self._root, detail=True)
+        except FileNotFoundError:
+            return {}
+        files = (entry for entry in listed if entry["type"] == "file")
+        return {entry["name"].rpartition("/")[2]: int(entry["size"]) for entry in files}
+
+    def open(self, name: str) -> RangeFile:
+        with _remote_errors(f"{self.location}/{name}"):
+            size = int(self._files.info(f"{self._root}/{name}")["size"])
+        return _RemoteFile(self._files, f"{self._root}/{name}", size, f"{self.location}/{name}")
+
+
+class _RemoteFile:
+    def __init__(self, files: Any, path: str, size: int, where: str) -> None:
+        self.size = size
+        self._files, self._path, self._where = files, path, where
+
+    def read(self, length: int, offset: int) -> bytes:
+        if length == 0:
+            return b""
+        with _remote_errors(self._where):
+            data: bytes = self._files.cat_file(self._path, start=offset, end=offset + length)
+            return data
+
+    def close(self) -> None:
+        """Nothing is held open between two reads."""
+
+
+@contextmanager
+def _remote_errors(where: str) -> Iterator[None]:
+    """A store's many kinds of failure as one; FileNotFoundError stays what it is."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise CacheError(
+            "the cache's store cannot be read",
+            where=where,
+            found=f"{type(error).__name__}: {error}",
+            remedy="check the URL, the credentials and the network, and run again",
+        ) from error
+
+
+def _missing(url: str) -> MissingDependency:
+    protocol = url.partition("://")[0]
+    package, extra = {
+        "s3": ("s3fs", "s3"),
+        "gs": ("gcsfs", "gcs"),
+        "gcs": ("gcsfs", "gcs"),
+        "az": ("adlfs", "azure"),
+        "abfs": ("adlfs", "azure"),
+    }.get(protocol, (f"fsspec[{protocol}]", "s3"))
+    return MissingDependency(package, extra=extra, needed_for=f"reading {url}")

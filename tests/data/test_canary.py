@@ -1,0 +1,173 @@
+"""The canary passes targets that fit their text and refuses shifted, frozen and uniform ones."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from distill_pretrain.contracts import IGNORED_LABEL, RaggedTargets
+from distill_pretrain.data.canary import check_canary, measure_canary, run_canary
+from distill_pretrain.errors import CacheMismatch, TeacherError
+from distill_pretrain.sampling import sample_targets
+
+VOCAB = 64
+SEQ_LEN = 48
+
+
+class Text:
+    """Sequences whose next token is likely a fixed successor of the current one."""
+
+    seq_len = SEQ_LEN
+
+    def __init__(self, num_sequences=80):
+        self.num_sequences = num_sequences
+        rng = np.random.default_rng(5)
+        self.successor = rng.permutation(VOCAB)
+        self.stream = np.zeros((num_sequences, SEQ_LEN + 1), np.int32)
+        common = 1 / np.arange(1, VOCAB + 1)
+        for i in range(SEQ_LEN):
+            random = rng.choice(VOCAB, num_sequences, p=common / common.sum())
+            follows = rng.random(num_sequences) < 0.5
+            self.stream[:, i + 1] = np.where(follows, self.successor[self.stream[:, i]], random)
+
+    def read(self, sequences):
+        labels = self.stream[sequences, 1:].copy()
+        labels[np.asarray(sequences) % 7 == 0, -5:] = IGNORED_LABEL
+        return self.stream[sequences, :-1].copy(), labels
+
+
+class Sampled:
+    """Targets sampled from a teacher's logits, by default a bigram model of the text."""
+
+    def __init__(self, text, sampler="systematic", num_draws=20, roll=0, logits=None):
+        self.text, self.sampler, self.num_draws = text, sampler, num_draws
+        self.roll, self.logits = roll, logits
+
+    def read(self, sequence, tokens, start=0, stop=None):
+        if self.logits is None:
+            logits = np.tile(-np.log(np.arange(1, VOCAB + 1)), (SEQ_LEN, 1)).astype(np.float32)
+            logits[np.arange(SEQ_LEN), self.text.successor[tokens]] += 3
+        else:
+            logits = np.tile(self.logits, (SEQ_LEN, 1)).astype(np.float32)
+        _, labels = self.text.read(np.array([sequence]))
+        return sample_targets(
+            np.roll(logits, self.roll, axis=0),
+            np.arange(SEQ_LEN, dtype=np.uint64) + np.uint64(sequence * SEQ_LEN),
+            sampler=self.sampler,
+            num_draws=self.num_draws,
+            seed=1,
+            valid=labels[0] != IGNORED_LABEL,
+        )
+
+
+SAMPLERS = [("systematic", 20), ("systematic", 1), ("multinomial", 5), ("topk", 1), ("topk", VOCAB)]
+FROZEN = -np.log(np.arange(1, VOCAB + 1))
+UNIFORM = np.zeros(VOCAB)
+
+
+def check(captured_rate=None, num_sequences=80, **settings):
+    text = Text(num_sequences)
+    canary = measure_canary(text, Sampled(text, **settings), num_sequences=num_sequences)
+    return check_canary(canary, where="cache", captured_rate=captured_rate)
+
+
+@pytest.mark.parametrize(("sampler", "num_draws"), SAMPLERS)
+def test_targets_that_fit_pass(sampler, num_draws):
+    assert check(sampler=sampler, num_draws=num_draws) is None
+
+
+@pytest.mark.parametrize(("roll", "place"), [(1, "before"), (-1, "after")])
+@pytest.mark.parametrize(("sampler", "num_draws"), SAMPLERS)
+def test_targets_one_position_off_are_refused(sampler, num_draws, roll, place):
+    with pytest.raises(CacheMismatch, match=f"one position {place} theirs"):
+        check(sampler=sampler, num_draws=num_draws, roll=roll)
+
+
+@pytest.mark.parametrize("logits", [FROZEN, UNIFORM], ids=["frozen", "uniform"])
+@pytest.mark.parametrize(("sampler", "num_draws"), SAMPLERS)
+def test_a_teacher_that_ignores_the_text_is_refused(sampler, num_draws, logits):
+    with pytest.raises(TeacherError, match="do not depend on the text"):
+        check(sampler=sampler, num_draws=num_draws, logits=logits)
+
+
+def test_a_small_sample_is_refused_only_for_a_clear_shift():
+    assert check(num_sequences=8) is None
+    assert "too few positions" in check(num_sequences=8, logits=UNIFORM)
+    assert "too few positions" in check(num_sequences=1, roll=1)
+    with pytest.raises(CacheMismatch):
+        check(num_sequences=12, roll=1)
+
+
+def test_a_hit_rate_far_below_the_captures_is_refused():
+    text = Text()
+    rate = float(measure_canary(text, Sampled(text), num_sequences=80).hits[:, 0].mean())
+    assert check(captured_rate=rate + 0.02) is None
+    with pytest.raises(CacheMismatch, match=r"manifest\.json"):
+        check(captured_rate=rate + 0.2)
+
+
+def test_the_figures_are_those_of_a_sum_over_positions():
+    text = Text(3)
+    cache = Sampled(text)
+    canary = measure_canary(text, cache, num_sequences=3)
+    hits, mass = [], []
+    for sequence in range(3):
+        tokens, labels = (rows[0] for rows in text.read(np.array([sequence])))
+        targets = cache.read(sequence, tokens)
+        ends = np.cumsum(targets.entries_per_token)
+        for t in range(1, SEQ_LEN - 1):
+            if IGNORED_LABEL in labels[t - 1 : t + 2] or targets.entries_per_token[t] == 0:
+                continue
+            row = slice(ends[t - 1], ends[t])
+            stored = dict(zip(targets.ids[row], targets.probs()[row], strict=True))
+            near = [int(labels[t + d]) for d in (0, -1, 1)]
+            hits.append([label in stored for label in near])
+            mass.append([stored.get(label, 0.0) for label in near])
+    assert np.array_equal(canary.hits, np.array(hits, float))
+    assert np.allclose(canary.mass, mass)
+
+
+def test_the_sanity_figures_name_the_fault():
+    text = Text()
+    sound = measure_canary(text, Sampled(text), num_sequences=80)
+    uniform = measure_canary(text, Sampled(text, logits=UNIFORM), num_sequences=80)
+    frozen = measure_canary(text, Sampled(text, "topk", 5, logits=FROZEN), num_sequences=80)
+    assert sound.uniform_share < 0.05 and uniform.uniform_share > 0.95
+    assert sound.same_top_share < 0.8 and frozen.same_top_share == 1.0
+    assert uniform.entropy == pytest.approx(np.log(20), abs=0.01)
+
+
+@pytest.mark.parametrize("refuse", [True, False])
+def test_the_recipe_may_turn_a_refusal_into_a_warning(refuse):
+    text, lines = Text(), []
+    arguments = {
+        "num_sequences": 80,
+        "where": "cache",
+        "captured_rate": None,
+        "refuse": refuse,
+        "say": lines.append,
+    }
+    run_canary(text, Sampled(text), **arguments)
+    assert len(lines) == 1 and "next token among the stored ids at" in lines[0]
+    if refuse:
+        with pytest.raises(CacheMismatch):
+            run_canary(text, Sampled(text, roll=1), **arguments)
+    else:
+        run_canary(text, Sampled(text, roll=1), **arguments)
+        assert len(lines) == 2 and lines[1].startswith("warning: ")
+
+
+def test_positions_without_targets_do_not_count():
+    class Empty:
+        def read(self, sequence, tokens, start=0, stop=None):
+            return RaggedTargets(
+                kind="counts",
+                num_draws=1,
+                entries_per_token=np.zeros(SEQ_LEN, np.int32),
+                ids=np.zeros(0, np.int32),
+                values=np.zeros(0, np.int32),
+            )
+
+    canary = measure_canary(Text(), Empty(), num_sequences=80)
+    assert canary.num_positions == 0
+    assert "too few positions" in check_canary(canary, where="cache", captured_rate=0.5)

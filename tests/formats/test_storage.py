@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cache_samples import Cache, make_labels, make_targets, make_tokens
+
+from distill_pretrain.errors import CacheCorrupt, CacheError, CacheIncomplete, MissingDependency
+from distill_pretrain.formats import CacheReader, verify_cache
+from distill_pretrain.formats.cache_recompress import recompress_cache
+from distill_pretrain.formats.storage import open_storage
+
+fsspec = pytest.importorskip("fsspec")
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    files = fsspec.filesystem("memory")
+    files.mkdirs("/bucket")
+    yield "memory://bucket/cache"
+    files.rm("/bucket", recursive=True)
+
+
+def upload(folder: Path, url: str) -> None:
+    for path in folder.iterdir():
+        with fsspec.open(f"{url}/{path.name}", "wb") as file:
+            file.write(path.read_bytes())
+
+
+@pytest.mark.parametrize("end", ["", "/"])
+@pytest.mark.parametrize("codec", ["raw", "hc"])
+def test_a_url_gives_the_same_targets_as_the_folder(
+    cache: Cache, tmp_path: Path, url: str, codec: str, end: str
+):
+    folder, plan = cache.folder, cache.plan
+    if codec == "hc":
+        folder = tmp_path / "hc"
+        recompress_cache(cache.folder, folder, pilot_tokens=100)
+    upload(folder, url)
+    with CacheReader.open(url + end, max_open=1) as remote, CacheReader.open(folder) as local:
+        assert remote.manifest_sha256 == local.manifest_sha256
+        for sequence in (4, 0, 3, 1, 2):
+            tokens = make_tokens(plan, sequence)
+            found, expected = remote.read(sequence, tokens), local.read(sequence, tokens)
+            for name in ("entries_per_token", "ids", "values"):
+                assert np.array_equal(getattr(found, name), getattr(expected, name))
+        part = remote.read(3, make_tokens(plan, 3), 4, 9)
+        entries = make_targets(plan, 3, 4, 5).entries_per_token
+        assert np.array_equal(part.entries_per_token, entries)
+    assert verify_cache(url, lambda s: make_tokens(plan, s)).problems == ()
+
+
+def test_no_cache_behind_a_url(url: str):
+    fsspec.filesystem("memory").mkdirs("/bucket/other")
+    for place in (url, "memory://bucket/other", "memory://nowhere/at/all"):
+        with pytest.raises(CacheIncomplete, match=f"no cache here; where: {place}"):
+            CacheReader.open(place)
+
+
+def test_no_folder_has_no_files(tmp_path: Path, url: str):
+    for place in (url, tmp_path / "nothing"):
+        storage = open_storage(place)
+        assert storage.sizes() == {}
+        with pytest.raises(FileNotFoundError):
+            storage.read("plan.json")
+        with pytest.raises(FileNotFoundError):
+            storage.open("plan.json")
+
+
+def test_missing_and_cut_off_files_behind_a_url_are_named(cache: Cache, url: str):
+    upload(cache.folder, url)
+    files = fsspec.filesystem("memory")
+    shard = files.cat_file("/bucket/cache/s-000001.dpt")
+    files.pipe_file("/bucket/cache/s-000001.dpt", shard[:-1])
+    with pytest.raises(CacheCorrupt, match=f"{url}/s-000001.dpt, sequences 2 to 3"):
+        CacheReader.open(url)
+    files.rm("/bucket/cache/s-000001.dpt")
+    with pytest.raises(CacheIncomplete, match=r"no s-000001.dpt: sequences 2 to 3"):
+        CacheReader.open(url)
+    files.pipe_file("/bucket/cache/s-000001.dpt", shard)
+    with CacheReader.open(url) as reader:
+        files.rm("/bucket/cache/s-000001.dpt")
+        with pytest.raises(CacheIncomplete, match=r"vanished .* s-000001.dpt"):
+            reader.read(2, make_labels(cache.plan, 2))
+
+
+def test_a_flipped_byte_behind_a_url_is_found(cache: Cache, url: str):
+    upload(cache.folder, url)
+    files = fsspec.filesystem("memory")
+    data = bytearray(files.cat_file("/bucket/cache/s-000000.dpt"))
+    data[310] ^= 1
+    files.pipe_file("/bucket/cache/s-000000.dpt", bytes(data))
+    with CacheReader.open(url) as reader, pytest.raises(CacheCorrupt, match="shard 0, block 0"):
+        reader.read(0, make_tokens(cache.plan, 0))
+
+
+def test_a_failing_store_is_one_named_error(url: str, monkeypatch: pytest.MonkeyPatch):
+    def broken(*args: object, **kwargs: object) -> None:
+        raise TimeoutError("no answer")
+
+    storage = open_storage(url)
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "cat_file", broken)
+    with pytest.raises(CacheError, match=f"{url}/plan.json; found: TimeoutError: no answer"):
+        storage.read("plan.json")
+
+
+def test_unusable_urls_say_what_to_do():
+    with pytest.raises(CacheError, match="protocol that fsspec knows"):
+        open_storage("nonsense://bucket/cache")
+
+
+@pytest.mark.parametrize(("protocol", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])
+def test_a_missing_package_is_named(protocol: str, package: str, monkeypatch: pytest.MonkeyPatch):
+    def missing(url: str) -> None:
+        raise ImportError(package)
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", missing)
+    with pytest.raises(MissingDependency, match=f"{package} is not installed"):
+        open_storage(f"{protocol}://bucket/cache")
+
+
+def test_a_file_in_place_of_the_folder_is_no_cache(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CacheIncomplete, match="no cache here"):
+        CacheReader.open(tmp_path / "file")
