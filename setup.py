@@ -19,7 +19,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
     packages=find_packages(include=["distill_pretrain", "distill_pretrain.*"]),
-    package_data={"": ["*.md", "*.cuh", "*.cu", "*.cpp", "py.typed"]},
+    package_data={"": ["*.md", "*.cuh", "*.cu", "*.cpp", "*.c", "py.typed"]},
     # Loaded with ctypes; where no C compiler is found, a slow coder in Python takes its place.
     ext_modules=[
         Extension(
@@ -44,6 +44,9 @@ setup(
         "hf": ["transformers>=5.20"],
         "deepspeed": ["deepspeed"],
         "eval": ["matplotlib"],
+        "s3": ["s3fs"],
+        "gcs": ["gcsfs"],
+        "azure": ["adlfs"],
         "track": ["tensorboard", "wandb"],
         "dev": [
             "hypothesis",

@@ -10,22 +10,18 @@ Prints Markdown.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import platform
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from reporting import command_line, environment, write_json
 
 from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.config import load_recipe, require
@@ -269,24 +265,6 @@ def conditional_entropy(values: np.ndarray, context: np.ndarray) -> float:
     return entropy(context * (int(values.max(initial=0)) + 1) + values) - entropy(context)
 
 
-def environment() -> dict[str, Any]:
-    """Hardware, versions and date of a run."""
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    packages = ["torch", "numpy", *(["array-record"] if find_spec("array_record") else [])]
-    return {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "cpu": names[0] if names else platform.machine(),
-        "cores_used": len(os.sched_getaffinity(0)),
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        **{package: version(package) for package in packages},
-    }
-
-
 def markdown(report: dict[str, Any]) -> str:
     """Two tables."""
     lines = [
@@ -328,10 +306,12 @@ def measure(recipe: Recipe, sequences: int, batch: int) -> dict[str, Any]:
     sequences = min(sequences, data.num_sequences) // batch * batch
     targets = read_targets(data, cache, sequences)
     record: Any = f"not measured: {ARRAY_RECORD_INSTALL}"
+    packages = ["torch", "numpy"]
     if find_spec("array_record"):
         record = array_record(targets, batch)
+        packages.append("array-record")
     return {
-        **environment(),
+        **environment(*packages),
         "cache": cache.manifest_sha256,
         "codec": cache.plan.codec,
         "sampler": cache.plan.sampler["name"],
@@ -350,14 +330,9 @@ def measure(recipe: Recipe, sequences: int, batch: int) -> dict[str, Any]:
 
 def main() -> int:
     """Measure, print, and write JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("overrides", nargs="*")
+    parser = command_line(__doc__, recipe=True)
     parser.add_argument("--sequences", type=int, default=2048)
     parser.add_argument("--micro-batch-size", type=int, default=8)
-    parser.add_argument("--output", type=Path)
     args = parser.parse_intermixed_args()
     recipe = load_recipe(Recipe, args.recipe, args.overrides)
     require(recipe, "bench_cache", "data")
@@ -369,8 +344,7 @@ def main() -> int:
     print(markdown(report))
     if isinstance(report["array_record"], str):
         print(f"\nArrayRecord {report['array_record']}")
-    if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(args.output, report)
     return 0
 
 

@@ -1,6 +1,6 @@
 """Measures, on a real teacher, what the samplers promise: variance, unique ids, and stability over batch shapes.
 
-    python tools/measure_targets.py launch/recipes/quickstart/capture.yaml [section.key=value ...] [--out FILE.json]
+    python tools/measure_targets.py launch/recipes/quickstart/capture.yaml [section.key=value ...] [--output FILE.json]
 
 Variances are exact, from the teacher's softmax t in float64, summed over the vocabulary and averaged over positions:
 multinomial sum t (1 - t) / N, systematic sum f (1 - f) / N^2 with f the fractional part of N t; the empirical column
@@ -9,16 +9,15 @@ draws real targets under several seeds as a check.
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import sys
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from reporting import command_line, write_json
 
 from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.config import load_recipe, require
@@ -106,13 +105,8 @@ def moved_by_batch_shape(
 
 def main() -> int:
     """Measure, print, and write JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("overrides", nargs="*")
+    parser = command_line(__doc__, recipe=True)
     parser.add_argument("--sequences", type=int, default=32)
-    parser.add_argument("--out", type=Path)
     args = parser.parse_intermixed_args()
     recipe = load_recipe(Recipe, args.recipe, args.overrides)
     require(recipe, "capture", "data", "teacher", "capture")
@@ -151,10 +145,8 @@ def main() -> int:
                 moved_by_batch_shape(engine, data, base, other, n) for other in BATCH_SHAPES
             ],
         }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    print(json.dumps(result, indent=1))
+    write_json(args.output, result)
     return 0
 
 

@@ -12,6 +12,7 @@ from distill_pretrain.config import dump_recipe, require
 from distill_pretrain.dist.env import launch_rank, launch_world_size
 
 if TYPE_CHECKING:
+    from distill_pretrain.data.sources import SequenceData
     from distill_pretrain.formats.hc_tables import HcTables
     from distill_pretrain.formats.manifest import Manifest
 
@@ -95,7 +96,7 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
         # No barrier: shards differ in length by more than a collective may wait. The last to finish publishes.
         manifest = finish_capture(writer)
     if manifest is not None:
-        _summarise(recipe.capture.output_dir, manifest)
+        _summarise(recipe.capture.output_dir, manifest, sequences)
 
 
 def _require_own_tokenizer(model: Path, tokens: Path) -> None:
@@ -119,12 +120,24 @@ def _require_own_tokenizer(model: Path, tokens: Path) -> None:
         )
 
 
-def _summarise(folder: Path, manifest: Manifest) -> None:
+def _summarise(folder: Path, manifest: Manifest, sequences: SequenceData) -> None:
+    """Printed by the process that finished the cache, whatever its rank."""
+    from distill_pretrain.data.canary import run_canary
+    from distill_pretrain.formats.cache_reader import CacheReader
+
     totals = manifest.totals
     print(
         f"cache complete: {folder}\n"
         f"  {totals['tokens']:,} positions, {totals['bytes_per_token']:.1f} bytes/token, "
-        f"{totals['entries_per_token']:.2f} unique ids/position\n"
-        f"  true next token among the stored ids: {totals['canary_hit_rate']:.1%}",
-        flush=True,
+        f"{totals['entries_per_token']:.2f} unique ids/position"
     )
+    with CacheReader.open(folder) as cache:
+        run_canary(
+            sequences.plan,
+            cache,
+            num_sequences=manifest.plan.num_sequences,
+            where=folder,
+            captured_rate=totals["canary_hit_rate"],
+            refuse=False,
+            say=lambda line: print(f"  {line}", flush=True),
+        )

@@ -32,10 +32,10 @@ static const uint8_t LEFT_BUCKET[18] = {0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 3
 static const uint8_t EXCESS_BUCKET[33] = {0, 1, 2, 2, 3, 3, 3, 4, 4, 4, 4, 4, 5, 5, 5, 5, 5,
                                           5, 5, 5, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 7};
 
-static inline uint32_t left_bucket(uint32_t left) { return LEFT_BUCKET[left < 17 ? left : 17]; }
-static inline uint32_t excess_bucket(uint32_t excess) { return EXCESS_BUCKET[excess < 32 ? excess : 32]; }
-static inline uint32_t bit_length(uint32_t value) { return value ? 32 - __builtin_clz(value) : 0; }
-static inline uint64_t low_bits(uint64_t word, uint32_t count) { return word & ((UINT64_C(1) << count) - 1); }
+INLINE uint32_t left_bucket(uint32_t left) { return LEFT_BUCKET[left < 17 ? left : 17]; }
+INLINE uint32_t excess_bucket(uint32_t excess) { return EXCESS_BUCKET[excess < 32 ? excess : 32]; }
+INLINE uint32_t bit_length(uint32_t value) { return value ? 32 - __builtin_clz(value) : 0; }
+INLINE uint64_t low_bits(uint64_t word, uint32_t count) { return word & ((UINT64_C(1) << count) - 1); }
 
 int32_t hc_abi(void) { return ABI; }
 
@@ -50,7 +50,7 @@ INLINE uint64_t peek(const uint8_t *payload, uint64_t size, uint64_t at) {
 }
 
 /* Value of a symbol of sizes; *used grows by the raw bits taken from `word`. */
-static inline uint32_t size_of_symbol(uint32_t symbol, uint64_t word, uint32_t *used) {
+INLINE uint32_t size_of_symbol(uint32_t symbol, uint64_t word, uint32_t *used) {
     if (__builtin_expect(symbol < 64, 1)) return symbol;
     uint32_t raw = 4 + ((symbol - 64) >> 2);
     *used += raw;
@@ -134,14 +134,14 @@ INLINE int next_entry(int counts, const Block *block, Stream *stream) {
     return --stream->left ? SOUND : next_row(block, stream);
 }
 
-static inline int ending(const Stream *stream) {
+INLINE int ending(const Stream *stream) {
     if (stream->entry != stream->last_entry) return WRONG_ENTRIES;
     if ((stream->at + 7) >> 3 != stream->size) return WRONG_LENGTH;
     if ((stream->at & 7) && stream->payload[stream->size - 1] >> (stream->at & 7)) return PADDING;
     return SOUND;
 }
 
-static inline int decode(int counts, const Block *block, Stream first, Stream second) {
+INLINE int decode(int counts, const Block *block, Stream first, Stream second) {
     int rule;
     if ((rule = next_row(block, &first)) || (rule = next_row(block, &second))) return rule;
     while (first.left && second.left) {
@@ -154,6 +154,18 @@ static inline int decode(int counts, const Block *block, Stream first, Stream se
     rule = ending(&first);
     return rule ? rule : ending(&second);
 }
+
+static int decode_kind(int counts, const Block *block, const Stream *first, const Stream *second) {
+    return counts ? decode(1, block, *first, *second) : decode(0, block, *first, *second);
+}
+
+#if defined(__x86_64__)
+/* The same with the shifts of processors since 2013, a tenth faster. */
+__attribute__((target("bmi,bmi2,lzcnt"))) static int decode_kind_bmi2(int counts, const Block *block, const Stream *first,
+                                                                      const Stream *second) {
+    return counts ? decode(1, block, *first, *second) : decode(0, block, *first, *second);
+}
+#endif
 
 /* payload uint8[size] -> entries_per_token int32[num_tokens], ids and values int32[num_entries]; returns the enum.
  * lookup: uint16[contexts][2^CODE_BITS]; ids_by_rank: int32[vocab_size], rank 1 first. */
@@ -171,7 +183,11 @@ int32_t hc_decode(int32_t counts, const uint8_t *payload, int64_t size, int64_t 
     Block block = {(uint32_t)num_draws, (uint32_t)vocab_size, most, lookup, ids_by_rank, entries_per_token, ids, values};
     Stream first = {payload, head[0], 0, 0, half, 0, head[1], 0, 0, 0, 0};
     Stream second = {payload + head[0], (uint64_t)size - head[0], 0, half, num_tokens, head[1], num_entries, 0, 0, 0, 0};
-    return counts ? decode(1, &block, first, second) : decode(0, &block, first, second);
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("lzcnt"))
+        return decode_kind_bmi2(counts, &block, &first, &second);
+#endif
+    return decode_kind(counts, &block, &first, &second);
 }
 
 /* Bits not yet in the output: fewer than 8 between calls of flush. */

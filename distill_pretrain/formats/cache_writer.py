@@ -377,7 +377,7 @@ class ShardWriter(Closing):
                 os.replace(self._owner.path, final)
                 fsync_path(final.parent)
                 # As read back. Never closed: closing any descriptor of the file would drop the lock.
-                file = ShardFile(LocalFile(self._owner.fd), self._spec, str(final))
+                file = ShardFile(LocalFile(self._owner.fd, str(final)), self._spec, str(final))
                 counts = self._cache._canary(self._spec, file, self._canary)
                 self._cache._publish_record(self._spec, file.sha256(), file.size, counts)
         finally:

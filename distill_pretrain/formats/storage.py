@@ -77,19 +77,22 @@ class LocalFile(Closing):
         size: bytes when it was opened.
     """
 
-    def __init__(self, fd: int) -> None:
-        """Own `fd`."""
+    def __init__(self, fd: int, name: str) -> None:
+        """Own `fd`; `name` is for messages."""
         self.fd = fd
+        self.name = name
         self.size = os.fstat(fd).st_size
 
     @classmethod
     def open(cls, path: Path) -> LocalFile:
-        """Open a file; OSError if it cannot be."""
-        return cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        """Open a file; FileNotFoundError if there is none."""
+        with _reading_errors(str(path)):
+            return cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC), str(path))
 
     def read(self, length: int, offset: int) -> bytes:
         """Bytes of a range; fewer only at the end of the file."""
-        return read_exactly(self.fd, length, offset)
+        with _reading_errors(self.name):
+            return read_exactly(self.fd, length, offset)
 
     def close(self) -> None:
         """Close the file; further reads fail."""
@@ -104,15 +107,13 @@ class _Folder:
         self.location = str(folder)
 
     def read(self, name: str) -> bytes:
-        try:
+        with _reading_errors(str(self.folder / name)):
             return (self.folder / name).read_bytes()
-        except NotADirectoryError:
-            raise FileNotFoundError(self.folder / name) from None
 
     def sizes(self) -> dict[str, int]:
         if not self.folder.is_dir():
             return {}
-        with os.scandir(self.folder) as entries:
+        with _reading_errors(self.location), os.scandir(self.folder) as entries:
             return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
 
     def open(self, name: str) -> RangeFile:
@@ -138,13 +139,15 @@ class _RemoteStorage:
             ) from None
 
     def read(self, name: str) -> bytes:
-        with _remote_errors(f"{self.location}/{name}"):
+        with _reading_errors(f"{self.location}/{name}"):
             data: bytes = self._files.cat_file(f"{self._root}/{name}")
             return data
 
     def sizes(self) -> dict[str, int]:
+        # Listings are cached by fsspec; a cache may have grown since.
+        self._files.invalidate_cache()
         try:
-            with _remote_errors(self.location):
+            with _reading_errors(self.location):
                 listed: list[dict[str, Any]] = self._files.ls(self._root, detail=True)
         except FileNotFoundError:
             return {}
@@ -152,7 +155,7 @@ class _RemoteStorage:
         return {entry["name"].rpartition("/")[2]: int(entry["size"]) for entry in files}
 
     def open(self, name: str) -> RangeFile:
-        with _remote_errors(f"{self.location}/{name}"):
+        with _reading_errors(f"{self.location}/{name}"):
             size = int(self._files.info(f"{self._root}/{name}")["size"])
         return _RemoteFile(self._files, f"{self._root}/{name}", size, f"{self.location}/{name}")
 
@@ -163,9 +166,11 @@ class _RemoteFile:
         self._files, self._path, self._where = files, path, where
 
     def read(self, length: int, offset: int) -> bytes:
-        if length == 0:
+        # A store may refuse a range that begins at the end of the file or beyond.
+        length = min(length, self.size - offset)
+        if length <= 0:
             return b""
-        with _remote_errors(self._where):
+        with _reading_errors(self._where):
             data: bytes = self._files.cat_file(self._path, start=offset, end=offset + length)
             return data
 
@@ -174,18 +179,20 @@ class _RemoteFile:
 
 
 @contextmanager
-def _remote_errors(where: str) -> Iterator[None]:
-    """A store's many kinds of failure as one; FileNotFoundError stays what it is."""
+def _reading_errors(where: str) -> Iterator[None]:
+    """The many kinds of failure of disks and stores as one; FileNotFoundError stays what it is."""
     try:
         yield
     except FileNotFoundError:
         raise
+    except NotADirectoryError:
+        raise FileNotFoundError(where) from None
     except Exception as error:
         raise CacheError(
-            "the cache's store cannot be read",
+            "the cache cannot be read",
             where=where,
             found=f"{type(error).__name__}: {error}",
-            remedy="check the URL, the credentials and the network, and run again",
+            remedy="check permissions, disk or network, and run again",
         ) from error
 
 

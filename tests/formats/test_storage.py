@@ -125,3 +125,28 @@ def test_a_file_in_place_of_the_folder_is_no_cache(tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(CacheIncomplete, match="no cache here"):
         CacheReader.open(tmp_path / "file")
+
+
+def test_nothing_is_asked_for_beyond_the_end(cache: Cache, url: str, monkeypatch):
+    """S3 answers such a request with an error, unlike the file system in memory."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    real = MemoryFileSystem.cat_file
+
+    def strict(self, path, start=None, end=None, **options):
+        if start is not None and start >= self.info(path)["size"]:
+            raise OSError(22, "The requested range is not satisfiable")
+        return real(self, path, start=start, end=end, **options)
+
+    upload(cache.folder, url)
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", strict)
+    assert verify_cache(url).problems == ()
+
+
+def test_a_file_that_may_not_be_read_is_named(cache: Cache, monkeypatch):
+    def refuse(self: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(CacheError, match=r"cannot be read; where: .*plan\.json.*permissions"):
+        CacheReader.open(cache.folder)

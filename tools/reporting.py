@@ -1,0 +1,49 @@
+"""What the tools share: their command line, the machine they ran on, and the JSON they write."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import distill_pretrain
+
+
+def command_line(doc: str | None, *, recipe: bool) -> argparse.ArgumentParser:
+    """A parser with `--output`, and with a recipe and its overrides if a tool takes them."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
+    if recipe:
+        parser.add_argument("recipe", type=Path)
+        parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--output", type=Path, metavar="FILE.json")
+    return parser
+
+
+def environment(*packages: str) -> dict[str, Any]:
+    """Hardware, date, and versions of Python, this package and others."""
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "cpu": names[0] if names else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": os.getloadavg()[0],
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "distill-pretrain": distill_pretrain.__version__,
+        **{package: version(package) for package in packages},
+    }
+
+
+def write_json(path: Path | None, report: dict[str, Any]) -> None:
+    """Write a report, if a file was asked for."""
+    if path:
+        path.write_text(json.dumps(report, indent=1) + "\n")
