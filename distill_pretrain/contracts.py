@@ -31,7 +31,8 @@ class RaggedTargets:
             "logprobs": values are natural-log teacher probabilities (top-k), row mass <= 1.
         num_draws: draws per position (counts) or the k of top-k (logprobs): the most entries a row can have.
         entries_per_token: int32[T]; 0 where the position has no target.
-        ids: int32[E], distinct within a row; in which order is the codec's affair.
+        ids: int32[E], distinct within a row. The samplers give them ascending, which the raw codec requires; the
+            entropy codec takes any order and gives the frequency ranks ascending.
         values: int32[E] counts, or float32[E] log-probabilities.
     """
 

@@ -6,6 +6,9 @@ traceback and exits with status 2. `assert` is for our own bugs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 
 class DistillPretrainError(Exception):
     """Base of every error a user can cause.
@@ -36,6 +39,14 @@ class DistillPretrainError(Exception):
         super().__init__("; ".join(parts))
         self.what = what
         self.where = where
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+        """Pickle without calling `__init__`, whose arguments are not those that the message keeps."""
+        return _without_init, (type(self), self.args), self.__dict__
+
+
+def _without_init(kind: type[DistillPretrainError], args: tuple[Any, ...]) -> DistillPretrainError:
+    return kind.__new__(kind, *args)
 
 
 class ConfigError(DistillPretrainError):
@@ -83,11 +94,18 @@ class TeacherError(DistillPretrainError):
 
 
 class MissingDependency(DistillPretrainError):
-    """An optional package is needed; the message carries the line that installs it."""
+    """An optional package is needed; the message carries the line that installs it.
 
-    def __init__(self, package: str, *, extra: str, needed_for: str) -> None:
+    Args:
+        package: as pip names it.
+        extra: of this package, that brings it; None if none does.
+        needed_for: what the user wanted.
+    """
+
+    def __init__(self, package: str, *, extra: str | None = None, needed_for: str) -> None:
+        wanted = package if extra is None else f"distill-pretrain[{extra}]"
         super().__init__(
             f"{package} is not installed",
             expected=f"{package}, needed for {needed_for}",
-            remedy=f"pip install 'distill-pretrain[{extra}]'",
+            remedy=f"pip install '{wanted}'",
         )

@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +35,7 @@ from distill_pretrain.formats.codecs import BlockCodec
 from distill_pretrain.formats.hc_build import build_tables
 from distill_pretrain.formats.hc_codec import HcCodec
 from distill_pretrain.formats.raw_codec import RawCodec
+from distill_pretrain.formats.storage import open_storage
 
 PASSES = 5
 TRAINING_TOKENS_PER_S = 400_000
@@ -194,13 +194,14 @@ def by_ascending_id(targets: RaggedTargets) -> RaggedTargets:
 
 
 def bytes_per_token(
-    folder: Path, cache: CacheReader, targets: list[RaggedTargets]
+    location: str, cache: CacheReader, targets: list[RaggedTargets]
 ) -> dict[str, Any]:
     """Of this cache with all its files, and of other ways to keep such targets."""
     plan, totals = cache.plan, cache.manifest.totals
     tokens = totals["tokens"]
     assert tokens is not None
-    stored = sum(p.stat().st_size for p in folder.iterdir() if _is_of_cache(p))
+    sizes = open_storage(location).sizes()
+    stored = sum(size for name, size in sizes.items() if name.endswith((".dpt", ".json", ".bin")))
     entries = sum(len(row.ids) for row in targets) / sum(len(r.entries_per_token) for r in targets)
     return {
         "entries per token": entries,
@@ -212,10 +213,6 @@ def bytes_per_token(
         "MaxText top-64: int32 and float32 each, before its container": 64.0 * (4 + 4),
         "full vocabulary in bf16": 2.0 * plan.vocab_size,
     }
-
-
-def _is_of_cache(path: Path) -> bool:
-    return path.suffix in (".dpt", ".json", ".bin")
 
 
 def order0_bound_bytes(targets: list[RaggedTargets], vocab_size: int) -> float | None:

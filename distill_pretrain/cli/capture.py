@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from distill_pretrain.data.sources import SequenceData
     from distill_pretrain.formats.hc_tables import HcTables
     from distill_pretrain.formats.manifest import Manifest
+    from distill_pretrain.teacher.config import CaptureConfig
 
 SECTIONS = ("data", "teacher", "capture")
 HELP = """
@@ -51,6 +52,7 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
     from distill_pretrain.teacher.engines import open_engine
 
     require_one_source(recipe.data, "capture", "capture.output_dir")
+    _require_codec_with_tables(recipe.capture)
     set_cpu_threads(recipe.capture.threads)
     if recipe.teacher.kind == "hf":
         _require_own_tokenizer(recipe.teacher.path, recipe.data.tokens)
@@ -64,12 +66,16 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
             seq_len=recipe.data.seq_len,
             tokenizer_sha256=sequences.tokenizer_sha256,
         )
-        plan = make_plan(sequences, recipe.capture, engine.identity)
         capture = recipe.capture
+        plan = make_plan(sequences, capture, engine.identity)
+        given = None
+        if capture.codec_tables is not None:
+            given = read_tables(capture.codec_tables, plan)
+            plan = plan.with_tables(given.sha256)
 
         def make_tables() -> HcTables:
-            if capture.codec_tables is not None:
-                return read_tables(capture.codec_tables, plan)
+            if given is not None:
+                return given
             say("scoring a pilot for the codec's tables")
             return pilot_tables(engine, sequences, plan, num_tokens=capture.pilot_tokens)
 
@@ -97,6 +103,19 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
         manifest = finish_capture(writer)
     if manifest is not None:
         _summarise(recipe.capture.output_dir, manifest, sequences)
+
+
+def _require_codec_with_tables(capture: CaptureConfig) -> None:
+    """Refuse tables for a codec that has none."""
+    from distill_pretrain.errors import ConfigError
+
+    if capture.codec_tables is not None and capture.codec == "raw":
+        raise ConfigError(
+            "the raw codec has no tables",
+            where="capture.codec_tables, capture.codec",
+            found=f"codec_tables: {capture.codec_tables}, codec: raw",
+            remedy="set capture.codec=hc, or leave capture.codec_tables out",
+        )
 
 
 def _require_own_tokenizer(model: Path, tokens: Path) -> None:

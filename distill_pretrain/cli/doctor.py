@@ -298,7 +298,7 @@ def _fast_coder() -> Finding:
         name="fast cache coder",
         found=problem or "built",
         usable=not problem,
-        enables="entropy-coded caches at speed; without it they are a thousand times slower",
+        enables="entropy-coded caches at speed; without it they are hundreds of times slower",
         install=install,
     )
 

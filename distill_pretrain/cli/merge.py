@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-sequences",
         type=int,
         metavar="N",
-        help="sequences that the merged cache must have (default: the most that one of the caches was asked for)",
+        help="sequences that the merged cache must have (default: up to the last that one of the caches has finished)",
     )
 
 
@@ -47,9 +47,8 @@ def run(recipe: Recipe | None, args: argparse.Namespace) -> None:
     if launch_rank() != 0:
         return
     _check(args)
-    from distill_pretrain.formats.cache_merge import copy_file, merge_caches
-    from distill_pretrain.formats.names import sequence_ranges
-    from distill_pretrain.formats.storage import open_storage
+    from distill_pretrain.formats.cache_merge import RECIPE_NAME, copy_recipe, merge_caches
+    from distill_pretrain.formats.names import ranges_text
 
     dest = Path(args.dest)
     with progress(None, "merging", unit="shards") as bar:
@@ -58,17 +57,14 @@ def run(recipe: Recipe | None, args: argparse.Namespace) -> None:
         )
     say(f"{result.linked:,} shards linked, {result.copied:,} copied into {dest}")
     for source in args.sources:
-        if not (dest / "recipe.yaml").exists():
-            try:
-                copy_file(open_storage(source), "recipe.yaml", dest / "recipe.yaml")
-            except FileNotFoundError:
-                continue
+        if not (dest / RECIPE_NAME).exists():
+            copy_recipe(source, dest)
     if result.manifest is None:
         raise CacheIncomplete(
             "the merged cache is not finished: no source has all of the missing shards",
             where=dest,
-            found=f"{len(result.missing)} of {result.plan.num_shards} shards missing: sequences "
-            + sequence_ranges(result.plan, list(result.missing)),
+            found=f"{result.missing_shards} of {result.plan.num_shards} shards missing: sequences "
+            + ranges_text(list(result.missing)),
             remedy="capture them with `distill-pretrain capture` and capture.output_dir set to this folder, or "
             "merge again with a cache that has them, or lower --num-sequences; what was merged stays",
         )

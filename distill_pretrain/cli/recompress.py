@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,9 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(recipe: Recipe | None, args: argparse.Namespace) -> None:
     """Recompresses a cache; every process of the job takes part."""
     _check(args)
-    from distill_pretrain.formats.cache_merge import copy_file
+    from distill_pretrain.formats.cache_merge import copy_recipe
     from distill_pretrain.formats.cache_recompress import recompress_cache
-    from distill_pretrain.formats.storage import open_storage
 
     dest = Path(args.dest)
     with progress(None, "recompressing", unit="positions") as bar:
@@ -79,8 +77,7 @@ def run(recipe: Recipe | None, args: argparse.Namespace) -> None:
     if result.written is None:
         say("other processes still write shards; the last of them publishes the cache")
         return
-    with suppress(FileNotFoundError):
-        copy_file(open_storage(args.source), "recipe.yaml", dest / "recipe.yaml")
+    copy_recipe(args.source, dest)
     _summarise(dest, result.source, result.written)
 
 

@@ -79,6 +79,8 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
             quick=args.quick,
         )
     say(f"{result.shards_checked:,} shards, {result.blocks_checked:,} blocks checked in {folder}")
+    for note in result.notes:
+        say(f"note: {note}")
     if args.repair:
         _repair(folder, result)
     if result.problems:
@@ -111,9 +113,8 @@ def _check_matches(folder: str, sequences: SequenceData) -> None:
 
 
 def _repair(folder: str, result: VerifyResult) -> None:
-    from distill_pretrain.formats.cache_reader import load_plan_of_extent
-    from distill_pretrain.formats.cache_writer import CacheWriter
-    from distill_pretrain.formats.storage import is_remote, open_storage
+    from distill_pretrain.formats.cache_verify import repair_cache
+    from distill_pretrain.formats.storage import is_remote
 
     if is_remote(folder):
         raise ConfigError(
@@ -122,9 +123,7 @@ def _repair(folder: str, result: VerifyResult) -> None:
             found=folder,
             remedy="repair the folder it was copied from, and copy the shards again",
         )
-    writer = CacheWriter.create_or_resume(Path(folder), load_plan_of_extent(open_storage(folder)))
-    for shard in result.damaged_shards:
-        writer.discard(shard)
+    repair_cache(Path(folder), result)
 
 
 def _corrupt(folder: str, result: VerifyResult, *, repaired: bool) -> CacheCorrupt:

@@ -65,7 +65,7 @@ class BatchSource:
 
 @dataclass(frozen=True, kw_only=True)
 class HostBatch:
-    """A micro-batch in CPU memory, half the bytes of the `TokenBatch` it becomes.
+    """A micro-batch in CPU memory: ids of 4 bytes, where the `TokenBatch` it becomes has 8.
 
     Attributes:
         tokens: int32[B, P].

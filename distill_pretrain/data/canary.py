@@ -18,7 +18,9 @@ from distill_pretrain.errors import CacheMismatch, DistillPretrainError, Teacher
 
 MOST_SEQUENCES = 64
 MOST_POSITIONS = 1 << 17
+FEWEST_SEQUENCES = 32
 FEWEST_POSITIONS = 1000
+DECISIVE_POSITIONS = 8000
 NUM_GROUPS = 32
 CLEARLY = 4.0
 RATE_TOLERANCE = 0.05
@@ -36,6 +38,7 @@ class Canary:
     Attributes:
         hits: float64[T, 3], 1 where that token is among the stored ids.
         mass: float64[T, 3], the stored probability of that token.
+        positions: int64[S], how many of the T each sequence of the sample has, in order.
         entropy: mean entropy of the stored targets, nats.
         uniform_share: share of positions with several ids of almost equal probability.
         same_top_share: share of positions whose likeliest id is the sample's commonest.
@@ -43,6 +46,7 @@ class Canary:
 
     hits: npt.NDArray[np.float64]
     mass: npt.NDArray[np.float64]
+    positions: npt.NDArray[np.int64]
     entropy: float
     uniform_share: float
     same_top_share: float
@@ -53,6 +57,8 @@ class Canary:
         return len(self.hits)
 
     def __str__(self) -> str:
+        if not self.num_positions:
+            return "no position of the sample has a target and neighbours to compare with"
         rate, mass = self.hits.mean(0), self.mass.mean(0)
         return (
             f"next token among the stored ids at {rate[0]:.1%} of {self.num_positions:,} positions "
@@ -64,17 +70,26 @@ class Canary:
 
 
 def measure_canary(plan: SequenceSource, cache: TargetSource, *, num_sequences: int) -> Canary:
-    """Read up to 64 sequences (and about 131,072 positions) spread evenly over the first `num_sequences`."""
-    wanted = min(num_sequences, MOST_SEQUENCES, max(4, MOST_POSITIONS // plan.seq_len))
+    """Read from sequences spread evenly over the first `num_sequences`.
+
+    They are 64, or as many more as short ones take to make 16,000 positions. Of sequences too long for 131,072
+    positions in all a part each is read, from the start of the first one to the end of the last.
+    """
+    wanted = min(num_sequences, max(MOST_SEQUENCES, 2 * DECISIVE_POSITIONS // plan.seq_len))
+    size = min(plan.seq_len, MOST_POSITIONS // wanted)
     columns: list[tuple[npt.NDArray[np.float64], ...]] = []
-    for sequence in (np.arange(wanted) * num_sequences // wanted).tolist():
+    for place, sequence in enumerate((np.arange(wanted) * num_sequences // wanted).tolist()):
         tokens, labels = (array[0] for array in plan.read(np.array([sequence])))
-        columns.append(_per_position(cache.read(sequence, tokens), labels))
+        start = place * (plan.seq_len - size) // max(1, wanted - 1)
+        targets = cache.read(sequence, tokens, start, start + size)
+        columns.append(_per_position(targets, labels[start : start + size]))
+    positions = np.array([len(column[0]) for column in columns])
     hits, mass, entropy, uniform, top = map(np.concatenate, zip(*columns, strict=True))
     _, counts = np.unique(top, return_counts=True)
     return Canary(
         hits=hits,
         mass=mass,
+        positions=positions,
         entropy=float(entropy.mean()) if len(top) else 0.0,
         uniform_share=float(uniform.mean()) if len(top) else 0.0,
         same_top_share=float(counts.max() / len(top)) if len(top) else 0.0,
@@ -90,10 +105,13 @@ def check_canary(canary: Canary, *, where: object, captured_rate: float | None) 
     Targets that do not depend on the text (constant, or uniform) give the three tokens equal probability on average,
     shifted ones give a neighbour more, and a language model of a few dozen steps is 14 standard errors clear on
     2,500 positions. Both sides of a difference come from the same position; its standard error is that of the means of
-    32 stretches of the sample, since neighbouring positions are not independent. Below 1,000 positions only a
-    neighbour's clear lead is an error: a weak teacher cannot be told from a useless one.
+    32 stretches of the sample, since neighbouring positions are not independent. Below 8,000 positions a weak teacher
+    cannot be told from a useless one by that: there, at 1,000 positions or more, it is an error if the lead is 4
+    standard errors below half of a neighbour's probability, and else a doubt.
 
-    The hit rate must also not lie below the one counted at capture by more than 5 points and 5 standard errors.
+    The hit rate must also not lie below the one counted at capture by more than 5 points and 5 standard errors. Texts
+    differ in how well a teacher knows them, so that standard error is one over sequences, and with fewer than 32 of
+    them nothing is compared.
 
     Args:
         canary: the sample.
@@ -116,19 +134,21 @@ def check_canary(canary: Canary, *, where: object, captured_rate: float | None) 
             expected="the next token likelier than its neighbours",
             remedy="capture the cache anew with this version",
         )
-    if captured_rate is not None:
-        rate, error = _mean_and_error(canary.hits[:, _ALIGNED])
+    if captured_rate is not None and np.count_nonzero(canary.positions) >= FEWEST_SEQUENCES:
+        rate, error = _rate_over_sequences(canary)
         if rate < captured_rate - max(RATE_TOLERANCE, 5 * error):
             raise CacheMismatch(
                 "the targets hit the text less often than when they were captured",
                 where=where,
                 found=canary,
                 expected=f"a hit rate near {captured_rate:.1%} (manifest.json)",
-                remedy="run `distill-pretrain verify`; if it finds nothing, capture the cache anew",
+                remedy="run `distill-pretrain verify`; if it finds nothing, capture the cache anew; "
+                "to train from this cache all the same set data.canary=warn",
             )
     if min(leads) >= CLEARLY:
         return None
-    if canary.num_positions < FEWEST_POSITIONS:
+    is_useless = any(_has_no_lead(canary.mass, other) for other in (_EARLIER, _LATER))
+    if canary.num_positions < (FEWEST_POSITIONS if is_useless else DECISIVE_POSITIONS):
         return "too few positions to tell a weak teacher from one that ignores the text"
     raise TeacherError(
         "the targets do not depend on the text: the next token is no likelier than its neighbours",
@@ -208,6 +228,22 @@ def _lead(mass: npt.NDArray[np.float64], other: int) -> float:
     if error == 0:
         return float(np.sign(mean)) * np.inf if mean else 0.0
     return mean / error
+
+
+def _has_no_lead(mass: npt.NDArray[np.float64], other: int) -> bool:
+    """Whether the aligned column clearly exceeds another by less than half of it."""
+    mean, error = _mean_and_error(mass[:, _ALIGNED] - mass[:, other])
+    return mean + CLEARLY * error < float(mass[:, other].mean()) / 2
+
+
+def _rate_over_sequences(canary: Canary) -> tuple[float, float]:
+    """The hit rate and its standard error; sequences, of different sizes, are what is independent."""
+    sizes = canary.positions[canary.positions > 0]
+    hits = np.add.reduceat(canary.hits[:, _ALIGNED], np.cumsum(sizes) - sizes)
+    rate = hits.sum() / sizes.sum()
+    deviations = hits - rate * sizes
+    error = np.sqrt(len(sizes) / (len(sizes) - 1) * (deviations**2).sum()) / sizes.sum()
+    return float(rate), float(error)
 
 
 def _mean_and_error(values: npt.NDArray[np.float64]) -> tuple[float, float]:

@@ -65,7 +65,8 @@ class TrainingSource:
         return {
             "sequence_plan_id": self.sequences.plan.plan_id,
             "num_sequences": self.sequences.num_sequences,
-            "cache_manifest_sha256": self.cache.manifest_sha256 if self.cache else None,
+            # Not the manifest's digest: a cache may have grown since.
+            "cache_plan_id": self.cache.plan.plan_id if self.cache else None,
         }
 
 

@@ -19,8 +19,17 @@ from distill_pretrain.formats.finished_shards import FinishedShards, require_sam
 from distill_pretrain.formats.hc_codec import HcCodec
 from distill_pretrain.formats.hc_tables import HcTables
 from distill_pretrain.formats.manifest import Manifest
-from distill_pretrain.formats.names import PLAN_NAME, sequence_ranges, shard_name
+from distill_pretrain.formats.names import (
+    MANIFEST_NAME,
+    PLAN_NAME,
+    extent_of,
+    missing_ranges,
+    sequence_ranges,
+    shard_name,
+)
 from distill_pretrain.formats.storage import Storage, is_remote, open_storage
+
+RECIPE_NAME = "recipe.yaml"
 
 _CHUNK_BYTES = 1 << 22
 
@@ -32,14 +41,16 @@ class MergeResult:
     Attributes:
         plan: of the merged cache, with the extent that was asked for.
         manifest: as published; None while shards are missing.
-        missing: shards that no cache has finished, ascending.
+        missing: (first, last) sequences of the shards that no cache has finished, neighbours joined.
+        missing_shards: number of those shards.
         linked: shards that share their bytes on disk with a source.
         copied: shards that were copied.
     """
 
     plan: CachePlan
     manifest: Manifest | None
-    missing: tuple[int, ...]
+    missing: tuple[tuple[int, int], ...]
+    missing_shards: int
     linked: int
     copied: int
 
@@ -60,7 +71,8 @@ def merge_caches(
     Args:
         dest: folder of the merged cache.
         sources: folders or URLs of caches, finished or not; of equal shards the first is taken.
-        num_sequences: extent of the merged cache; None for the largest of all.
+        num_sequences: extent of the merged cache; None for the largest that a manifest states or a finished shard
+            reaches. What a capture was only asked for does not count.
         progress: called with (shards done, shards to do).
 
     Raises:
@@ -82,20 +94,19 @@ def merge_caches(
         replace(plan, codec_sha256=None),
         make_tables=lambda: _tables(holders[0], plan.codec_sha256),
     )
-    wanted = [
-        (shard, next(holder for holder in holders if shard in holder.records))
-        for shard in writer.pending()
-        if any(shard in holder.records for holder in holders)
-    ]
+    first = {shard: holder for holder in reversed(holders) for shard in holder.records}
+    wanted = sorted(first.keys() - _done(writer))
     counts = {"linked": 0, "copied": 0}
-    for done, (shard, holder) in enumerate(wanted, start=1):
-        _take(writer, holder, shard, counts)
-        progress(done, len(wanted))
-    missing = tuple(writer.pending())
+    for number, shard in enumerate(wanted, start=1):
+        _take(writer, first[shard], shard, counts)
+        progress(number, len(wanted))
+    finished = _done(writer)
+    missing = missing_ranges(writer.plan, finished)
     return MergeResult(
         plan=writer.plan,
         manifest=None if missing else writer.publish_manifest(),
-        missing=missing,
+        missing=tuple(missing),
+        missing_shards=writer.plan.num_shards - len(finished),
         **counts,
     )
 
@@ -142,6 +153,42 @@ def copy_file(storage: Storage, name: str, target: Path, sha256: str | None = No
     fsync_path(target.parent)
 
 
+def copy_recipe(source: str | Path, dest: Path) -> None:
+    """Copy the recipe that a cache was captured with into another folder, if it is there.
+
+    Raises:
+        CacheError: it cannot be read or written.
+    """
+    target = dest / RECIPE_NAME
+    try:
+        copy_file(open_storage(source), RECIPE_NAME, target)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise CacheError(
+            "the recipe of the cache cannot be copied",
+            where=target,
+            found=error.strerror or error,
+            remedy="free space or correct permissions and run again; finished shards are kept",
+        ) from error
+
+
+def _done(writer: CacheWriter) -> list[int]:
+    return FinishedShards(open_storage(writer.folder), writer.plan).done()
+
+
+def _reach(storage: Storage, plan: CachePlan) -> int:
+    """Sequences up to the end of a cache's manifest or of its last finished shard, at least 1."""
+    try:
+        manifest = Manifest.from_json_bytes(storage.read(MANIFEST_NAME), plan)
+        stated = manifest.plan.num_sequences
+    except (FileNotFoundError, CacheCorrupt):
+        stated = 1
+    names = storage.sizes().keys()
+    recorded = (n for n in names if n.endswith(".dpt") and n.removesuffix("dpt") + "json" in names)
+    return max(stated, extent_of(plan, recorded))
+
+
 def _common_plan(storages: list[Storage], num_sequences: int | None) -> CachePlan:
     plans = [load_plan_of_extent(storage) for storage in storages]
     for storage, plan in zip(storages[1:], plans[1:], strict=True):
@@ -152,9 +199,9 @@ def _common_plan(storages: list[Storage], num_sequences: int | None) -> CachePla
             remedy="merge caches captured with one recipe, teacher and codec tables "
             "(capture.codec_tables), or name another folder as DEST",
         )
-    return plans[0].with_extent(
-        max(plan.num_sequences for plan in plans) if num_sequences is None else num_sequences
-    )
+    if num_sequences is None:
+        num_sequences = max(map(_reach, storages, plans))
+    return plans[0].with_extent(num_sequences)
 
 
 def _require_same_shards(holders: list[FinishedShards]) -> None:

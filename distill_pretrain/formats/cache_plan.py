@@ -18,10 +18,11 @@ FORMAT_NAME = "distill-pretrain-cache"
 FORMAT_VERSION = 1
 
 _SAMPLER_KEYS = {"name": str, "num_draws": int, "temperature": float, "seed": int, "rng": str}
+MOST_SEQUENCES = 1 << 40
 _BOUNDS = {
     "vocab_size": (2, 1 << 20),
     "seq_len": (1, 1 << 24),
-    "num_sequences": (1, 1 << 40),
+    "num_sequences": (1, MOST_SEQUENCES),
     "micro_batch_size": (1, 1 << 20),
     "block_tokens": (1, 1 << 16),
     "shard_sequences": (1, 1 << 20),
@@ -163,11 +164,12 @@ class CachePlan:
             raise _bad_plan(f"fields {sorted(set(values) ^ names)} are missing or unknown")
         try:
             plan = cls(**values, num_sequences=num_sequences)
-        except CacheError as error:
+            canonical = plan.to_json_bytes()
+        except (CacheError, ValueError, RecursionError) as error:
             raise _bad_plan(str(error)) from None
         if plan.has_tables and plan.codec_sha256 is None:
             raise _bad_plan("no codec_sha256, though the codec has tables")
-        if plan.to_json_bytes() != data:
+        if canonical != data:
             raise _bad_plan("the bytes are not the canonical form")
         return plan
 

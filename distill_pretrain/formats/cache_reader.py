@@ -14,12 +14,13 @@ from distill_pretrain.contracts import RaggedTargets
 from distill_pretrain.errors import CacheCorrupt, CacheIncomplete, CacheMismatch
 from distill_pretrain.formats.cache_plan import CachePlan
 from distill_pretrain.formats.closing import Closing
-from distill_pretrain.formats.codec_files import CodecFiles
+from distill_pretrain.formats.codec_files import CodecFiles, tables_name
 from distill_pretrain.formats.manifest import Manifest, extent_from
 from distill_pretrain.formats.names import (
     EXTENT_NAME,
     MANIFEST_NAME,
     PLAN_NAME,
+    extent_of,
     missing_ranges,
     ranges_text,
     record_name,
@@ -49,6 +50,7 @@ class CacheReader(Closing):
         self.manifest_sha256 = hashlib.sha256(manifest.to_json_bytes()).hexdigest()
         self._storage = storage
         self._codecs = CodecFiles(storage, self.plan)
+        self._codecs.get(self.plan.codec_sha256)
         self._max_open = max_open
         self._open: OrderedDict[int, ShardFile] = OrderedDict()
 
@@ -96,10 +98,14 @@ class CacheReader(Closing):
                 f"{' ...' if len(missing) > 4 else ''}: sequences {sequence_ranges(plan, missing)}",
                 remedy="copy the files again, or run `distill-pretrain capture` again",
             )
-        reader = cls(storage, manifest, max_open)
-        for sha256 in {record.codec_sha256 for record in manifest.shards}:
-            reader._codecs.get(sha256)
-        return reader
+        for digest in sorted({record.codec_sha256 or "" for record in manifest.shards}):
+            if digest and tables_name(digest) not in sizes:
+                raise CacheCorrupt(
+                    "the tables of the cache's codec are missing",
+                    where=f"{storage.location}/{tables_name(digest)}",
+                    remedy="copy the file again from a sound copy of the cache",
+                )
+        return cls(storage, manifest, max_open)
 
     def check_matches(
         self,
@@ -299,13 +305,13 @@ def load_plan(storage: Storage) -> CachePlan:
 
 
 def load_plan_of_extent(storage: Storage) -> CachePlan:
-    """As `load_plan`, with the manifest's extent where that is larger or the only one."""
+    """As `load_plan`, with the manifest's extent, or without one that of the shards' names, where that is larger."""
     plan = load_plan(storage)
     try:
-        finished = Manifest.from_json_bytes(storage.read(MANIFEST_NAME), plan).plan
+        known = Manifest.from_json_bytes(storage.read(MANIFEST_NAME), plan).plan.num_sequences
     except (FileNotFoundError, CacheCorrupt):
-        return plan
-    return finished if finished.num_sequences >= plan.num_sequences else plan
+        known = extent_of(plan, storage.sizes())
+    return plan.with_extent(max(known, plan.num_sequences))
 
 
 def _unfinished(location: str, plan: CachePlan, sizes: dict[str, int]) -> CacheIncomplete:

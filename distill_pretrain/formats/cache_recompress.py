@@ -74,7 +74,7 @@ def recompress_cache(
         progress: told of positions written.
 
     Raises:
-        CacheIncomplete: the source is not finished, or no cache.
+        CacheIncomplete: the source is not finished, or no cache, or a shard of it vanished.
         CacheCorrupt: a block of the source is damaged.
         CacheMismatch: the folder holds another cache.
         CacheError: the two are one folder, the codec would stay raw, or the folder cannot be written.
@@ -179,7 +179,7 @@ class _Recompression:
                 worked |= self._shard(shard)
 
     def _shard(self, shard: int) -> bool:
-        record = self._shards.records[shard]
+        record = self._shards.record(shard)
         claimed = self._writer.claim(
             shard,
             canary=(record.labelled, record.label_hits),

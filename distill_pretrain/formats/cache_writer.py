@@ -50,6 +50,7 @@ from distill_pretrain.formats.shard import (
 )
 from distill_pretrain.formats.storage import LocalFile, open_storage, read_exactly
 
+_PUBLISH_LOCK = ".publish.lock"
 LabelsOf = Callable[[int], npt.NDArray[np.int32]]
 Canary = tuple[int | None, int | None]
 
@@ -87,9 +88,9 @@ class CacheWriter:
 
         Args:
             folder: of the cache; created.
-            plan: of the cache. With `codec_sha256` None and a codec that needs tables, the tables are those of
-                the folder, or those that `make_tables` makes for a new cache.
-            make_tables: called only where the folder has no plan yet.
+            plan: of the cache. With `codec_sha256` None and a codec that needs tables, the tables are those that
+                the folder has by then, whoever made them; a plan that names its tables accepts no others.
+            make_tables: makes the tables of a new cache; called only where the folder has no plan yet.
             labels_of: sequence number -> int32[L] next tokens (-100 for none), for the canary; all
                 writers of a cache give it, or none does.
             sync_every: blocks between two fsyncs.
@@ -102,11 +103,16 @@ class CacheWriter:
         path = folder / PLAN_NAME
         with _io_errors(path):
             folder.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
-                if plan.has_tables and plan.codec_sha256 is None:
-                    assert make_tables is not None, "a new cache of this codec needs tables"
-                    plan = plan.with_tables(publish_tables(folder, make_tables()))
-                publish_bytes_once(path, plan.to_json_bytes())
+            is_new = not path.exists()
+        if is_new:
+            made = plan
+            if plan.has_tables and make_tables is not None:
+                tables = make_tables()
+                with _io_errors(folder):
+                    made = plan.with_tables(publish_tables(folder, tables))
+            with _io_errors(path):
+                publish_bytes_once(path, made.to_json_bytes())
+        with _io_errors(path):
             stored = path.read_bytes()
         found = CachePlan.from_json_bytes(stored, num_sequences=plan.num_sequences)
         plan = plan.joining(found)
@@ -119,7 +125,8 @@ class CacheWriter:
             )
         with _io_errors(folder):
             discard_stale_temporaries(folder)
-            _raise_extent(folder / EXTENT_NAME, plan.num_sequences)
+            with _publishing(folder):
+                _raise_extent(folder / EXTENT_NAME, plan.num_sequences)
         return cls(folder, plan, labels_of, sync_every)
 
     def pending(self) -> list[int]:
@@ -197,7 +204,7 @@ class CacheWriter:
         )
         path = self.folder / MANIFEST_NAME
         data = manifest.to_json_bytes()
-        with _io_errors(path):
+        with _io_errors(path), _publishing(self.folder):
             published = path.read_bytes() if path.exists() else b""
             larger = self._larger_manifest(published)
             if larger is not None:
@@ -221,10 +228,11 @@ class CacheWriter:
 
     def _record(self, shard: int) -> ShardRecord | None:
         """The done record of a finished shard whose file has the recorded size."""
+        path = self._path(shard, ".json")
         try:
-            data = self._path(shard, ".json").read_bytes()
-            record = ShardRecord.from_json_bytes(data, self.plan, shard)
-            size = self._path(shard, ".dpt").stat().st_size
+            with _io_errors(path, besides=FileNotFoundError):
+                record = ShardRecord.from_json_bytes(path.read_bytes(), self.plan, shard)
+                size = self._path(shard, ".dpt").stat().st_size
         except (FileNotFoundError, CacheCorrupt):
             return None
         return record if size == record.size else None
@@ -376,8 +384,9 @@ class ShardWriter(Closing):
                 self._sync()
                 os.replace(self._owner.path, final)
                 fsync_path(final.parent)
-                # As read back. Never closed: closing any descriptor of the file would drop the lock.
-                file = ShardFile(LocalFile(self._owner.fd, str(final)), self._spec, str(final))
+                # As read back.
+                opened = LocalFile(self._owner.fd, str(final), owned=False)
+                file = ShardFile(opened, self._spec, str(final))
                 counts = self._cache._canary(self._spec, file, self._canary)
                 self._cache._publish_record(self._spec, file.sha256(), file.size, counts)
         finally:
@@ -397,8 +406,8 @@ class ShardWriter(Closing):
         try:
             with _io_errors(final):
                 place(final)
-                publish_bytes(final.with_suffix(".json"), record.to_json_bytes())
                 self._owner.path.unlink()
+                publish_bytes(final.with_suffix(".json"), record.to_json_bytes())
         finally:
             self.close()
 
@@ -500,9 +509,22 @@ def _raise_extent(path: Path, num_sequences: int) -> None:
 
 
 @contextmanager
-def _io_errors(path: Path) -> Iterator[None]:
+def _publishing(folder: Path) -> Iterator[None]:
+    """One process at a time looks at what is published and replaces it by something larger."""
+    fd = os.open(folder / _PUBLISH_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _io_errors(path: Path, besides: type[OSError] | tuple[()] = ()) -> Iterator[None]:
     try:
         yield
+    except besides:
+        raise
     except OSError as error:
         raise CacheError(
             "the cache cannot be written",

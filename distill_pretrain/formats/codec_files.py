@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import cached_property
 from pathlib import Path
 
 from distill_pretrain.errors import CacheCorrupt, CacheError
@@ -27,7 +28,7 @@ def read_tables(path: Path, plan: CachePlan) -> HcTables:
         CacheCorrupt: it is damaged, or of another vocabulary or N.
     """
     try:
-        tables = HcTables.from_bytes(path.read_bytes())
+        data = path.read_bytes()
     except OSError as error:
         raise CacheError(
             "the codec's tables cannot be read",
@@ -36,18 +37,18 @@ def read_tables(path: Path, plan: CachePlan) -> HcTables:
             expected="codec-*.bin of a cache",
             remedy="correct capture.codec_tables",
         ) from None
+    tables = HcTables.from_bytes(data, where=path)
     _require_fit(tables, plan, path)
     return tables
 
 
 class CodecFiles:
-    """The codecs of one cache, each loaded once."""
+    """The codecs of one cache. That of the plan is loaded once; those of single shards are not kept."""
 
     def __init__(self, storage: Storage, plan: CachePlan) -> None:
         """Load from `storage` what `plan` and its shards name."""
         self._storage = storage
         self._plan = plan
-        self._loaded: dict[str | None, BlockCodec] = {}
 
     def get(self, sha256: str | None) -> BlockCodec:
         """The codec with these tables; None for a codec without.
@@ -55,9 +56,11 @@ class CodecFiles:
         Raises:
             CacheCorrupt: the tables are missing, damaged, or of another vocabulary or N.
         """
-        if sha256 not in self._loaded:
-            self._loaded[sha256] = self._load(sha256)
-        return self._loaded[sha256]
+        return self._of_plan if sha256 == self._plan.codec_sha256 else self._load(sha256)
+
+    @cached_property
+    def _of_plan(self) -> BlockCodec:
+        return self._load(self._plan.codec_sha256)
 
     def _load(self, sha256: str | None) -> BlockCodec:
         plan = self._plan
@@ -79,7 +82,7 @@ class CodecFiles:
                 found=f"sha256 {found[:12]}, {len(data)} bytes",
                 remedy=remedy,
             )
-        tables = HcTables.from_bytes(data)
+        tables = HcTables.from_bytes(data, where=where)
         _require_fit(tables, plan, where)
         return HcCodec(tables)
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from distill_pretrain.errors import CacheCorrupt, CacheMismatch
+from distill_pretrain.errors import CacheCorrupt, CacheIncomplete, CacheMismatch
 from distill_pretrain.formats.cache_plan import CachePlan
 from distill_pretrain.formats.codec_files import CodecFiles
 from distill_pretrain.formats.manifest import Manifest, ShardRecord
-from distill_pretrain.formats.names import MANIFEST_NAME, record_name, shard_name, shards_in
+from distill_pretrain.formats.names import (
+    MANIFEST_NAME,
+    record_name,
+    sequence_ranges,
+    shard_name,
+    shards_in,
+)
 from distill_pretrain.formats.shard import ShardFile, ShardSpec
 from distill_pretrain.formats.storage import Storage
 
@@ -50,11 +56,43 @@ class FinishedShards:
 
         Raises:
             CacheCorrupt: header, footer, index or tables are damaged.
+            CacheIncomplete: the file is not there, or not as long as recorded.
         """
         name = shard_name(self.plan, shard)
-        codec = self.codecs.get(self.records[shard].codec_sha256)
+        codec = self.codecs.get(self.record(shard).codec_sha256)
         where = f"{self.storage.location}/{name}"
-        return ShardFile(self.storage.open(name), ShardSpec(self.plan, shard, codec), where)
+        try:
+            file = self.storage.open(name)
+        except FileNotFoundError:
+            raise self._vanished(shard) from None
+        return ShardFile(file, ShardSpec(self.plan, shard, codec), where)
+
+    def record(self, shard: int) -> ShardRecord:
+        """The record of a shard that must be finished.
+
+        Raises:
+            CacheIncomplete: its file is not there, or not as long as recorded.
+        """
+        if shard not in self.records:
+            raise self._vanished(shard)
+        return self.records[shard]
+
+    def done(self) -> list[int]:
+        """Ascending shards with a done record and a file of that size: those a writer leaves as they are."""
+        done = []
+        for shard in shards_in(self.plan, self.sizes):
+            record = self._done_record(shard)
+            if record and self.sizes.get(shard_name(self.plan, shard)) == record.size:
+                done.append(shard)
+        return done
+
+    def _vanished(self, shard: int) -> CacheIncomplete:
+        return CacheIncomplete(
+            "a shard file vanished or changed after the cache was opened",
+            where=f"{self.storage.location}/{shard_name(self.plan, shard)}, sequences "
+            + sequence_ranges(self.plan, [shard]),
+            remedy="copy the file again, or run `distill-pretrain capture` again",
+        )
 
     def _read_manifest(self) -> Manifest | None:
         try:

@@ -107,7 +107,8 @@ class NativeCoder:
             num_entries,
             tables.num_draws,
             tables.vocab_size,
-            *tables.decoding_addresses,
+            _pointer(tables.lookup),
+            _pointer(tables.ids_by_rank),
             start,
             start + 4 * first_id,
             start + 4 * first_code,
@@ -143,7 +144,7 @@ def best_coder() -> NativeCoder | Oracle:
         return load()
     except OSError as error:
         warnings.warn(
-            f"{error}; a cache is read and written a thousand times slower; run {HOW_TO_BUILD}",
+            f"{error}; a cache is read and written hundreds of times slower; run {HOW_TO_BUILD}",
             stacklevel=2,
         )
         return Oracle()

@@ -72,31 +72,45 @@ class HcTables:
         return body + struct.pack("<I", zlib.crc32(body))
 
     @staticmethod
-    def from_bytes(data: bytes | memoryview) -> HcTables:
+    def from_bytes(data: bytes | memoryview, *, where: object = None) -> HcTables:
         """Tables from their file, with every rule of FORMAT.md checked.
+
+        Args:
+            data: the file.
+            where: its name, for messages.
 
         Raises:
             CacheCorrupt: a rule is broken.
         """
+
+        def corrupt(found: str, expected: str | None = None) -> CacheCorrupt:
+            return CacheCorrupt(
+                "the codec's tables are damaged",
+                where=where,
+                found=found,
+                expected=expected,
+                remedy="copy the file again from a sound copy of the cache",
+            )
+
         if len(data) < _HEADER.size + 4:
-            raise _corrupt(f"{len(data)} bytes", "a whole header")
+            raise corrupt(f"{len(data)} bytes", "a whole header")
         magic, version, kind, vocab_size, num_draws, longest, contexts = _HEADER.unpack_from(data)
         if magic != _MAGIC:
-            raise _corrupt(repr(magic), repr(_MAGIC))
+            raise corrupt(repr(magic), repr(_MAGIC))
         if version != _VERSION or longest != MAX_CODE_LENGTH:
-            raise _corrupt(
+            raise corrupt(
                 f"version {version} with codes of {longest} bits",
                 f"version {_VERSION}, {MAX_CODE_LENGTH} bits",
             )
         if kind not in _KINDS or contexts != num_contexts(_KINDS[kind]):
-            raise _corrupt(f"kind {kind} with {contexts} contexts")
+            raise corrupt(f"kind {kind} with {contexts} contexts")
         if not (2 <= vocab_size <= _LARGEST_VOCAB and 1 <= num_draws <= _MOST_DRAWS):
-            raise _corrupt(f"V = {vocab_size}, N = {num_draws}")
+            raise corrupt(f"V = {vocab_size}, N = {num_draws}")
         size = _HEADER.size + 4 * vocab_size + contexts * NUM_SYMBOLS + 4
         if len(data) != size:
-            raise _corrupt(f"{len(data)} bytes", f"{size} bytes")
+            raise corrupt(f"{len(data)} bytes", f"{size} bytes")
         if struct.unpack_from("<I", data, size - 4)[0] != zlib.crc32(data[: size - 4]):
-            raise _corrupt("another checksum")
+            raise corrupt("another checksum")
         ids = np.frombuffer(data, "<u4", vocab_size, _HEADER.size)
         lengths = np.frombuffer(
             data, np.uint8, contexts * NUM_SYMBOLS, _HEADER.size + 4 * vocab_size
@@ -110,7 +124,7 @@ class HcTables:
         )
         problem = tables._problem()
         if problem is not None:
-            raise _corrupt(problem)
+            raise corrupt(problem)
         return tables
 
     @cached_property
@@ -150,12 +164,6 @@ class HcTables:
             length = int(self.code_lengths[context, symbol])
             lookup[context, self.codes[context, symbol] :: 1 << length] = symbol << 4 | length
         return lookup
-
-    @cached_property
-    def decoding_addresses(self) -> tuple[int, int]:
-        """Where `lookup` and `ids_by_rank` lie in memory, for the coder in C."""
-        assert self.lookup.flags.c_contiguous and self.ids_by_rank.flags.c_contiguous
-        return address(self.lookup), address(self.ids_by_rank)
 
     def payload_bounds(self, num_tokens: int, num_entries: int) -> tuple[int, int]:
         """Bytes that a block of T positions and E <= T * min(N, V) entries has at least and at most."""
@@ -214,7 +222,3 @@ def address(array: npt.NDArray[Any]) -> int:
     """Where an array's first element lies in memory; several times faster than `array.ctypes`."""
     first: int = array.__array_interface__["data"][0]
     return first
-
-
-def _corrupt(found: str, expected: str | None = None) -> CacheCorrupt:
-    return CacheCorrupt("the codec's tables are damaged", found=found, expected=expected)

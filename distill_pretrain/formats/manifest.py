@@ -12,6 +12,7 @@ from distill_pretrain.formats.atomic import canonical_json
 from distill_pretrain.formats.cache_plan import (
     FORMAT_NAME,
     FORMAT_VERSION,
+    MOST_SEQUENCES,
     CachePlan,
     is_sha256,
 )
@@ -82,7 +83,8 @@ def extent_from(data: bytes) -> int | None:
     """Number of sequences that extent.json says; None if it is damaged."""
     try:
         number = json.loads(data)["num_sequences"]
-        return number if extent_bytes(number) == data and type(number) is int else None
+        sound = type(number) is int and 1 <= number <= MOST_SEQUENCES
+        return number if sound and extent_bytes(number) == data else None
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
 
@@ -187,7 +189,7 @@ def _record(values: Any, plan: CachePlan, shard: int) -> ShardRecord | None:
         elif kind == "str | None":
             sound = value is None or isinstance(value, str)
         else:
-            sound = type(value) is int and value >= 0
+            sound = type(value) is int and 0 <= value < 1 << 63
             sound = sound or (value is None and kind == "int | None")
         if not sound:
             return None
@@ -204,4 +206,5 @@ def _record(values: Any, plan: CachePlan, shard: int) -> ShardRecord | None:
     )
     digest = record.codec_sha256
     tables_sound = is_sha256(digest) if plan.has_tables else digest is None
-    return record if found == implied and tables_sound else None
+    sound = found == implied and tables_sound and is_sha256(record.sha256)
+    return record if sound else None

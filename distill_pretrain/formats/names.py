@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from distill_pretrain.formats.cache_plan import CachePlan
+from distill_pretrain.formats.cache_plan import MOST_SEQUENCES, CachePlan
 
-_SHARD_FILE = re.compile(r"s-(\d{6,13})(?:-n\d+)?\.(?:dpt|json)")
+_SHARD_FILE = re.compile(r"s-(\d{6,13})(?:-n(\d{1,7}))?\.(?:dpt|json)")
 PLAN_NAME = "plan.json"
 MANIFEST_NAME = "manifest.json"
 EXTENT_NAME = "extent.json"
@@ -34,6 +34,18 @@ def shards_in(plan: CachePlan, names: Iterable[str]) -> list[int]:
         if shard < plan.num_shards and name in (shard_name(plan, shard), record_name(plan, shard)):
             found.add(shard)
     return sorted(found)
+
+
+def extent_of(plan: CachePlan, names: Iterable[str]) -> int:
+    """Sequences up to the end of the last shard that has a file of either kind among `names`; 0 for none."""
+    extent = 0
+    for name in names:
+        match = _SHARD_FILE.fullmatch(name)
+        if match and (match[2] is None or 0 < int(match[2]) < plan.shard_sequences):
+            end = int(match[1]) * plan.shard_sequences + int(match[2] or plan.shard_sequences)
+            if end <= MOST_SEQUENCES:
+                extent = max(extent, end)
+    return extent
 
 
 def missing_ranges(plan: CachePlan, present: Iterable[int]) -> list[tuple[int, int]]:

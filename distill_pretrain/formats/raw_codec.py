@@ -75,7 +75,7 @@ class RawCodec:
         return size, size
 
     def encode(self, targets: RaggedTargets) -> bytes:
-        """Payload of one block.
+        """Payload of one block; the ids of a position must ascend, as `decode` gives them.
 
         Raises:
             TeacherError: log-probabilities are positive, NaN, or add up to more than 1.

@@ -7,12 +7,35 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from distill_pretrain.errors import CacheError, MissingDependency
+from distill_pretrain.errors import CacheError, CacheIncomplete, MissingDependency
 from distill_pretrain.formats.closing import Closing
+
+# Protocol -> (package, extra of distill-pretrain that brings it), or the extra of fsspec.
+_EXTRAS = {
+    "s3": ("s3fs", "s3"),
+    "s3a": ("s3fs", "s3"),
+    "gs": ("gcsfs", "gcs"),
+    "gcs": ("gcsfs", "gcs"),
+    "az": ("adlfs", "azure"),
+    "abfs": ("adlfs", "azure"),
+}
+_FSSPEC_EXTRAS = {
+    "http": "http",
+    "https": "http",
+    "sftp": "sftp",
+    "ssh": "ssh",
+    "smb": "smb",
+    "hdfs": "hdfs",
+    "git": "git",
+    "github": "github",
+    "libarchive": "libarchive",
+    "oci": "oci",
+    "dropbox": "dropbox",
+}
 
 
 class RangeFile(Protocol):
@@ -54,7 +77,8 @@ def open_storage(location: str | Path) -> Storage:
 
     Raises:
         MissingDependency: the package for this kind of URL is not installed.
-        CacheError: the URL cannot be used.
+        CacheIncomplete: the URL names a file that is not there, such as an archive.
+        CacheError: the URL cannot be used, or the store does not answer.
     """
     return _RemoteStorage(str(location)) if is_remote(location) else _Folder(Path(location))
 
@@ -77,9 +101,10 @@ class LocalFile(Closing):
         size: bytes when it was opened.
     """
 
-    def __init__(self, fd: int, name: str) -> None:
-        """Own `fd`; `name` is for messages."""
+    def __init__(self, fd: int, name: str, *, owned: bool = True) -> None:
+        """Use `fd`, and close it in the end if it is `owned`; `name` is for messages."""
         self.fd = fd
+        self._owned = owned
         self.name = name
         self.size = os.fstat(fd).st_size
 
@@ -96,9 +121,9 @@ class LocalFile(Closing):
 
     def close(self) -> None:
         """Close the file; further reads fail."""
-        if self.fd >= 0:
+        if self.fd >= 0 and self._owned:
             os.close(self.fd)
-            self.fd = -1
+        self.fd = -1
 
 
 class _Folder:
@@ -113,8 +138,14 @@ class _Folder:
     def sizes(self) -> dict[str, int]:
         if not self.folder.is_dir():
             return {}
+        sizes = {}
         with _reading_errors(self.location), os.scandir(self.folder) as entries:
-            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+            for entry in entries:
+                # Temporary files of a running capture vanish at any time.
+                with suppress(FileNotFoundError):
+                    if entry.is_file():
+                        sizes[entry.name] = entry.stat().st_size
+        return sizes
 
     def open(self, name: str) -> RangeFile:
         return LocalFile.open(self.folder / name)
@@ -127,8 +158,8 @@ class _RemoteStorage:
             from fsspec.core import url_to_fs
 
             self._files, self._root = url_to_fs(self.location)
-        except ImportError:
-            raise _missing(url) from None
+        except ImportError as error:
+            raise _missing(url, error) from None
         except ValueError as error:
             raise CacheError(
                 "the cache's URL cannot be used",
@@ -137,6 +168,12 @@ class _RemoteStorage:
                 expected="a protocol that fsspec knows, such as s3://, gs://, az://, hdfs://",
                 remedy="correct data.cache",
             ) from None
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise CacheIncomplete(
+                "no cache here", where=url, found=error, remedy="correct data.cache"
+            ) from None
+        except Exception as error:
+            raise _unreadable(url, error) from error
 
     def read(self, name: str) -> bytes:
         with _reading_errors(f"{self.location}/{name}"):
@@ -144,20 +181,33 @@ class _RemoteStorage:
             return data
 
     def sizes(self) -> dict[str, int]:
-        # Listings are cached by fsspec; a cache may have grown since.
-        self._files.invalidate_cache()
-        try:
-            with _reading_errors(self.location):
+        sizes = {}
+        with _reading_errors(self.location):
+            # Listings are cached by fsspec; a cache may have grown since.
+            self._files.invalidate_cache()
+            try:
                 listed: list[dict[str, Any]] = self._files.ls(self._root, detail=True)
-        except FileNotFoundError:
-            return {}
-        files = (entry for entry in listed if entry["type"] == "file")
-        return {entry["name"].rpartition("/")[2]: int(entry["size"]) for entry in files}
+            except FileNotFoundError:
+                return {}
+            for entry in listed:
+                with suppress(FileNotFoundError):
+                    if entry["type"] == "file":
+                        sizes[entry["name"].rpartition("/")[2]] = self._size(entry)
+        return sizes
 
     def open(self, name: str) -> RangeFile:
         with _reading_errors(f"{self.location}/{name}"):
-            size = int(self._files.info(f"{self._root}/{name}")["size"])
+            size = self._size({"name": f"{self._root}/{name}"})
         return _RemoteFile(self._files, f"{self._root}/{name}", size, f"{self.location}/{name}")
+
+    def _size(self, entry: dict[str, Any]) -> int:
+        """Bytes of a listed file; some stores list names only."""
+        size = entry.get("size")
+        if size is None:
+            size = self._files.info(entry["name"])["size"]
+        if size is None:
+            raise OSError(f"the store does not tell the size of {entry['name']}")
+        return int(size)
 
 
 class _RemoteFile:
@@ -170,9 +220,16 @@ class _RemoteFile:
         length = min(length, self.size - offset)
         if length <= 0:
             return b""
-        with _reading_errors(self._where):
-            data: bytes = self._files.cat_file(self._path, start=offset, end=offset + length)
-            return data
+        try:
+            with _reading_errors(self._where):
+                data: bytes = self._files.cat_file(self._path, start=offset, end=offset + length)
+                return data
+        except FileNotFoundError:
+            raise CacheIncomplete(
+                "a file of the cache vanished while it was read",
+                where=self._where,
+                remedy="copy the file again, or run `distill-pretrain capture` again",
+            ) from None
 
     def close(self) -> None:
         """Nothing is held open between two reads."""
@@ -188,21 +245,31 @@ def _reading_errors(where: str) -> Iterator[None]:
     except NotADirectoryError:
         raise FileNotFoundError(where) from None
     except Exception as error:
-        raise CacheError(
-            "the cache cannot be read",
-            where=where,
-            found=f"{type(error).__name__}: {error}",
-            remedy="check permissions, disk or network, and run again",
-        ) from error
+        raise _unreadable(where, error) from error
 
 
-def _missing(url: str) -> MissingDependency:
-    protocol = url.partition("://")[0]
-    package, extra = {
-        "s3": ("s3fs", "s3"),
-        "gs": ("gcsfs", "gcs"),
-        "gcs": ("gcsfs", "gcs"),
-        "az": ("adlfs", "azure"),
-        "abfs": ("adlfs", "azure"),
-    }.get(protocol, (f"fsspec[{protocol}]", "s3"))
-    return MissingDependency(package, extra=extra, needed_for=f"reading {url}")
+def _unreadable(where: str, error: Exception) -> CacheError:
+    return CacheError(
+        "the cache cannot be read",
+        where=where,
+        found=f"{type(error).__name__}: {error}",
+        remedy="check permissions, disk or network, and run again",
+    )
+
+
+def _missing(url: str, error: ImportError) -> CacheError | MissingDependency:
+    protocol = url.rpartition("://")[0].rpartition("::")[2]
+    purpose = f"reading {url}"
+    if (error.name or "").partition(".")[0] == "fsspec":
+        return MissingDependency("fsspec", needed_for=purpose)
+    if protocol in _EXTRAS:
+        package, extra = _EXTRAS[protocol]
+        return MissingDependency(package, extra=extra, needed_for=purpose)
+    if protocol in _FSSPEC_EXTRAS:
+        return MissingDependency(f"fsspec[{_FSSPEC_EXTRAS[protocol]}]", needed_for=purpose)
+    return CacheError(
+        "a package for this kind of URL is not installed",
+        where=url,
+        found=error,
+        remedy="install the package that fsspec asks for",
+    )

@@ -43,7 +43,7 @@ class CaptureConfig(Section):
     codec: Literal["hc", "raw"] = "hc"
     """Block codec: `hc` (entropy-coded, a third to half the bytes) or `raw` (fixed width)."""
     pilot_tokens: int = Field(default=65536, ge=1)
-    """Positions scored first to make the tables of `hc` (at most an eighth of the capture)."""
+    """Positions scored first to make the tables of `hc` (at most an eighth of the capture, but one micro-batch)."""
     codec_tables: Path | None = None
     """Tables of another cache (its codec-*.bin) instead of a pilot; caches to be merged need the same tables."""
     threads: int = Field(default=1, ge=1)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from small_cache import SmallCache, make_small_cache, published, upload
 
 from distill_pretrain.cli.main import main
+from distill_pretrain.formats import cache_merge
 
 
 def merge(*arguments: object) -> int:
@@ -94,3 +96,19 @@ def test_one_process_of_a_job_does_it(
     args = verb_parser("merge", verb).parse_args([str(tmp_path / "c"), str(halves[0])])
     verb.run(None, args)
     assert not (tmp_path / "c").exists()
+
+
+def test_a_recipe_that_cannot_be_copied_is_named(
+    small_cache: SmallCache,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(source: object, name: str, target: Path, *args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    monkeypatch.setattr(cache_merge, "copy_file", full)
+    assert merge(tmp_path / "c", small_cache.folder) == 2
+    error = capsys.readouterr().err
+    assert "the recipe of the cache cannot be copied" in error
+    assert "No space left on device" in error

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import shutil
 import subprocess
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 from small_cache import SmallCache, published, upload
 
 from distill_pretrain.cli.main import main
+from distill_pretrain.formats import cache_merge
 from distill_pretrain.formats.cache_reader import CacheReader
 from tests.support.distributed import REPOSITORY, torchrun
 
@@ -76,3 +78,19 @@ def test_mistakes_are_one_message_and_exit_status_2(
         assert error.startswith("distill-pretrain recompress: error: ")
         assert "remedy: " in error
         assert not new.exists()
+
+
+def test_a_recipe_that_cannot_be_copied_is_named(
+    small_cache: SmallCache,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(source: object, name: str, target: Path, *args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    monkeypatch.setattr(cache_merge, "copy_file", full)
+    assert recompress(small_cache.folder, tmp_path / "c") == 2
+    error = capsys.readouterr().err
+    assert "the recipe of the cache cannot be copied" in error
+    assert "No space left on device" in error

@@ -7,6 +7,9 @@ import pytest
 from small_cache import SEQ_LEN, SmallCache, make_small_cache, upload
 
 from distill_pretrain.cli.main import main
+from distill_pretrain.formats.cache_reader import load_plan
+from distill_pretrain.formats.cache_writer import CacheWriter
+from distill_pretrain.formats.storage import open_storage
 
 
 def verify(cache: SmallCache, *overrides: str) -> int:
@@ -145,3 +148,20 @@ def test_blocks_made_from_shifted_tokens_are_found(
     error = capsys.readouterr().err
     assert "the cache has 10 problems" in error
     assert "shards 0, 1, 2 (sequences 0 to 4)" in error
+
+
+def test_an_unfinished_extension_is_said_and_its_damage_is_repaired(
+    small_cache: SmallCache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = load_plan(open_storage(small_cache.folder))
+    CacheWriter.create_or_resume(small_cache.folder, plan.with_extent(50))
+    assert verify(small_cache) == 0
+    assert "note: manifest.json covers 5 of 50 sequences" in capsys.readouterr().out
+    path = small_cache.folder / "s-000002-n1.dpt"
+    data = bytearray(path.read_bytes())
+    data[300] ^= 1
+    path.write_bytes(data)
+    assert verify(small_cache, "--repair") == 2
+    assert "it makes shards 2 (sequences 4 to 4) anew" in capsys.readouterr().err
+    assert not path.exists()
+    assert path.with_suffix(".bad").exists()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 
 from distill_pretrain.contracts import IGNORED_LABEL, RaggedTargets
-from distill_pretrain.data.canary import check_canary, measure_canary, run_canary
+from distill_pretrain.data.canary import Canary, check_canary, measure_canary, run_canary
 from distill_pretrain.errors import CacheMismatch, TeacherError
 from distill_pretrain.sampling import sample_targets
 
@@ -87,7 +89,93 @@ def test_targets_one_position_off_are_refused(sampler, num_draws, roll, place):
 @pytest.mark.parametrize(("sampler", "num_draws"), SAMPLERS)
 def test_a_teacher_that_ignores_the_text_is_refused(sampler, num_draws, logits):
     with pytest.raises(TeacherError, match="do not depend on the text"):
-        check(sampler=sampler, num_draws=num_draws, logits=logits)
+        check(num_sequences=200, sampler=sampler, num_draws=num_draws, logits=logits)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "num_draws", "logits"),
+    [("systematic", 20, FROZEN), ("systematic", 20, UNIFORM), ("topk", 1, FROZEN)],
+)
+def test_less_is_enough_to_tell_that_there_is_no_lead(sampler, num_draws, logits):
+    with pytest.raises(TeacherError):
+        check(num_sequences=25, sampler=sampler, num_draws=num_draws, logits=logits)
+    assert "too few positions" in check(num_sequences=25, num_draws=1, logits=UNIFORM)
+
+
+def made(columns, num_sequences=1) -> Canary:
+    """A sample of which only hits, equal to the mass, are known."""
+    hits = np.asarray(columns, float)
+    return Canary(
+        hits=hits,
+        mass=hits,
+        positions=np.full(num_sequences, len(hits) // num_sequences),
+        entropy=1.0,
+        uniform_share=0.0,
+        same_top_share=0.1,
+    )
+
+
+@pytest.mark.parametrize("num_positions", [1000, 4000, 7999, 20000])
+def test_a_weak_teacher_is_not_refused(num_positions):
+    """Right at 6 % of positions, and at 3 % by chance: 3 standard errors at 1,000 positions."""
+    rng = np.random.default_rng(num_positions)
+    for _ in range(40):
+        hits = rng.random((num_positions, 3)) < [0.06, 0.03, 0.03]
+        doubt = check_canary(made(hits), where="cache", captured_rate=None)
+        assert doubt is None or (num_positions < 8000 and "too few positions" in doubt)
+
+
+def of_sequences(rates) -> Canary:
+    """Sequences of 1,000 positions with these hit rates, a neighbour's token always missing."""
+    hits = np.zeros((len(rates), 1000, 3))
+    for sequence, rate in zip(hits, rates, strict=True):
+        sequence[: round(1000 * rate), 0] = 1
+    return made(np.random.default_rng(0).permuted(hits, axis=1).reshape(-1, 3), len(rates))
+
+
+def test_texts_differ_in_how_often_they_are_hit():
+    unlike = np.linspace(0.51, 0.93, 32)
+    assert check_canary(of_sequences(unlike), where="cache", captured_rate=0.8) is None
+    assert check_canary(of_sequences([0.6] * 31), where="cache", captured_rate=0.8) is None
+    with pytest.raises(CacheMismatch, match=r"less often.*data\.canary=warn"):
+        check_canary(of_sequences([0.6] * 32), where="cache", captured_rate=0.8)
+
+
+class Long:
+    """Long sequences, and targets that name the next token."""
+
+    seq_len = 1 << 15
+
+    def __init__(self, roll=0):
+        self.roll, self.parts = roll, []
+
+    def labels(self, sequence):
+        return np.random.default_rng(sequence).integers(0, VOCAB, self.seq_len, np.int32)
+
+    def read(self, sequence, tokens=None, start=0, stop=None):
+        if tokens is None:
+            return np.zeros((1, self.seq_len), np.int32), self.labels(sequence[0])[None]
+        self.parts.append((start, stop))
+        return RaggedTargets(
+            kind="counts",
+            num_draws=1,
+            entries_per_token=np.ones(stop - start, np.int32),
+            ids=np.roll(self.labels(sequence), self.roll)[start:stop],
+            values=np.ones(stop - start, np.int32),
+        )
+
+
+def test_parts_of_many_sequences_are_read_where_they_are_long():
+    source = Long()
+    canary = measure_canary(source, source, num_sequences=100)
+    starts = [start for start, _ in source.parts]
+    assert {stop - start for start, stop in source.parts} == {2048}
+    assert len(starts) == 64 and sorted(starts) == starts
+    assert (starts[0], source.parts[-1][1]) == (0, source.seq_len)
+    assert canary.positions.tolist() == [2046] * 64 and canary.hits[:, 0].all()
+    shifted = measure_canary(source, Long(roll=1), num_sequences=100)
+    with pytest.raises(CacheMismatch, match="one position before"):
+        check_canary(shifted, where="cache", captured_rate=None)
 
 
 def test_a_small_sample_is_refused_only_for_a_clear_shift():
@@ -168,6 +256,26 @@ def test_positions_without_targets_do_not_count():
                 values=np.zeros(0, np.int32),
             )
 
-    canary = measure_canary(Text(), Empty(), num_sequences=80)
-    assert canary.num_positions == 0
+    lines = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run_canary(
+            Text(),
+            Empty(),
+            num_sequences=80,
+            where="cache",
+            captured_rate=0.5,
+            refuse=True,
+            say=lines.append,
+        )
+    assert "too few positions" in lines[0] and "nan" not in lines[0]
+
+
+def test_a_position_without_neighbours_does_not_count():
+    class Two(Long):
+        seq_len = 2
+
+    canary = measure_canary(Two(), Two(), num_sequences=5)
+    assert canary.num_positions == 0 and canary.positions.tolist() == [0] * 5
+    assert str(canary).startswith("no position")
     assert "too few positions" in check_canary(canary, where="cache", captured_rate=0.5)

@@ -237,6 +237,25 @@ def test_another_sampler_may_not_be_mixed_into_a_cache(job, capsys):
     assert "num_draws" in error and "20" in error and "21" in error
 
 
+def test_a_second_cache_takes_the_tables_of_the_first(job, capsys, tmp_path):
+    (tables,) = job.cache.glob("codec-*.bin")
+    given = f"capture.codec_tables={tables}"
+    job.cli("capture", given, f"capture.output_dir={tmp_path / 'same'}")
+    assert cache_bytes(tmp_path / "same") == cache_bytes(job.cache)
+    job.cli("capture", given)
+    other = tmp_path / "other"
+    seed = "capture.seed=7"
+    job.cli("capture", seed, f"capture.output_dir={other}")
+    (others,) = other.glob("codec-*.bin")
+    assert others.name != tables.name
+    before = cache_bytes(other)
+    error = refused(job, capsys, given, seed, f"capture.output_dir={other}", verb="capture")
+    assert f"codec_sha256: found {others.stem[6:]!r}, expected {tables.stem[6:]!r}" in error
+    assert cache_bytes(other) == before
+    error = refused(job, capsys, given, "capture.codec=raw", verb="capture")
+    assert "capture.codec_tables" in error and "capture.codec" in error.replace("codec_tables", "")
+
+
 def test_nan_logits_stop_the_capture_and_name_the_sequence(job, tmp_path, monkeypatch, capsys):
     from distill_pretrain.teacher.engines.megatron import MegatronEngine
 
@@ -246,7 +265,7 @@ def test_nan_logits_stop_the_capture_and_name_the_sequence(job, tmp_path, monkey
     def failing(self, tokens):
         logits = sound(self, tokens)
         calls.append(1)
-        if len(calls) == 5:  # shard 1, its second micro-batch: sequences 14 to 17
+        if len(calls) == 6:  # after the pilot: shard 1, its second micro-batch, sequences 14 to 17
             logits[1, 7, 3] = float("nan")
         return logits
 

@@ -83,7 +83,7 @@ def make_targets(plan: CachePlan, sequence: int, offset: int, size: int) -> Ragg
     )
 
 
-def write_shard(writer: CacheWriter, shard: int, *, pause: object = None) -> bool:
+def write_shard(writer: CacheWriter, shard: int) -> bool:
     claimed = writer.claim(shard)
     if claimed is None:
         return False
@@ -92,8 +92,6 @@ def write_shard(writer: CacheWriter, shard: int, *, pause: object = None) -> boo
             sequence, offset, size = claimed.place(claimed.next_block)
             tokens = make_tokens(writer.plan, sequence)[offset : offset + size]
             claimed.append(make_targets(writer.plan, sequence, offset, size), tokens)
-            if callable(pause):
-                pause()
         claimed.finish()
     return True
 

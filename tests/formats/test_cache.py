@@ -21,8 +21,6 @@ from cache_samples import (
     write_cache,
     write_shard,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from distill_pretrain.errors import (
     CacheCorrupt,
@@ -351,6 +349,33 @@ def test_another_plan_in_the_folder_is_refused_field_by_field(cache: Cache):
     assert tree(cache.folder) == before
 
 
+def test_hostile_json_is_a_named_error(tmp_path: Path):
+    """Values that break what would be done with them: infinities, depth, sizes, digests that are none."""
+    plan = make_plan()
+    folder = write_cache(tmp_path / "c", plan)
+    for name in ("plan.json", "manifest.json"):
+        whole = (folder / name).read_bytes()
+        deep = b"[" * 800 + b"]" * 800
+        key = b'"kind":"test"' if name == "plan.json" else b'"size":'
+        for changed in (
+            whole.replace(key, b'"kind":1e400' if name == "plan.json" else b'"size":1e400'),
+            whole.replace(key, key.split(b":")[0] + b":" + deep + b',"x":', 1),
+            whole.replace(b'"first_sequence":0', b'"first_sequence":' + b"9" * 400),
+            whole.replace(b'"sha256":"', b'"sha256":"\\ud800', 1),
+            deep * 100,
+        ):
+            if changed == whole:
+                continue
+            (folder / name).write_bytes(changed)
+            with pytest.raises(CacheError):
+                CacheReader.open(folder)
+        (folder / name).write_bytes(whole)
+    for extent in (-5, 0, 1 << 41, True, "4"):
+        (folder / "extent.json").write_bytes(canonical_json({"num_sequences": extent}))
+        with CacheReader.open(folder) as reader:
+            assert reader.plan.num_sequences == 5
+
+
 def test_equal_plans_have_equal_ids_and_any_change_another():
     plan = make_plan()
     assert CachePlan.from_json_bytes(plan.to_json_bytes(), num_sequences=5) == plan
@@ -375,40 +400,3 @@ def test_equal_plans_have_equal_ids_and_any_change_another():
 def test_an_impossible_plan_is_refused(changes: dict):
     with pytest.raises(CacheError, match="invalid"):
         make_plan(**changes)
-
-
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.data())
-def test_hostile_shards_only_raise_cache_errors(tmp_path_factory, data):
-    """Bytes changed and every checksum recomputed: no crash, no other exception."""
-    plan = make_plan(num_sequences=1, shard_sequences=1)
-    folder = tmp_path_factory.getbasetemp() / "hostile"
-    if not folder.exists():
-        write_cache(folder, plan)
-        shutil.copy(folder / "s-000000.dpt", folder / "sound")
-    whole = bytearray((folder / "sound").read_bytes())
-    for _ in range(data.draw(st.integers(1, 6))):
-        position = data.draw(st.integers(0, len(whole) - 1))
-        whole[position] = data.draw(st.sampled_from([0, 1, 0x7F, 0x80, 0xFF]))
-    (folder / "s-000000.dpt").write_bytes(_with_sound_checksums(whole))
-    try:
-        read_all(Cache(folder, plan))
-    except CacheError:
-        return
-
-
-def _with_sound_checksums(data: bytearray) -> bytes:
-    footer = len(data) - 40
-    index = struct.unpack_from("<Q", data, footer)[0]
-    if index < footer:
-        struct.pack_into("<I", data, footer + 16, zlib.crc32(data[index:footer]))
-        for row in range(index, footer - 31, 32):
-            offset, length = struct.unpack_from("<QI", data, row)
-            if length >= 48 and offset + length <= len(data):
-                crc = zlib.crc32(data[offset : offset + length - 8])
-                struct.pack_into("<I", data, offset + length - 8, crc)
-        struct.pack_into("<I", data, footer + 16, zlib.crc32(data[index:footer]))
-    tail = bytes(data[footer : footer + 20]) + bytes(data[footer + 24 :])
-    struct.pack_into("<I", data, footer + 20, zlib.crc32(tail))
-    struct.pack_into("<I", data, 252, zlib.crc32(data[:252]))
-    return bytes(data)

@@ -27,6 +27,7 @@ from distill_pretrain.formats.cache_merge import merge_caches
 from distill_pretrain.formats.cache_reader import load_plan_of_extent
 from distill_pretrain.formats.cache_recompress import recompress_cache
 from distill_pretrain.formats.finished_shards import FinishedShards
+from distill_pretrain.formats.manifest import extent_bytes
 from distill_pretrain.formats.storage import open_storage
 
 PLAN = make_plan(num_sequences=9)
@@ -89,7 +90,7 @@ def test_a_copied_file_is_compared_with_its_record(
     with pytest.raises(CacheCorrupt, match=f"{halves[1]}/s-000003.dpt"):
         merge_caches(tmp_path / "c", halves)
     assert not (tmp_path / "c" / "s-000003.dpt").exists()
-    assert not list((tmp_path / "c").glob(".*"))
+    assert not list((tmp_path / "c").glob(".*.tmp"))
 
 
 def test_sources_in_a_store_are_copied(tmp_path: Path, halves, whole):
@@ -118,7 +119,7 @@ def test_a_cache_is_extended_in_place(tmp_path: Path, whole):
 def test_missing_shards_are_reported_and_the_rest_stays(tmp_path: Path, halves, whole):
     (halves[1] / "s-000003.json").unlink()
     result = merge_caches(tmp_path / "c", halves)
-    assert (result.manifest, result.missing) == (None, (3,))
+    assert (result.manifest, result.missing, result.missing_shards) == (None, ((6, 7),), 1)
     assert len(inodes(tmp_path / "c")) == 4
     assert not (tmp_path / "c" / "manifest.json").exists()
     assert write_shard(open_writer(tmp_path / "c", PLAN), 3)
@@ -131,7 +132,7 @@ def test_the_extent_can_be_chosen(tmp_path: Path, halves):
     fewer = merge_caches(tmp_path / "c", halves, num_sequences=8)
     assert fewer.manifest is not None and fewer.manifest.plan.num_sequences == 8
     more = merge_caches(tmp_path / "d", halves, num_sequences=12)
-    assert more.missing == (4, 5)
+    assert more.missing == ((8, 11),)
     with pytest.raises(CacheError, match="num_sequences is 0"):
         merge_caches(tmp_path / "e", halves, num_sequences=0)
 
@@ -282,7 +283,7 @@ def test_a_shard_that_someone_is_writing_is_left_to_them(tmp_path: Path, halves,
     writer = open_writer(tmp_path / "c", PLAN)
     owned = writer.claim(3)
     assert owned is not None
-    assert merge_caches(tmp_path / "c", halves).missing == (3,)
+    assert merge_caches(tmp_path / "c", halves).missing == ((6, 7),)
     owned.close()
     assert merge_caches(tmp_path / "c", halves).missing == ()
     assert tree(tmp_path / "c") == whole
@@ -329,4 +330,31 @@ def test_an_unfinished_extension_is_told_from_a_finished_cache(cache: Cache):
     assert shards.plan.num_sequences == 9
     assert shards.manifest is not None and shards.manifest.plan.num_sequences == 5
     result = verify_cache(cache.folder, lambda s: make_tokens(PLAN, s))
-    assert any("covers 5 of 9 sequences" in problem for problem in result.problems)
+    assert result.problems == ()
+    assert "covers 5 of 9 sequences" in result.notes[0]
+    assert "not captured: sequences 6 to 8" in result.notes[0]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("asked", [50, 1 << 40])
+@pytest.mark.parametrize("finished", [False, True])
+def test_what_was_only_asked_for_is_not_the_extent_of_the_merged_cache(
+    tmp_path: Path, halves, whole, asked: int, finished: bool
+):
+    if finished:
+        write_cache(halves[1], PLAN)
+    for folder in halves:
+        (folder / "extent.json").write_bytes(extent_bytes(asked))
+    result = merge_caches(tmp_path / "c", halves)
+    assert result.missing == ()
+    assert tree(tmp_path / "c") == whole
+    larger = merge_caches(tmp_path / "d", halves, num_sequences=asked)
+    assert larger.missing == ((8, asked - 1),)
+    assert larger.missing_shards == asked // 2 - 4
+
+
+def test_a_manifest_counts_though_its_shards_are_lost(tmp_path: Path, whole):
+    source = write_cache(tmp_path / "a", PLAN)
+    for path in source.glob("s-000004*"):
+        path.unlink()
+    assert merge_caches(tmp_path / "c", [source]).missing == ((8, 8),)

@@ -268,6 +268,25 @@ def test_a_damaged_source_is_refused_and_its_block_named(tmp_path: Path, cache: 
     assert not (tmp_path / "hc" / "manifest.json").exists()
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_source_shard_that_vanishes_is_named(
+    tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch, late: bool
+):
+    real = cache_recompress.FinishedShards
+
+    def listed(*args: object) -> cache_recompress.FinishedShards:
+        path = cache.folder / "s-000001.dpt"
+        if not late:
+            path.unlink()
+        shards = real(*args)  # type: ignore[arg-type]
+        path.unlink(missing_ok=True)
+        return shards
+
+    monkeypatch.setattr(cache_recompress, "FinishedShards", listed)
+    with pytest.raises(CacheIncomplete, match=r"vanished.*s-000001\.dpt, sequences 2 to 3"):
+        recompress(cache.folder, tmp_path / "hc", pilot_tokens=1)
+
+
 def test_mistakes_are_named(tmp_path: Path, cache: Cache):
     with pytest.raises(CacheError, match="also one to read"):
         recompress(cache.folder, tmp_path / "x" / ".." / "cache")

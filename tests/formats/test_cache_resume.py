@@ -1,17 +1,15 @@
 from __future__ import annotations
 
 import fcntl
-import multiprocessing
+import json
 import os
 import random
-import resource
-import signal
-import time
 from pathlib import Path
 
 import pytest
 from cache_samples import (
     make_plan,
+    make_tables,
     make_targets,
     make_tokens,
     open_writer,
@@ -20,8 +18,10 @@ from cache_samples import (
     write_shard,
 )
 
-from distill_pretrain.errors import CacheError
-from distill_pretrain.formats import CachePlan, ShardWriter
+from distill_pretrain.errors import CacheCorrupt, CacheError
+from distill_pretrain.formats import CachePlan, CacheWriter, ShardWriter
+from distill_pretrain.formats.hc_build import build_tables
+from distill_pretrain.formats.hc_tables import HcTables
 
 PLAN = make_plan(num_sequences=12, seq_len=64, block_tokens=16, shard_sequences=4)
 PART = "s-000001.dpt.part"
@@ -173,77 +173,6 @@ def test_a_lock_on_a_file_that_lost_its_name_is_no_ownership(
     assert not list(tmp_path.glob("*.bad"))  # nothing was published under a name not owned
 
 
-def race(folder: str, seed: int) -> None:
-    draw = random.Random(seed)
-    writer = open_writer(Path(folder), PLAN)
-    while pending := writer.pending():
-        shard = draw.choice(pending)
-        write_shard(writer, shard, pause=lambda: time.sleep(draw.random() * 0.0006))
-    writer.publish_manifest()
-
-
-def test_killed_and_racing_writers_leave_the_same_bytes(tmp_path: Path, reference):
-    fork = multiprocessing.get_context("fork")
-    draw = random.Random(5)
-    kills = attempt = 0
-    while kills < 20:
-        attempt += 1
-        assert attempt <= 200, "the writers finish before they can be killed"
-        folder = tmp_path / str(attempt)
-        folder.mkdir()
-        while True:
-            workers = [
-                fork.Process(target=race, args=(str(folder), draw.randrange(1 << 30)))
-                for _ in range(draw.choice([1, 2, 3]))
-            ]
-            for worker in workers:
-                worker.start()
-            time.sleep(draw.random() * 0.06)
-            unharmed = []
-            for worker in workers:
-                worker.kill()
-                worker.join()
-                kills += worker.exitcode == -signal.SIGKILL
-                unharmed.append(worker.exitcode == 0)
-                assert worker.exitcode in (0, -signal.SIGKILL)
-            if any(unharmed):
-                break
-        assert tree(folder) == reference
-
-
-def test_two_writers_at_once_share_the_work(tmp_path: Path, reference):
-    fork = multiprocessing.get_context("fork")
-    workers = [fork.Process(target=race, args=(str(tmp_path), seed)) for seed in (1, 2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert [worker.exitcode for worker in workers] == [0, 0]
-    assert tree(tmp_path) == reference
-    assert not list(tmp_path.glob("*.part"))
-
-
-def test_a_full_disk_names_the_file_and_loses_nothing(tmp_path: Path, reference):
-    failures = 0
-    for limit in [100, 300, *range(800, 6000, 900)]:
-        child = os.fork()
-        if child == 0:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-            try:
-                finish(tmp_path)
-            except CacheError as error:
-                named = str(tmp_path) in str(error) and "finished blocks are kept" in str(error)
-                os._exit(3 if named else 4)
-            except BaseException:
-                os._exit(5)
-            os._exit(0)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        assert code in (0, 3)
-        failures += code == 3
-    assert failures >= 3
-    assert finish(tmp_path) == reference
-
-
 def test_a_failed_fsync_keeps_only_what_an_earlier_one_confirmed(
     tmp_path: Path, reference, monkeypatch
 ):
@@ -266,3 +195,48 @@ def test_a_failed_fsync_keeps_only_what_an_earlier_one_confirmed(
     assert again is not None and again.next_block == 4
     again.close()
     assert finish(tmp_path) == reference
+
+
+def test_a_damaged_read_back_is_named_and_the_shard_written_anew(
+    tmp_path: Path, reference, monkeypatch
+):
+    """What was written is not what comes back: the descriptor is closed once, the next run starts over."""
+    writer = open_writer(tmp_path, PLAN)
+    real = os.replace
+
+    def damaging(source: Path, target: Path) -> None:
+        if str(target).endswith(".dpt"):
+            with open(source, "r+b") as file:
+                file.write(b"not a header")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", damaging)
+    with pytest.raises(CacheCorrupt, match="header is damaged"):
+        write_shard(writer, 1)
+    monkeypatch.undo()
+    assert writer.pending() == [0, 1, 2]
+    assert finish(tmp_path) == reference
+
+
+def test_the_slower_of_two_starters_uses_the_tables_of_the_faster(tmp_path: Path):
+    plan = make_plan(codec=3)
+
+    def too_late() -> HcTables:
+        write_cache(tmp_path, plan)
+        other = [make_targets(plan, 3, 0, plan.seq_len)]
+        return build_tables(other, kind="counts", num_draws=plan.num_draws, vocab_size=300)
+
+    writer = CacheWriter.create_or_resume(tmp_path, plan, make_tables=too_late)
+    assert writer.plan.codec_sha256 == make_tables(plan).sha256
+    assert writer.pending() == []
+
+
+def test_a_manifest_never_shrinks_and_extents_only_grow(tmp_path: Path):
+    """The smaller job looked before the larger one published."""
+    small, large = (make_plan(num_sequences=n) for n in (4, 8))
+    late = open_writer(tmp_path, small)
+    write_cache(tmp_path, large)
+    assert late.publish_manifest().plan.num_sequences == 8
+    assert json.loads((tmp_path / "manifest.json").read_bytes())["num_sequences"] == 8
+    open_writer(tmp_path, small)
+    assert json.loads((tmp_path / "extent.json").read_bytes()) == {"num_sequences": 8}

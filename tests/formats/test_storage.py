@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import itertools
+import os
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -111,14 +115,111 @@ def test_unusable_urls_say_what_to_do():
         open_storage("nonsense://bucket/cache")
 
 
-@pytest.mark.parametrize(("protocol", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])
-def test_a_missing_package_is_named(protocol: str, package: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("url", "package", "line"),
+    [
+        ("s3://bucket/cache", "s3fs", "distill-pretrain[s3]"),
+        ("filecache::gs://bucket/cache", "gcsfs", "distill-pretrain[gcs]"),
+        ("zip://a::https://host/cache.zip", "fsspec[http]", "fsspec[http]"),
+        ("sftp://host/cache", "fsspec[sftp]", "fsspec[sftp]"),
+    ],
+)
+def test_a_missing_package_is_named(
+    url: str, package: str, line: str, monkeypatch: pytest.MonkeyPatch
+):
     def missing(url: str) -> None:
         raise ImportError(package)
 
     monkeypatch.setattr("fsspec.core.url_to_fs", missing)
-    with pytest.raises(MissingDependency, match=f"{package} is not installed"):
-        open_storage(f"{protocol}://bucket/cache")
+    with pytest.raises(MissingDependency) as caught:
+        open_storage(url)
+    assert f"{package} is not installed" in str(caught.value)
+    assert f"remedy: pip install '{line}'" in str(caught.value)
+
+
+def test_other_packages_are_named_by_fsspec(monkeypatch: pytest.MonkeyPatch):
+    def missing(url: str) -> None:
+        raise ImportError("Install webdav4 to access WebDAV")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", missing)
+    with pytest.raises(CacheError, match="Install webdav4"):
+        open_storage("webdav://host/cache")
+
+
+def test_without_fsspec_its_name_is_in_the_message(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "fsspec.core", None)
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    with pytest.raises(MissingDependency, match="pip install 'fsspec'"):
+        open_storage("memory://cache")
+
+
+def test_a_store_that_cannot_be_opened_is_one_named_error():
+    with pytest.raises(CacheError, match=r"ftp://127\.0\.0\.1:1/x; found: ConnectionRefusedError"):
+        open_storage("ftp://127.0.0.1:1/x")
+    with pytest.raises(CacheIncomplete, match=r"no cache here; .*nonexist\.zip"):
+        open_storage("zip://a::/nonexist.zip")
+
+
+def test_a_listing_without_sizes_is_completed(cache: Cache, url: str, monkeypatch):
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    real = MemoryFileSystem.ls
+
+    def names_only(self, path, detail=True, **options):
+        return [{**entry, "size": None} for entry in real(self, path, detail=True, **options)]
+
+    upload(cache.folder, url)
+    expected = open_storage(url).sizes()
+    monkeypatch.setattr(MemoryFileSystem, "ls", names_only)
+    assert open_storage(url).sizes() == expected
+    assert len(expected) > 5
+    monkeypatch.setattr(MemoryFileSystem, "info", lambda *args: {"size": None})
+    for ask in (open_storage(url).sizes, lambda: open_storage(url).open("plan.json")):
+        with pytest.raises(CacheError, match="does not tell the size"):
+            ask()
+
+
+def test_a_failing_listing_is_one_named_error(url: str, monkeypatch: pytest.MonkeyPatch):
+    def broken(*args: object, **kwargs: object) -> None:
+        raise TimeoutError("no answer")
+
+    storage = open_storage(url)
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "invalidate_cache", broken)
+    with pytest.raises(CacheError, match="TimeoutError: no answer"):
+        storage.sizes()
+
+
+def test_a_file_that_vanishes_between_two_reads_is_named(cache: Cache, url: str):
+    upload(cache.folder, url)
+    file = open_storage(url).open("s-000000.dpt")
+    assert file.read(8, 0)
+    fsspec.filesystem("memory").rm("/bucket/cache/s-000000.dpt")
+    with pytest.raises(CacheIncomplete, match=r"vanished .*s-000000\.dpt"):
+        file.read(8, 8)
+
+
+def test_a_temporary_file_that_vanishes_while_listed_is_left_out(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+):
+    real = os.scandir
+    expected = open_storage(cache.folder).sizes()
+
+    class Vanishing:
+        name = ".x.tmp"
+
+        def is_file(self) -> bool:
+            return True
+
+        def stat(self) -> os.stat_result:
+            raise FileNotFoundError(self.name)
+
+    @contextmanager
+    def scan(folder: Path) -> Iterator[Iterator[object]]:
+        with real(folder) as entries:
+            yield itertools.chain([Vanishing()], entries)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    assert open_storage(cache.folder).sizes() == expected
 
 
 def test_a_file_in_place_of_the_folder_is_no_cache(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 
 from distill_pretrain.data.config import DataConfig
 from distill_pretrain.data.sources import SequenceData, open_sequences
+from distill_pretrain.errors import CacheCorrupt
 from distill_pretrain.formats import CacheWriter
+from distill_pretrain.formats.codec_files import read_tables
 from distill_pretrain.teacher.capture import capture_shards, finish_capture, make_plan, pilot_tables
 from distill_pretrain.teacher.config import CaptureConfig
 from tests.support.small_corpus import SEQ_LEN, VOCAB_SIZE, write_small_corpus
@@ -70,3 +73,15 @@ def test_an_interrupted_capture_resumes_to_the_bytes_of_an_unbroken_one(
         with part.open("r+b") as file:
             file.truncate(max(0, part.stat().st_size - lost_bytes))
     assert capture(folder, sequences, BatchSensitive()) == expected
+
+
+def test_damaged_tables_are_reported_with_their_path(sequences, tmp_path):
+    settings = CaptureConfig(output_dir=tmp_path)
+    plan = make_plan(sequences, settings, BatchSensitive().identity)
+    path = tmp_path / "codec-a.bin"
+    data = pilot_tables(BatchSensitive(), sequences, plan, num_tokens=100).to_bytes()
+    path.write_bytes(data)
+    assert read_tables(path, plan).to_bytes() == data
+    path.write_bytes(data[:-1])
+    with pytest.raises(CacheCorrupt, match=re.escape(str(path))):
+        read_tables(path, plan)
