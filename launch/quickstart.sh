@@ -35,7 +35,7 @@ if [ -n "$short" ]; then
     RUN=$RUN-short
     most_sequences=128
     corpus=("tokenizer.training_bytes=500000" "tokenizer.vocab_size=1024" "${corpus[@]}")
-    teacher=(train.steps=30 model.num_layers=2 model.hidden_size=64 model.ffn_hidden_size=160)
+    teacher=(train.steps=60 optimizer.warmup_steps=5 model.num_layers=2 model.hidden_size=64 model.ffn_hidden_size=160)
     student=(train.steps=20 model.hidden_size=64 model.ffn_hidden_size=160)
     evaluation=(eval.num_sequences=32)
 fi
