@@ -43,7 +43,7 @@ setup(
     extras_require={
         "hf": ["transformers>=5.20"],
         "deepspeed": ["deepspeed"],
-        "eval": ["matplotlib"],
+        "eval": ["lm-eval>=0.4.9", "matplotlib"],
         "s3": ["s3fs"],
         "gcs": ["gcsfs"],
         "azure": ["adlfs"],
@@ -56,6 +56,7 @@ setup(
             "pytest-timeout",
             "ruff",
             "scipy",
+            "torchmetrics",
             "types-PyYAML",
             "types-psutil",
         ],

@@ -29,8 +29,13 @@ Says what a folder or file written by this project contains. PATH is one of
 
 Reads only; checks little: use `distill-pretrain verify` for a cache.
 
-Example
+With --estimators PATH is a recipe with the sections data, teacher and capture. Every sampler is measured on what the
+teacher says of the first sequences: its error and bias against the teacher's softmax, unique ids and bytes per
+position, and how much less variance systematic sampling has than multinomial. Nothing is captured.
+
+Examples
   distill-pretrain inspect runs/cache
+  distill-pretrain inspect --estimators capture.yaml teacher.path=runs/teacher --output estimators.json
 """
 
 FIRST_TOKENS = 48
@@ -41,12 +46,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "path",
         metavar="PATH",
-        help="cache folder or URL, token prefix, run folder or checkpoint folder",
+        help="cache folder or URL, token prefix, run folder or checkpoint folder; a recipe with --estimators",
     )
+    parser.add_argument(
+        "overrides",
+        metavar="section.key=value",
+        nargs="*",
+        help="with --estimators: settings that win over the recipe's",
+    )
+    parser.add_argument(
+        "--estimators", action="store_true", help="measure the samplers on a recipe's teacher"
+    )
+    from distill_pretrain.cli import inspect_estimators
+
+    inspect_estimators.add_arguments(parser)
 
 
 def run(recipe: Recipe | None, args: argparse.Namespace) -> None:
     """Describes a path; one process does it."""
+    if args.estimators:
+        from distill_pretrain.cli.inspect_estimators import show_estimators
+
+        show_estimators(args)
+        return
+    if args.overrides:
+        raise ConfigError(
+            "settings of a recipe belong to --estimators",
+            found=" ".join(args.overrides),
+            remedy="leave them out, or add --estimators",
+        )
     if launch_rank() != 0:
         return
     path = Path(args.path)

@@ -32,6 +32,7 @@ RECIPE_VERBS = {
     "train": "train a model on the text, from a cache, or both",
     "eval": "held-out figures of trained models",
     "report": "markdown report that compares runs",
+    "compare": "several kinds of targets, several seeds: capture, train, eval and report",
 }
 OTHER_VERBS = {
     "recompress": "copy a cache with another coding of the same targets",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from distill_pretrain.config import Section
 from distill_pretrain.corpus.config import CorpusConfig, TokenizerConfig
 from distill_pretrain.data.config import DataConfig
+from distill_pretrain.eval.comparison_config import CompareConfig
 from distill_pretrain.eval.config import EvalConfig, ReportConfig
 from distill_pretrain.losses.config import ObjectiveConfig
 from distill_pretrain.mcore.config import ModelConfig, OptimizerConfig, ParallelConfig
@@ -22,7 +23,7 @@ class Recipe(Section):
     data: DataConfig | None = None
     """Tokenised corpus and cache (capture, verify, train, eval)."""
     teacher: TeacherConfig | None = None
-    """Teacher (capture, eval)."""
+    """Teacher (capture, eval, compare; train with objective.target: teacher)."""
     capture: CaptureConfig | None = None
     """Targets and cache layout (capture)."""
     model: ModelConfig | None = None
@@ -39,3 +40,5 @@ class Recipe(Section):
     """Held-out evaluation (eval)."""
     report: ReportConfig | None = None
     """Comparison of runs (report)."""
+    compare: CompareConfig | None = None
+    """Students of several targets and seeds (compare)."""

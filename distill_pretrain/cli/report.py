@@ -12,11 +12,11 @@ from distill_pretrain.dist.env import launch_rank
 SECTIONS = ("report",)
 
 HELP = """
-Writes a report that compares training runs: a table of held-out figures, the measured differences, and a picture
-of the loss curves.
+Writes a report that compares training runs: a table of held-out figures, the measured differences, pictures of the
+loss curves and of the calibration, and what else eval.output holds (drafting, gradients, tasks).
 
 Reads   report.runs (run folders; their metrics.jsonl), report.eval (the JSON file of `distill-pretrain eval`)
-Writes  report.output_dir: report.md, loss.png, recipe.yaml
+Writes  report.output_dir: report.md, loss.png, reliability.png, recipe.yaml
 
 Use the same names in report.runs as in eval.models. Needs matplotlib: pip install 'distill-pretrain[eval]'
 

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import json
+from typing import TYPE_CHECKING
 
 from distill_pretrain.cli.console import say
 from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.config import dump_recipe, require
 
-SECTIONS = ("data", "model", "parallel", "optimizer", "objective", "train")
+if TYPE_CHECKING:
+    from distill_pretrain.contracts import LogitsEngine
+    from distill_pretrain.data.sources import SequenceData
+    from distill_pretrain.teacher.config import TeacherConfig
+
+SECTIONS = ("data", "model", "parallel", "optimizer", "objective", "teacher", "train")
 HELP = """
 Trains a model with megatron-core: on the text alone (a teacher, or a baseline), from a cache of sparse teacher
-logits, or on a mix of both, as the section `objective` says.
+logits, from a teacher that runs in the same job, or on a mix of text and teacher, as the section `objective` says.
 
-Reads   data.tokens (.bin/.idx), and data.cache when objective.kd_weight > 0
+Reads   data.tokens (.bin/.idx); when objective.kd_weight > 0, data.cache, or, with objective.target=teacher,
+        teacher.path
 Writes  train.output_dir: recipe.yaml, metrics.jsonl (one record per step), checkpoints/
 
 Started again with the same recipe it goes on from the newest checkpoint, under any tensor x pipeline x data parallel
@@ -26,7 +34,8 @@ layout. What may not change on the way is compared, and a difference is named.
 
 def run(recipe: Recipe, args: argparse.Namespace) -> None:
     """Train the model of a recipe."""
-    require(recipe, "train", "data", "model", "train")
+    online = recipe.objective.target == "teacher"
+    require(recipe, "train", "data", "model", "train", *(["teacher"] if online else []))
     assert recipe.data and recipe.model and recipe.train
     from distill_pretrain.train.job import train_student
 
@@ -35,6 +44,10 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
     def save_recipe() -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         dump_recipe(recipe, output_dir / "recipe.yaml")
+
+    def open_teacher(sequences: SequenceData) -> LogitsEngine:
+        assert recipe.teacher
+        return _open_teacher(recipe.teacher, sequences)
 
     train_student(
         data=recipe.data,
@@ -45,4 +58,27 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
         train=recipe.train,
         say=say,
         save_recipe=save_recipe,
+        open_teacher=open_teacher if online else None,
     )
+
+
+def _open_teacher(teacher: TeacherConfig, sequences: SequenceData) -> LogitsEngine:
+    """The section's model; says so where it has columns that are no ids of the corpus."""
+    from distill_pretrain.teacher.engines import open_engine
+
+    engine = open_engine(
+        teacher.kind,
+        teacher.path,
+        teacher.dtype,
+        vocab_size=sequences.vocab_size,
+        seq_len=sequences.plan.seq_len,
+        tokenizer_sha256=sequences.tokenizer_sha256,
+    )
+    if teacher.kind == "hf":
+        width = json.loads((teacher.path / "config.json").read_text()).get("vocab_size", 0)
+        if width > sequences.vocab_size:
+            say(
+                f"the teacher's columns {sequences.vocab_size} to {width - 1} are padding: "
+                "no ids of the corpus, left out of its softmax"
+            )
+    return engine

@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from distill_pretrain.config import Section
+
+
+class GradientsConfig(Section):
+    """Mean KD gradient of a student under cached targets, against the one under the whole teacher distribution."""
+
+    model: Path
+    """Run folder (or checkpoint folder) of the student whose parameters the gradients are of."""
+    caches: dict[str, str] = Field(min_length=1)
+    """Name to folder (or URL) of every cache to compare; all captured from data.tokens."""
+    num_batches: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(1, 4, 16, 64), min_length=1
+    )
+    """Compare the gradients of the first so many micro-batches, for each of these numbers."""
+    micro_batch_size: int = Field(default=8, ge=1)
+    """Sequences per forward pass."""
+    residual: Literal["drop", "renormalise", "label", "ghost", "uniform"] = "drop"
+    """What becomes of the mass that Top-K targets lack; see objective.residual."""
 
 
 class EvalConfig(Section):
@@ -23,6 +40,18 @@ class EvalConfig(Section):
     """Sequences per forward pass."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the models' forward pass; the teacher has its own in `teacher.dtype`."""
+    ece_bins: int = Field(default=15, ge=1, le=1000)
+    """Bins of equal width of the expected calibration error and the reliability diagram."""
+    draft_lengths: tuple[Annotated[int, Field(ge=1)], ...] = (2, 4, 8)
+    """Drafts per round for which the accepted length is computed (with a teacher)."""
+    cache: str | None = None
+    """Cache captured on data.held_out_tokens, folder or URL, to score against (needs no teacher)."""
+    gradients: GradientsConfig | None = None
+    """Also compare gradients (one process; needs the section teacher)."""
+    tasks: tuple[str, ...] = ()
+    """Zero-shot tasks for lm-evaluation-harness: names, or paths of task YAML files."""
+    tasks_path: Path | None = None
+    """Folder of further task YAML files, whose names `tasks` may use."""
 
 
 class ReportConfig(Section):

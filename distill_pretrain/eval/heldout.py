@@ -1,26 +1,37 @@
 """Scores models on held-out sequences, next to each other and next to the teacher.
 
-Shapes: B sequences of a micro-batch, L positions, V vocabulary, S sequences scored in all.
+Shapes: B sequences of a micro-batch, L positions, K stored entries of a position, V vocabulary, S sequences scored in
+all, F sums per sequence, M calibration bins.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from distill_pretrain.contracts import LogitsEngine
-from distill_pretrain.errors import ConfigError, TeacherError, TokenDataError, TokenizerMismatch
+from distill_pretrain.contracts import LogitsEngine, SparseTargets
+from distill_pretrain.data.batches import TargetSource
+from distill_pretrain.errors import (
+    CacheMismatch,
+    ConfigError,
+    TeacherError,
+    TokenDataError,
+    TokenizerMismatch,
+)
 from distill_pretrain.eval.metrics import (
     FIELDS,
     ModelScores,
+    ScoreSettings,
     TeacherRows,
+    batch_sums,
     finite_sequences,
-    sequence_sums,
 )
+from distill_pretrain.eval.targets import read_targets
 
 TEACHER = "teacher"
 """Name under which the teacher's own figures are returned."""
@@ -40,11 +51,48 @@ class HeldOutPlan(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """A micro-batch.
+
+    Attributes:
+        tokens: int64[B, L].
+        labels: int64[B, L], -100 where there is none.
+        cached: stored targets [B, L, K], or None.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    cached: SparseTargets | None
+
+    @classmethod
+    def read(
+        cls, plan: HeldOutPlan, cache: TargetSource | None, numbers: npt.NDArray[np.int64]
+    ) -> _Batch:
+        tokens, labels = plan.read(numbers)
+        cached = None
+        if cache is not None:
+            cached = read_targets(cache, numbers, tokens)
+        return cls(
+            tokens=torch.from_numpy(tokens).long(),
+            labels=torch.from_numpy(labels).long(),
+            cached=cached,
+        )
+
+    def to(self, device: torch.device) -> _Batch:
+        cached = self.cached
+        if cached is not None:
+            cached = SparseTargets(ids=cached.ids.to(device), probs=cached.probs.to(device))
+        return _Batch(tokens=self.tokens.to(device), labels=self.labels.to(device), cached=cached)
+
+
 def evaluate(
     engines: Mapping[str, LogitsEngine],
     teacher: LogitsEngine | None,
     plan: HeldOutPlan,
     *,
+    cache: TargetSource | None = None,
+    settings: ScoreSettings = ScoreSettings(),  # noqa: B008 - frozen
     num_sequences: int | None = None,
     micro_batch_size: int = 8,
     rank: int = 0,
@@ -54,13 +102,16 @@ def evaluate(
 ) -> dict[str, ModelScores]:
     """Scores every model on sequences 0 to num_sequences - 1 of the plan.
 
-    Rank r takes sequences r, r + world_size, ...; each sequence's sums are kept apart until the end, so the
-    scores are the same for any world size, and for any micro-batch size if the engines' logits are.
+    Rank r takes sequences r, r + world_size, ...; each sequence's sums are kept apart until the end, and those of the
+    calibration bins are exact, so the scores are the same for any world size, and for any micro-batch size if the
+    engines' logits are.
 
     Args:
         engines: name -> model.
         teacher: scored too, under "teacher"; its forward pass is shared by all models.
         plan: held-out sequences.
+        cache: stored targets of these sequences, to compare the models with.
+        settings: calibration bins and draft lengths.
         num_sequences: None, or more than there are, takes all.
         micro_batch_size: B.
         rank: of this process among the replicas.
@@ -75,6 +126,7 @@ def evaluate(
         TokenizerMismatch: the models' vocabularies differ in size.
         TeacherError: a model returned NaN or infinite logits; raised on every rank.
         TokenDataError: not one position has a label.
+        CacheMismatch: the cache was made from other tokens, or has no target at any labelled position.
         ConfigError: a model has the teacher's name.
     """
     assert 0 <= rank < world_size and micro_batch_size >= 1, (rank, world_size, micro_batch_size)
@@ -87,28 +139,33 @@ def evaluate(
     models = {**engines, **({} if teacher is None else {TEACHER: teacher})}
     _check_vocabularies(models)
     count = min(num_sequences or plan.num_sequences, plan.num_sequences)
+    width = len(settings.columns)
     # The last column counts sequences with unusable logits, so that all ranks learn of them.
-    state = torch.zeros(len(models), count, len(FIELDS) + 1, dtype=torch.float64)
+    sums = torch.zeros(len(models), count, width + 1, dtype=torch.float64)
+    bins = torch.zeros(len(models), settings.ece_bins, 3, dtype=torch.float64)
     mine = np.arange(rank, count, world_size, dtype=np.int64)
     for start in range(0, len(mine), micro_batch_size):
         numbers = mine[start : start + micro_batch_size]
-        tokens, labels = plan.read(numbers)
-        rows = torch.from_numpy(numbers)
-        state[:, rows] = _score(models, teacher is not None, tokens, labels)
-        if state[:, rows, -1].any():
+        rows, bin_rows = _score(
+            models, teacher is not None, _Batch.read(plan, cache, numbers), settings
+        )
+        sums[:, torch.from_numpy(numbers)] = rows
+        bins += bin_rows
+        if rows[..., -1].any():
             break
         progress(len(numbers))
-    all_reduce_sum(state)
-    _check_finite(list(models), state[:, :, -1])
-    sums = state[:, :, :-1].numpy()
-    if not sums[0, :, 0].any():
-        raise TokenDataError(
-            "no held-out position has a next token",
-            found=f"{count} sequences, all of padding",
-            remedy="use a larger held-out corpus",
-        )
+    for state in (sums, bins):
+        all_reduce_sum(state)
+    _check_finite(list(models), sums[:, :, -1])
+    _check_positions(sums[0], count, has_cache=cache is not None)
     return {
-        name: ModelScores.of(sums[number], has_teacher=teacher is not None)
+        name: ModelScores.of(
+            sums[number, :, :-1].numpy(),
+            bins[number].numpy(),
+            settings=settings,
+            has_teacher=teacher is not None,
+            has_cache=cache is not None,
+        )
         for number, name in enumerate(models)
     }
 
@@ -116,29 +173,50 @@ def evaluate(
 def _score(
     models: Mapping[str, LogitsEngine],
     has_teacher: bool,
-    tokens: npt.NDArray[np.int32],
-    labels: npt.NDArray[np.int32],
-) -> torch.Tensor:
-    """float64[models, B, F + 1] on the CPU; the last column is 1 where logits are not finite."""
-    result = torch.zeros(len(models), len(tokens), len(FIELDS) + 1, dtype=torch.float64)
+    batch: _Batch,
+    settings: ScoreSettings,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums float64[models, B, F + 1], the last column 1 where logits are not finite, and bins float64[models, M, 3]."""
+    width = len(settings.columns)
+    sums = torch.zeros(len(models), len(batch.tokens), width + 1, dtype=torch.float64)
+    bins = torch.zeros(len(models), settings.ece_bins, 3, dtype=torch.float64)
     teacher_rows = None
     # The teacher is last by name and first to run: the others need its distribution.
     order = list(enumerate(models.items()))
     for number, (_, engine) in reversed(order) if has_teacher else order:
-        device_labels = torch.from_numpy(labels).to(engine.device, torch.int64)
+        there = batch.to(engine.device)
         with torch.no_grad():
-            logits = engine.logits(torch.from_numpy(tokens).to(engine.device, torch.int64))
-            expected = (*tokens.shape, engine.vocab_size)
+            logits = engine.logits(there.tokens)
+            expected = (*there.tokens.shape, engine.vocab_size)
             assert tuple(logits.shape) == expected, (tuple(logits.shape), expected)
             finite = finite_sequences(logits)
             if not finite.all():
-                result[number, :, -1] = (~finite).double().cpu()
+                sums[number, :, -1] = (~finite).double().cpu()
                 break
             if has_teacher and teacher_rows is None:
-                teacher_rows = TeacherRows.of(logits, device_labels)
-            result[number, :, :-1] = sequence_sums(logits, device_labels, teacher_rows).cpu()
+                teacher_rows = TeacherRows.of(logits, there.labels)
+            found = batch_sums(logits, there.labels, teacher_rows, there.cached, settings=settings)
+            sums[number, :, :-1] = found.sequences.cpu()
+            bins[number] = found.bins.cpu()
             del logits
-    return result
+    return sums, bins
+
+
+def _check_positions(sums: torch.Tensor, count: int, *, has_cache: bool) -> None:
+    """`sums` float64[S, F + 1] of any model: what was counted must not be nothing."""
+    if not sums[:, FIELDS.index("positions")].any():
+        raise TokenDataError(
+            "no held-out position has a next token",
+            found=f"{count} sequences, all of padding",
+            remedy="use a larger held-out corpus",
+        )
+    if has_cache and not sums[:, FIELDS.index("cache_positions")].any():
+        raise CacheMismatch(
+            "the held-out cache has no target at any position with a next token",
+            where="eval.cache",
+            found=f"{count} sequences without targets",
+            remedy="capture it from data.held_out_tokens, or leave eval.cache out",
+        )
 
 
 def _check_vocabularies(models: Mapping[str, LogitsEngine]) -> None:

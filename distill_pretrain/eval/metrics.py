@@ -1,7 +1,7 @@
 """Held-out figures from logits: per-position terms, their sums per sequence, and the scores made of them.
 
 Shapes: B sequences of a micro-batch, L positions, T positions with a label, V vocabulary, S sequences scored,
-F = len(FIELDS).
+K stored entries of a position, M calibration bins, F columns of `columns(draft_lengths)`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,47 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-FIELDS = ("positions", "ce", "top1_hits", "kl", "top1_agreements", "teacher_entropy")
-"""What is summed over the labelled positions of a sequence; CE, KL and entropy in nats."""
+from distill_pretrain.contracts import SparseTargets
+from distill_pretrain.eval.acceptance import acceptance_rates, accepted_drafts
+from distill_pretrain.eval.calibration import Calibration, bin_sums
+
+FIELDS = (
+    "positions",
+    "ce",
+    "top1_hits",
+    "kl",
+    "top1_agreements",
+    "teacher_entropy",
+    "acceptance",
+    "cache_positions",
+    "cross_entropy_cache",
+    "entropy_cache",
+)
+"""What is summed over the labelled positions of a sequence; CE, KL and entropies in nats."""
+
+POSITIONS_OF = {"cross_entropy_cache": "cache_positions"}
+"""The column that counts what a field is a mean over, where it is not `positions`."""
 
 _CHUNK_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreSettings:
+    """What is computed beside the fixed figures.
+
+    Attributes:
+        ece_bins: M.
+        draft_lengths: every k of `accepted_length`.
+    """
+
+    ece_bins: int = 15
+    draft_lengths: tuple[int, ...] = (2, 4, 8)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the F sums of a sequence: `FIELDS`, then accepted drafts and rounds of every k."""
+        drafts = [(f"accepted_{k}", f"rounds_{k}") for k in self.draft_lengths]
+        return FIELDS + tuple(name for pair in drafts for name in pair)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +83,28 @@ class TeacherRows:
         return cls(logprobs=logprobs, top1=logprobs.argmax(-1), entropy=entropy)
 
 
-def sequence_sums(
-    logits: torch.Tensor, labels: torch.Tensor, teacher: TeacherRows | None = None
-) -> torch.Tensor:
-    """Sums of `FIELDS` over the labelled positions of each sequence.
+@dataclass(frozen=True, kw_only=True)
+class BatchSums:
+    """Sums over the labelled positions of a micro-batch.
+
+    Attributes:
+        sequences: float64[B, F], of each sequence.
+        bins: float64[M, 3], of all of them; see `calibration.bin_sums`.
+    """
+
+    sequences: torch.Tensor
+    bins: torch.Tensor
+
+
+def batch_sums(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    teacher: TeacherRows | None = None,
+    cached: SparseTargets | None = None,
+    *,
+    settings: ScoreSettings,
+) -> BatchSums:
+    """What a micro-batch contributes to a model's scores.
 
     Log-softmax in float32, sums in float64; KL(teacher || student) = sum_v t_v (log t_v - log p_v) over the
     whole vocabulary. A state over S sequences is these rows; states of ranks that scored different sequences
@@ -58,31 +113,51 @@ def sequence_sums(
     Args:
         logits: float32[B, L, V].
         labels: int64[B, L]; negative labels (-100) are ignored.
-        teacher: the teacher at the same positions; without it the last three fields are zero.
-
-    Returns:
-        float64[B, F].
+        teacher: the teacher at the same positions; without it what compares with it is zero.
+        cached: stored targets [B, L, K] of the same positions; without them what compares with them is zero.
+        settings: bins and draft lengths.
     """
     batch, length, _ = logits.shape
     assert labels.shape == (batch, length), (labels.shape, logits.shape)
     valid = labels >= 0
     kept, kept_labels = logits[valid], labels[valid]
+    stored = None
+    if cached is not None:
+        stored = SparseTargets(ids=cached.ids[valid], probs=cached.probs[valid].double())
     terms = torch.zeros(len(kept), len(FIELDS), dtype=torch.float64, device=logits.device)
+    bins = terms.new_zeros(settings.ece_bins, 3)
     terms[:, 0] = 1.0
     for rows in _chunks(kept):
         logprobs = torch.log_softmax(kept[rows].float(), dim=-1)
         top1 = logprobs.argmax(-1)
+        best = logprobs.gather(-1, top1[:, None]).squeeze(-1)
+        hits = top1 == kept_labels[rows]
+        bins += bin_sums(best.exp(), hits, settings.ece_bins)
         terms[rows, 1] = -logprobs.gather(-1, kept_labels[rows, None]).squeeze(-1).double()
-        terms[rows, 2] = (top1 == kept_labels[rows]).double()
+        terms[rows, 2] = hits.double()
+        if stored is not None:
+            terms[rows, 7:10] = _cache_terms(logprobs, stored.ids[rows], stored.probs[rows])
         if teacher is not None:
             reference = teacher.logprobs[rows]
-            pointwise = reference.exp() * (reference - logprobs)
-            terms[rows, 3] = pointwise.sum(-1, dtype=torch.float64)
+            probs = reference.exp()
+            terms[rows, 3] = (probs * (reference - logprobs)).sum(-1, dtype=torch.float64)
             terms[rows, 4] = (top1 == teacher.top1[rows]).double()
             terms[rows, 5] = teacher.entropy[rows]
+            terms[rows, 6] = acceptance_rates(probs, logprobs.exp_())
     per_position = terms.new_zeros(batch, length, len(FIELDS))
     per_position[valid] = terms
-    return per_position.sum(1)
+    parts = [per_position.sum(1)]
+    known = valid if teacher is not None else torch.zeros_like(valid)
+    parts += [accepted_drafts(per_position[..., 6], known, k) for k in settings.draft_lengths]
+    return BatchSums(sequences=torch.cat(parts, dim=1), bins=bins)
+
+
+def _cache_terms(logprobs: torch.Tensor, ids: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+    """Has a target, -sum_i t_i log p_i, -sum_i t_i log t_i: float64[T, 3] over stored ids [T, K], padded with -1."""
+    present = (ids >= 0).any(-1).double()
+    chosen = logprobs.gather(-1, ids.clamp(min=0)).double()  # padding has probability 0
+    cross = -(probs * chosen).sum(-1)
+    return torch.stack((present, cross, -torch.xlogy(probs, probs).sum(-1)), dim=1)
 
 
 def finite_sequences(logits: torch.Tensor) -> torch.Tensor:
@@ -95,6 +170,12 @@ def finite_sequences(logits: torch.Tensor) -> torch.Tensor:
 class ModelScores:
     """Held-out figures of one model.
 
+    Sampled targets t_hat of a cache are unbiased, so `cross_entropy_cache` = -sum_i t_hat_i log p_i estimates the
+    cross-entropy of teacher and model without bias. Their entropy is lower than the teacher's (by Jensen), so
+    `kl_cache` overestimates KL(teacher || model); by the same amount for every model scored on the cache, so that
+    differences between models are differences of KL without bias. Top-k targets are neither: what lies outside the
+    stored ids counts in no term.
+
     Attributes:
         num_sequences: S, sequences scored.
         num_positions: labelled positions scored.
@@ -102,9 +183,17 @@ class ModelScores:
         ce_standard_error: of `ce`, with sequences as the independent units; None for one sequence.
         perplexity: exp(ce).
         top1_accuracy: share of positions whose likeliest token is the true one.
+        ece: expected calibration error of the likeliest token against the true one, 0 to 1.
+        reliability: see `Calibration.as_dict`.
         kl: KL(teacher || model), nats per token; None without a teacher.
         top1_agreement: share of positions whose likeliest token is the teacher's; None without a teacher.
         teacher_entropy: the teacher's mean entropy, nats per token; None without a teacher.
+        acceptance: mean probability that the teacher accepts a draft of the model; None without a teacher.
+        accepted_length: k -> drafts accepted per round of k, as `accepted_drafts` defines it (None where no sequence
+            has k positions in a row); None without a teacher.
+        num_cache_positions: labelled positions with a stored target; None without a cache.
+        cross_entropy_cache: -sum_i t_i log p_i over stored ids, nats per token; None without a cache.
+        kl_cache: sum_i t_i (log t_i - log p_i) over stored ids, nats per token; None without a cache.
     """
 
     num_sequences: int
@@ -113,19 +202,40 @@ class ModelScores:
     ce_standard_error: float | None
     perplexity: float
     top1_accuracy: float
+    ece: float
+    reliability: dict[str, list[Any]]
     kl: float | None
     top1_agreement: float | None
     teacher_entropy: float | None
+    acceptance: float | None
+    accepted_length: dict[str, float | None] | None
+    num_cache_positions: int | None
+    cross_entropy_cache: float | None
+    kl_cache: float | None
     sums: npt.NDArray[np.float64]
     """float64[S, F], the rows they were made of."""
 
     @classmethod
-    def of(cls, sums: npt.NDArray[np.float64], *, has_teacher: bool) -> ModelScores:
-        """From float64[S, F] with at least one labelled position."""
-        total = {name: math.fsum(sums[:, column]) for column, name in enumerate(FIELDS)}
+    def of(
+        cls,
+        sums: npt.NDArray[np.float64],
+        bins: npt.NDArray[np.float64],
+        *,
+        settings: ScoreSettings,
+        has_teacher: bool,
+        has_cache: bool,
+    ) -> ModelScores:
+        """From float64[S, F] with at least one labelled position, and float64[M, 3]."""
+        names = settings.columns
+        total = {name: math.fsum(sums[:, column]) for column, name in enumerate(names)}
         positions = total["positions"]
         assert positions > 0, "no labelled position"
+        stored = total["cache_positions"]
+        assert stored > 0 or not has_cache, "no position with a stored target"
         ce = total["ce"] / positions
+        calibration = Calibration(sums=bins)
+        accepted = {str(k): _ratio(total, k) for k in settings.draft_lengths}
+        cross = total["cross_entropy_cache"]
         return cls(
             num_sequences=len(sums),
             num_positions=round(positions),
@@ -133,15 +243,27 @@ class ModelScores:
             ce_standard_error=_ratio_error(sums[:, 1], sums[:, 0]),
             perplexity=math.exp(min(ce, 700.0)),
             top1_accuracy=total["top1_hits"] / positions,
+            ece=calibration.ece,
+            reliability=calibration.as_dict(),
             kl=total["kl"] / positions if has_teacher else None,
             top1_agreement=total["top1_agreements"] / positions if has_teacher else None,
             teacher_entropy=total["teacher_entropy"] / positions if has_teacher else None,
+            acceptance=total["acceptance"] / positions if has_teacher else None,
+            accepted_length=accepted if has_teacher else None,
+            num_cache_positions=round(stored) if has_cache else None,
+            cross_entropy_cache=cross / stored if has_cache else None,
+            kl_cache=(cross - total["entropy_cache"]) / stored if has_cache else None,
             sums=sums,
         )
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able figures."""
         return {k: v for k, v in asdict(self).items() if k != "sums"}
+
+
+def _ratio(total: dict[str, float], k: int) -> float | None:
+    rounds = total[f"rounds_{k}"]
+    return total[f"accepted_{k}"] / rounds if rounds else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,9 +281,11 @@ class PairedDifference:
     @classmethod
     def of(cls, model: ModelScores, other: ModelScores, field: str) -> PairedDifference:
         """`model` minus `other` in one of `FIELDS`; both scored the same sequences."""
-        assert np.array_equal(model.sums[:, 0], other.sums[:, 0]), "scored on different positions"
         column = FIELDS.index(field)
-        gaps, positions = model.sums[:, column] - other.sums[:, column], model.sums[:, 0]
+        sizes = FIELDS.index(POSITIONS_OF.get(field, "positions"))
+        positions = model.sums[:, sizes]
+        assert np.array_equal(positions, other.sums[:, sizes]), "scored on different positions"
+        gaps = model.sums[:, column] - other.sums[:, column]
         return cls(
             difference=math.fsum(gaps) / math.fsum(positions),
             standard_error=_ratio_error(gaps, positions),

@@ -1,4 +1,4 @@
-"""The loss-curve picture of a report."""
+"""The pictures of a report: loss curves and reliability."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 import io
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +19,15 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _STYLES = ("-", "--", "-.", ":")
 _INK = "#333333"
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 
 def require_matplotlib() -> None:
-    """Raises MissingDependency when the picture could not be drawn."""
+    """Raises MissingDependency when no picture could be drawn."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise MissingDependency("matplotlib", extra="eval", needed_for="the report's picture")
+        raise MissingDependency("matplotlib", extra="eval", needed_for="the report's pictures")
 
 
 def smooth(values: npt.NDArray[np.float64], half_width: int) -> npt.NDArray[np.float64]:
@@ -59,20 +64,13 @@ def draw_curves(curves: Mapping[str, TrainingCurve], *, held_out: Mapping[str, f
     Returns:
         The bytes of a PNG.
     """
-    require_matplotlib()
-    # The object interface needs no display and leaves the caller's pyplot alone.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    figure, axes = _new_figure(9.0, 5.2)
     from matplotlib.ticker import EngFormatter
 
-    figure = Figure(figsize=(9.0, 5.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
     seen: list[npt.NDArray[np.float64]] = []
     ends: list[float] = []
     for number, (name, curve) in enumerate(curves.items()):
-        colour = _COLOURS[number % len(_COLOURS)]
-        style = _STYLES[number // len(_COLOURS) % len(_STYLES)]
+        colour, style = _look(number)
         steps, raw = curve["step"], curve["ce"]
         bold = smooth(raw, len(raw) // 40)
         axes.plot(steps, raw, color=colour, linewidth=0.7, alpha=0.28, zorder=2)
@@ -101,12 +99,87 @@ def draw_curves(curves: Mapping[str, TrainingCurve], *, held_out: Mapping[str, f
         axes.plot(
             [], [], "D", color=_INK, mec="white", ms=8, linestyle="none", label="held-out CE, final"
         )
-    axes.set_xlabel("optimizer step", color=_INK)
-    axes.set_ylabel("cross-entropy, training text (nats per token)", color=_INK)
+    _finish(axes, "optimizer step", "cross-entropy, training text (nats per token)")
+    return _png(figure)
+
+
+def draw_reliability(scores: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """Reliability diagram: accuracy of the likeliest token against its probability, and positions per bin below.
+
+    Args:
+        scores: name -> `ModelScores.as_dict()`; a model without "reliability" is left out.
+
+    Returns:
+        The bytes of a PNG.
+    """
+    figure, (above, below) = _new_figure(7.0, 6.4, rows=(3, 1))
+    above.plot([0, 1], [0, 1], color="#999999", linewidth=1.0, zorder=1)
+    draw_diagram(above, below, scores)
+    above.set_xlim(0, 1)
+    above.set_ylim(0, 1)
+    below.set_xlim(0, 1)
+    _finish(above, "", "share of them that are right")
+    _finish(below, "probability of the likeliest token", "share of positions")
+    return _png(figure)
+
+
+def draw_diagram(above: Axes, below: Axes, scores: Mapping[str, Mapping[str, Any]]) -> None:
+    """Lines of accuracy against confidence over the bins in use, and steps of the share of positions in all bins."""
+    for number, (name, score) in enumerate(scores.items()):
+        diagram = score["reliability"]
+        if diagram is None:
+            continue
+        colour, style = _look(number)
+        used = [place for place, count in enumerate(diagram["positions"]) if count]
+        above.plot(
+            [diagram["confidence"][place] for place in used],
+            [diagram["accuracy"][place] for place in used],
+            style,
+            marker="o",
+            ms=4,
+            color=colour,
+            linewidth=1.6,
+            label=f"{name} (ECE {score['ece']:.1%})",
+        )
+        total = sum(diagram["positions"])
+        below.stairs(
+            [count / total for count in diagram["positions"]],
+            diagram["bins"],
+            color=colour,
+            linestyle=style,
+            linewidth=1.4,
+        )
+
+
+def _look(number: int) -> tuple[str, str]:
+    """Colour and line style of the n-th model."""
+    return _COLOURS[number % len(_COLOURS)], _STYLES[number // len(_COLOURS) % len(_STYLES)]
+
+
+def _new_figure(width: float, height: float, rows: tuple[int, ...] = (1,)) -> tuple[Figure, Any]:
+    """A figure in inches, and its axes: one, or one per row of the given relative heights."""
+    require_matplotlib()
+    # The object interface needs no display and leaves the caller's pyplot alone.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(len(rows), height_ratios=rows)
+
+
+def _finish(axes: Axes, x: str, y: str) -> None:
+    """Axis labels, grid and, where something is named, a legend."""
+    axes.set_xlabel(x, color=_INK)
+    axes.set_ylabel(y, color=_INK)
     axes.grid(color="#dddddd", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False)
+
+
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""A markdown report that compares training runs: a table, the measured differences, a loss-curve picture.
+"""A markdown report that compares training runs: tables, the measured differences, pictures.
 
 Everything in it is read from metrics.jsonl, recipe.yaml and the figures of `eval`; nothing is judged.
 """
@@ -16,18 +16,23 @@ from typing import Any
 import numpy as np
 
 from distill_pretrain.errors import ConfigError
+from distill_pretrain.eval import report_sections as sections
 from distill_pretrain.eval.config import ReportConfig
 from distill_pretrain.eval.curves import TrainingCurve
 from distill_pretrain.eval.heldout import TEACHER
-from distill_pretrain.eval.picture import draw_curves, require_matplotlib
+from distill_pretrain.eval.picture import draw_curves, draw_reliability, require_matplotlib
 from distill_pretrain.eval.results import EvalResults
 from distill_pretrain.formats.atomic import publish_bytes
 
-REPORT, PICTURE = "report.md", "loss.png"
+REPORT, PICTURE, RELIABILITY = "report.md", "loss.png", "reliability.png"
 FINAL_STEPS = 20
 """The final training CE is the mean over so many last steps."""
 
-_ABSENT = "–"
+_COMPARED = (
+    ("ce", "held-out CE"),
+    ("kl", "KL(teacher‖model)"),
+    ("cross_entropy_cache", "CE(cache, model)"),
+)
 _COLUMNS = (
     "model",
     "steps",
@@ -35,8 +40,10 @@ _COLUMNS = (
     "final train CE",
     "held-out CE",
     "perplexity",
+    "ECE",
     "KL(teacher‖model)",
     "top-1 agreement",
+    "acceptance",
     "median tokens/s",
 )
 
@@ -64,28 +71,30 @@ class ReportRow:
 
     def cells(self) -> list[str]:
         """The row's text, in the order of the table's columns."""
-        training = [_ABSENT] * 3
-        speed = _ABSENT
+        training = [sections.ABSENT] * 3
+        speed = sections.ABSENT
         if self.curve is not None:
             steps, tokens = self.curve["step"][-1], self.curve["tokens"][-1]
             training = [f"{steps:,.0f}", f"{tokens:,.0f}", f"{self.final_ce:.4f}"]
             speed = f"{np.median(self.curve['tokens_per_second']):,.0f}"
         scores = self.scores or {}
-        kl = None if self.is_teacher else scores.get("kl")
-        agreement = None if self.is_teacher else scores.get("top1_agreement")
+        # Beside itself the teacher says nothing.
+        compared = {} if self.is_teacher else scores
         return [
             f"{self.name} (teacher)" if self.is_teacher and self.name != TEACHER else self.name,
             *training,
-            _text(scores.get("ce"), ".4f"),
-            _text(scores.get("perplexity"), ",.3f"),
-            _text(kl, ".4f"),
-            _text(agreement, ".1%"),
+            sections.figure(scores.get("ce"), ".4f"),
+            sections.figure(scores.get("perplexity"), ",.3f"),
+            sections.figure(scores.get("ece"), ".2%"),
+            sections.figure(compared.get("kl"), ".4f"),
+            sections.figure(compared.get("top1_agreement"), ".1%"),
+            sections.figure(compared.get("acceptance"), ".1%"),
             speed,
         ]
 
 
 def write_report(config: ReportConfig, *, recipe: str | None = None) -> Path:
-    """Writes report.md and loss.png into `output_dir`.
+    """Writes report.md, loss.png and, where the figures have it, reliability.png into `output_dir`.
 
     Args:
         config: runs, figures, folder, title.
@@ -106,8 +115,12 @@ def write_report(config: ReportConfig, *, recipe: str | None = None) -> Path:
     rows = _rows(config, curves, results)
     baseline = _baseline(rows)
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    held_out = {row.name: row.scores["ce"] for row in rows if row.scores is not None}
+    scored = {row.name: row.scores for row in rows if row.scores is not None}
+    teachers = {row.name for row in rows if row.is_teacher}
+    held_out = {name: scores["ce"] for name, scores in scored.items()}
     publish_bytes(config.output_dir / PICTURE, draw_curves(curves, held_out=held_out))
+    if any(scores["reliability"] for scores in scored.values()):
+        publish_bytes(config.output_dir / RELIABILITY, draw_reliability(scored))
     lines = [
         f"# {config.title}",
         "",
@@ -119,6 +132,11 @@ def write_report(config: ReportConfig, *, recipe: str | None = None) -> Path:
         "",
         *_differences(rows, baseline, results),
         "",
+        *sections.calibration(scored, RELIABILITY),
+        *sections.speculation({k: v for k, v in scored.items() if k not in teachers}),
+        *sections.held_out_cache(scored),
+        *sections.gradients(results),
+        *sections.tasks(results),
         "## Training curves",
         "",
         f"![Training cross-entropy against step]({PICTURE})",
@@ -198,9 +216,7 @@ def _baseline(rows: list[ReportRow]) -> ReportRow | None:
 
 
 def _table(rows: list[ReportRow]) -> list[str]:
-    lines = ["| " + " | ".join(_COLUMNS) + " |", "|:--" + "|--:" * (len(_COLUMNS) - 1) + "|"]
-    lines += ["| " + " | ".join(_cell(cell) for cell in row.cells()) + " |" for row in rows]
-    return lines
+    return sections.markdown_table(_COLUMNS, [row.cells() for row in rows])
 
 
 def _notes(rows: list[ReportRow], results: EvalResults) -> list[str]:
@@ -208,7 +224,8 @@ def _notes(rows: list[ReportRow], results: EvalResults) -> list[str]:
     lines = [
         f"CE and KL in nats per token, perplexity = exp(held-out CE). Held-out figures over "
         f"{scored['num_positions']:,} positions in {scored['num_sequences']:,} held-out "
-        f"sequences; final train CE is the mean of the last {FINAL_STEPS} steps (or of all, if fewer).",
+        f"sequences; ECE is the calibration error of the likeliest token; final train CE is the mean of the last "
+        f"{FINAL_STEPS} steps (or of all, if fewer).",
     ]
     entropy = scored["teacher_entropy"]
     if entropy is not None:
@@ -231,16 +248,16 @@ def _differences(
     for row in others:
         pair = results.paired.get(row.name, {}).get(baseline.name, {})
         parts = [
-            f"{label} is {_change(pair[field])}"
-            for field, label in (("ce", "held-out CE"), ("kl", "KL(teacher‖model)"))
-            if field in pair
+            f"{label} is {_change(pair[field])}" for field, label in _COMPARED if field in pair
         ]
         steps = ""
         if row.curve is not None and baseline.curve is not None:
             mine, theirs = row.curve["step"][-1], baseline.curve["step"][-1]
             steps = f" ({mine:,.0f} steps against {theirs:,.0f})"
         text = _and(parts) if parts else "was not scored on the same positions"
-        lines.append(f"- **{_cell(row.name)}** against **{_cell(baseline.name)}**{steps}: {text}.")
+        lines.append(
+            f"- **{sections.escape(row.name)}** against **{sections.escape(baseline.name)}**{steps}: {text}."
+        )
     lines += [
         "",
         "± is one standard error of the difference on the same positions, sequences taken as independent; it "
@@ -276,14 +293,6 @@ def _changed(results: EvalResults) -> dict[str, str]:
     """Versions at evaluation that are not those of the report."""
     now = installed_versions()
     return {name: text for name, text in results.software.items() if now.get(name) != text}
-
-
-def _text(value: float | None, form: str) -> str:
-    return _ABSENT if value is None else format(value, form)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 def _and(parts: Sequence[str]) -> str:

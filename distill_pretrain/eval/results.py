@@ -12,8 +12,18 @@ from distill_pretrain.errors import DistillPretrainError
 from distill_pretrain.eval.metrics import ModelScores, PairedDifference
 from distill_pretrain.formats.atomic import publish_bytes
 
-VERSION = 1
-PAIRED_FIELDS = ("ce", "kl")
+VERSION = 2
+PAIRED_FIELDS = ("ce", "kl", "cross_entropy_cache")
+_SINCE_VERSION_2 = (
+    "ece",
+    "reliability",
+    "acceptance",
+    "accepted_length",
+    "num_cache_positions",
+    "cross_entropy_cache",
+    "kl_cache",
+)
+_NESTED = ("reliability", "accepted_length")
 
 
 class EvalFileError(DistillPretrainError):
@@ -27,10 +37,13 @@ class EvalResults:
     Attributes:
         inputs: all that decides the figures (JSON-able): held-out corpus, sequences, identities of the models.
         scores: name -> `ModelScores.as_dict()`, in the order of the recipe.
-        paired: name -> other name -> {"ce", "kl"} -> {"difference", "standard_error"}; name minus other, in
-            nats per token; "kl" only with a teacher.
+        paired: name -> other name -> field of `PAIRED_FIELDS` -> {"difference", "standard_error"}; name minus
+            other, in nats per token; "kl" only with a teacher, "cross_entropy_cache" only with a cache (there it is
+            the unbiased difference of the models' KL, see `ModelScores`).
         software: package -> version.
         date: ISO 8601, UTC.
+        gradients: {"inputs", "caches": what `compare_gradients` returns}; None if not asked for.
+        tasks: {"inputs", "models": what `run_tasks` returns}; None if not asked for.
     """
 
     inputs: dict[str, Any]
@@ -38,6 +51,8 @@ class EvalResults:
     paired: dict[str, dict[str, dict[str, dict[str, Any]]]]
     software: dict[str, str]
     date: str
+    gradients: dict[str, Any] | None = None
+    tasks: dict[str, Any] | None = None
 
     @classmethod
     def of(
@@ -49,8 +64,8 @@ class EvalResults:
         date: str,
     ) -> EvalResults:
         """From the scores that `heldout.evaluate` returns."""
-        has_teacher = any(score.kl is not None for score in scores.values())
-        fields = [field for field in PAIRED_FIELDS if field != "kl" or has_teacher]
+        first = next(iter(scores.values()))
+        fields = [field for field in PAIRED_FIELDS if getattr(first, field) is not None]
         paired = {
             name: {
                 other: {field: asdict(PairedDifference.of(a, b, field)) for field in fields}
@@ -75,10 +90,10 @@ class EvalResults:
 
     @classmethod
     def load(cls, path: Path) -> EvalResults:
-        """Reads the file.
+        """Reads the file; in one of version 1 the figures that came with version 2 are None.
 
         Raises:
-            EvalFileError: missing, damaged, or of another version.
+            EvalFileError: missing, damaged, or of a later version.
         """
         try:
             values = json.loads(path.read_bytes())
@@ -86,6 +101,8 @@ class EvalResults:
             raise _unusable(path, error.strerror or str(error)) from None
         except ValueError as error:
             raise _unusable(path, f"no valid JSON ({error})") from None
+        if isinstance(values, dict) and values.get("version") == 1:
+            values = _from_version_1(values)
         problem = _problem(values)
         if problem is not None:
             raise _unusable(path, problem)
@@ -93,33 +110,72 @@ class EvalResults:
         return cls(**values)
 
 
+def _from_version_1(values: dict[str, Any]) -> dict[str, Any]:
+    scores = values.get("scores")
+    if isinstance(scores, dict):
+        missing = dict.fromkeys(_SINCE_VERSION_2)
+        scores = {k: {**missing, **v} if isinstance(v, dict) else v for k, v in scores.items()}
+    return {**values, "scores": scores, "gradients": None, "tasks": None, "version": VERSION}
+
+
 def _problem(values: Any) -> str | None:
     if not isinstance(values, dict) or values.get("version") != VERSION:
-        return f"not a version {VERSION} record"
-    kinds = {
+        return f"not a record of version 1 to {VERSION}"
+    kinds: dict[str, type | tuple[type, ...]] = {
         "version": int,
         "inputs": dict,
         "scores": dict,
         "paired": dict,
         "software": dict,
         "date": str,
+        "gradients": (dict, type(None)),
+        "tasks": (dict, type(None)),
     }
     if set(values) != set(kinds):
         return f"keys {sorted(set(values) ^ set(kinds))} are missing or unknown"
     for name, kind in kinds.items():
         if not isinstance(values[name], kind):
-            return f"{name} is no {kind.__name__}"
+            return f"{name} is {type(values[name]).__name__}"
     if not values["scores"]:
         return "no scores"
-    names = [field for field in ModelScores.__dataclass_fields__ if field != "sums"]
     for model, scores in values["scores"].items():
-        if not isinstance(scores, dict) or set(scores) != set(names):
-            return f"the figures of {model} are incomplete"
-        if not all(v is None or type(v) in (int, float) for v in scores.values()):
-            return f"a figure of {model} is no number"
-        if any(scores[n] is None for n in ("ce", "perplexity", "num_positions", "top1_accuracy")):
-            return f"a figure of {model} is missing"
+        problem = _scores_problem(scores)
+        if problem is not None:
+            return f"{problem} of {model}"
+    for name, key in (("gradients", "caches"), ("tasks", "models")):
+        part = values[name]
+        if part is not None and not all(isinstance(part.get(k), dict) for k in ("inputs", key)):
+            return f"{name} is incomplete"
     return _paired_problem(values["paired"])
+
+
+def _scores_problem(scores: Any) -> str | None:
+    names = {field for field in ModelScores.__dataclass_fields__ if field != "sums"}
+    if not isinstance(scores, dict) or set(scores) != names:
+        return "incomplete figures"
+    if any(scores[n] is None for n in ("ce", "perplexity", "num_positions", "top1_accuracy")):
+        return "a missing figure"
+    plain = [value for name, value in scores.items() if name not in _NESTED]
+    lengths = scores["accepted_length"]
+    if lengths is not None:
+        if not isinstance(lengths, dict):
+            return "no mapping of accepted lengths"
+        plain += lengths.values()
+    if not all(v is None or type(v) in (int, float) for v in plain):
+        return "a figure that is no number"
+    return None if _is_reliability(scores["reliability"]) else "a damaged reliability diagram"
+
+
+def _is_reliability(value: Any) -> bool:
+    if value is None:
+        return True
+    names = ("bins", "positions", "confidence", "accuracy")
+    if not isinstance(value, dict) or set(value) != set(names):
+        return False
+    if not all(isinstance(value[name], list) for name in names):
+        return False
+    sizes = [len(value[name]) for name in names]
+    return sizes[0] > 1 and sizes[1:] == [sizes[0] - 1] * 3
 
 
 def _paired_problem(paired: dict[str, Any]) -> str | None:

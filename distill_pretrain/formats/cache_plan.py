@@ -12,12 +12,20 @@ from typing import Any
 from distill_pretrain.contracts import TargetKind
 from distill_pretrain.errors import CacheCorrupt, CacheError
 from distill_pretrain.formats.atomic import canonical_json
-from distill_pretrain.formats.codecs import CODECS, codec_number
+from distill_pretrain.formats.codecs import CODECS, CodecName, codec_number
 
 FORMAT_NAME = "distill-pretrain-cache"
 FORMAT_VERSION = 1
 
 _SAMPLER_KEYS = {"name": str, "num_draws": int, "temperature": float, "seed": int, "rng": str}
+# Plans of the other samplers keep the bytes they had before there was a `topp`.
+_KEYS_OF_SAMPLER: dict[str, dict[str, type]] = {
+    "systematic": _SAMPLER_KEYS,
+    "multinomial": _SAMPLER_KEYS,
+    "topk": _SAMPLER_KEYS,
+    "topp": {**_SAMPLER_KEYS, "top_p": float},
+}
+_CODEC_NAMES: tuple[CodecName, ...] = ("raw", "hc")
 MOST_SEQUENCES = 1 << 40
 _BOUNDS = {
     "vocab_size": (2, 1 << 20),
@@ -41,7 +49,7 @@ class CachePlan:
         seq_len: positions per sequence.
         num_sequences: the first so many sequences of the sequence plan. The extent of a cache can
             grow, so it is no part of plan.json, of the plan id or of what a shard's bytes say.
-        sampler: {"name", "num_draws", "temperature": 1.0, "seed", "rng"}.
+        sampler: {"name", "num_draws", "temperature": 1.0, "seed", "rng"}, and "top_p" for "topp".
         teacher: the engine's identity (JSON-able).
         micro_batch_size: sequences per teacher forward pass.
         block_tokens: most positions per block, at most 65536.
@@ -222,9 +230,13 @@ def _problems(plan: CachePlan) -> list[str]:
             problems.append(f"{name} is no object")
     if problems:
         return problems
-    if set(plan.sampler) != set(_SAMPLER_KEYS):
-        return [f"sampler has the keys {sorted(plan.sampler)}, expected {sorted(_SAMPLER_KEYS)}"]
-    for name, kind in _SAMPLER_KEYS.items():
+    sampler = plan.sampler.get("name")
+    keys = _KEYS_OF_SAMPLER.get(sampler) if isinstance(sampler, str) else None
+    if keys is None:
+        return [f"sampler.name is {sampler!r}, expected one of {sorted(_KEYS_OF_SAMPLER)}"]
+    if set(plan.sampler) != set(keys):
+        return [f"sampler has the keys {sorted(plan.sampler)}, expected {sorted(keys)}"]
+    for name, kind in keys.items():
         value = plan.sampler[name]
         if not isinstance(value, kind) or isinstance(value, bool):
             problems.append(f"sampler.{name} is {value!r}, expected {kind.__name__}")
@@ -234,10 +246,13 @@ def _problems(plan: CachePlan) -> list[str]:
         problems.append(f"sampler.num_draws is {plan.sampler['num_draws']}, expected 1 to 1024")
     if plan.sampler["temperature"] != 1.0:
         problems.append(f"sampler.temperature is {plan.sampler['temperature']}, expected 1.0")
-    sampler = plan.sampler["name"]
-    possible = [codec_number(name, sampler) for name in ("raw", "hc")]
+    if not 0 < plan.sampler.get("top_p", 0.5) < 1:
+        problems.append(
+            f"sampler.top_p is {plan.sampler['top_p']}, expected more than 0, less than 1"
+        )
+    possible = [codec_number(name, plan.sampler["name"]) for name in _CODEC_NAMES]
     if not _is_int(plan.codec) or plan.codec not in possible:
-        problems.append(f"codec is {plan.codec!r}, expected {possible} for sampler {sampler!r}")
+        problems.append(f"codec is {plan.codec!r}, expected {possible} for sampler {sampler}")
         return problems
     digest = plan.codec_sha256
     if digest is not None and not (plan.has_tables and is_sha256(digest)):

@@ -26,7 +26,7 @@ CODECS: dict[int, CodecEntry] = {
 
 def codec_number(name: CodecName, sampler: str) -> int:
     """Number of the codec that stores what a sampler yields."""
-    kind = "logprobs" if sampler == "topk" else "counts"
+    kind = "logprobs" if sampler in ("topk", "topp") else "counts"
     return next(number for number, entry in CODECS.items() if entry == (name, kind))
 
 

@@ -2,21 +2,85 @@
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from collections.abc import Callable
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
 
 from distill_pretrain.config import Section
+from distill_pretrain.losses.points import Points, Scheduled, extremes
 
 
 class ObjectiveConfig(Section):
-    """What the student minimises: ce_weight * CE(label) + kd_weight * KL(teacher || student), per token."""
+    """What the student minimises per token: ce_weight * CE(label) + kd_weight * divergence(teacher, student).
 
-    ce_weight: float = Field(default=1.0, ge=0)
-    """Weight of the cross-entropy with the true next token."""
-    kd_weight: float = Field(default=0.0, ge=0)
-    """Weight of the sparse forward KL; needs data.cache."""
+    Where a key takes [step, value] points, the value is linear between them and constant outside; steps count from 1.
+    """
+
+    ce_weight: Scheduled = 1.0
+    """Weight of the cross-entropy with the true next token: a number, or [step, value] points."""
+    kd_weight: Scheduled = 0.0
+    """Weight of the distillation term; needs data.cache, or target: teacher. A number or points."""
+    target: Literal["cache", "teacher"] = "cache"
+    """`cache`: sparse targets of data.cache; `teacher`: section `teacher` runs in the job, over all ids (FullKD)."""
+    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = "forward_kl"
+    """KL(teacher || student), KL(student || teacher) or Jensen-Shannon; the last two only with target: teacher."""
+    temperature: Scheduled = 1.0
+    """tau > 0 of softmax(z / tau); cached t^(1/tau) keeps its mass (biased for sampled t). A number or points."""
+    temperature_squared: bool = True
+    """Multiply the distillation term by tau^2, so that its gradient keeps its size (Hinton et al. 2015)."""
+    residual: Literal["drop", "renormalise", "label", "ghost", "uniform"] = "drop"
+    """Where a cached target's missing mass goes: nowhere, kept ids, true token, bucket of other ids, all ids evenly."""
+    smoothing: Scheduled = 0.0
+    """a in [0, 1): targets become (1 - a) t + a / vocabulary size. A number or points."""
+    z_loss: float = Field(default=0.0, ge=0)
+    """Weight of (log sum exp z)^2 at every position with a label; reported as `z`."""
+    token_weighting: Literal["none", "teacher_confidence"] = "none"
+    """`teacher_confidence`: a token's distillation term is multiplied by its target's largest probability."""
+
+    @property
+    def peak_kd_weight(self) -> float:
+        """The largest kd_weight of any step; 0 means that no targets are needed."""
+        return extremes(self.kd_weight)[1]
+
+    @field_validator("ce_weight", "kd_weight")
+    @classmethod
+    def _not_negative(cls, points: Points) -> Points:
+        return _within(points, "at least 0", lambda value: value >= 0)
+
+    @field_validator("temperature")
+    @classmethod
+    def _positive(cls, points: Points) -> Points:
+        return _within(points, "more than 0", lambda value: value > 0)
+
+    @field_validator("smoothing")
+    @classmethod
+    def _a_share(cls, points: Points) -> Points:
+        return _within(points, "at least 0 and less than 1", lambda value: 0 <= value < 1)
 
     @model_validator(mode="after")
-    def _some_weight(self) -> ObjectiveConfig:
-        if self.ce_weight == 0 and self.kd_weight == 0:
+    def _consistent(self) -> ObjectiveConfig:
+        if extremes(self.ce_weight)[1] == 0 and self.peak_kd_weight == 0:
             raise ValueError("ce_weight and kd_weight are both 0: there is nothing to learn")
+        if self.target == "teacher":
+            self._check_for_teacher()
+        elif self.divergence != "forward_kl":
+            raise ValueError(
+                f"divergence: {self.divergence} needs target: teacher; a cache has no probabilities outside the "
+                "kept ids, and a sample gives no unbiased estimate of this divergence"
+            )
         return self
+
+    def _check_for_teacher(self) -> None:
+        if self.peak_kd_weight == 0:
+            raise ValueError("target: teacher with kd_weight: 0 would run a teacher in vain")
+        if self.residual != "drop":
+            raise ValueError(
+                f"residual: {self.residual} is for cached targets; with target: teacher no mass is missing"
+            )
+
+
+def _within(points: Points, expected: str, holds: Callable[[float], bool]) -> Points:
+    if not all(map(holds, extremes(points))):
+        raise ValueError(f"found: {points}; expected: {expected}")
+    return points

@@ -1,6 +1,6 @@
 """From a model section to megatron-core model chunks, one per virtual pipeline stage of this rank.
 
-Shapes: B sequences, L positions, T = L * B tokens in megatron-core's sequence-first order, V vocabulary.
+Shapes: B sequences, L positions, V vocabulary; megatron-core's logits are sequence-first.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from distill_pretrain.contracts import SparseTargets, TokenBatch
+from distill_pretrain.contracts import TokenBatch
 from distill_pretrain.mcore import cpu_compat
 from distill_pretrain.mcore.config import ModelConfig, ParallelConfig
 from distill_pretrain.mcore.core import (
@@ -26,7 +26,7 @@ from distill_pretrain.mcore.init import initialize_weights
 from distill_pretrain.mcore.modules import block_submodules
 
 LossFunction = Callable[[torch.Tensor, TokenBatch], torch.Tensor]
-"""(vocab-parallel logits [T, V/tp], batch flattened to T) -> summed terms, float32[num_terms].
+"""(vocab-parallel logits [L, B, V/tp], batch [B, L]) -> summed terms, float32[num_terms].
 
 The first term is minimised; the others are reported."""
 
@@ -39,18 +39,6 @@ def padded_vocab_size(vocab_size: int, divisor: int, tensor_parallel_size: int) 
     return -(-vocab_size // multiple) * multiple
 
 
-def _sequence_first(batch: TokenBatch) -> TokenBatch:
-    """[B, L, ...] -> [T, ...] in the order of megatron-core's logits."""
-
-    def flat(x: torch.Tensor) -> torch.Tensor:
-        return x.transpose(0, 1).flatten(0, 1)
-
-    targets = batch.targets
-    if targets is not None:
-        targets = SparseTargets(ids=flat(targets.ids), probs=flat(targets.probs))
-    return TokenBatch(tokens=flat(batch.tokens), labels=flat(batch.labels), targets=targets)
-
-
 class DistillGPT(GPTModel):
     """GPTModel whose loss is handed in, so that sparse targets reach the last pipeline stage as `labels`."""
 
@@ -59,7 +47,7 @@ class DistillGPT(GPTModel):
     def compute_language_model_loss(self, labels: TokenBatch, logits: torch.Tensor) -> torch.Tensor:
         """Loss terms of one micro-batch from logits [L, B, V/tp]."""
         assert self.loss_function is not None
-        return self.loss_function(logits.flatten(0, 1), _sequence_first(labels))
+        return self.loss_function(logits, labels)
 
 
 def transformer_config(

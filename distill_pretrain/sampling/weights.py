@@ -80,20 +80,22 @@ class Scratch:
         self.tiles = np.empty((3, min(num_rows * vocab, _TILE_ELEMENTS)), np.float32)
 
 
-def integer_weights(logits: Float32Array, scratch: Scratch | None = None) -> Int64Array:
+def integer_weights(
+    logits: Float32Array, scratch: Scratch | None = None, maxima: Float32Array | None = None
+) -> Int64Array:
     """int64[T, V] weights in [0, 2**40] of float32[T, V] logits; -inf gives 0, the maximum 2**40.
 
     d = (max - z) * log2(e), n = floor(d), f = d - n, w = floor(2**(40 - n) * poly(f)), with every
     float32 operation rounded on its own (no fused multiply-add).
 
-    The result lies in `scratch` when that is given, until its next use.
+    The result lies in `scratch` when that is given, until its next use. `maxima` are the `row_maxima`, if known.
 
     Raises:
         BadLogits: see `row_maxima`.
     """
     num_rows, vocab = logits.shape
     scratch = Scratch(num_rows, vocab) if scratch is None else scratch
-    maxima = row_maxima(logits)
+    maxima = row_maxima(logits) if maxima is None else maxima
     weights = scratch.weights[:num_rows]
     rows = max(1, min(num_rows, _TILE_ELEMENTS // vocab))
     columns = min(vocab, _TILE_ELEMENTS)

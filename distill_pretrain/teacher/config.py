@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from distill_pretrain.config import Section
+
+_SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class TeacherConfig(Section):
@@ -21,15 +24,42 @@ class TeacherConfig(Section):
     """Arithmetic of the forward pass; the softmax is always taken in fp32."""
 
 
-class CaptureConfig(Section):
+class TargetsConfig(Section):
+    """How a position's distribution becomes sparse targets."""
+
+    sampler: Literal["systematic", "multinomial", "topk", "topp"] = "systematic"
+    """`systematic` (unbiased, least variance), `multinomial` (the paper's), `topk`, `topp` (biased)."""
+    num_draws: int = Field(default=50, ge=1, le=1024)
+    """N: draws per position; for `topk` the k, for `topp` the most ids of a position."""
+    top_p: float | None = Field(default=None, gt=0, lt=1)
+    """Mass at which `topp` stops: the fewest of the likeliest ids that reach it are kept. Null for the others."""
+
+    @model_validator(mode="after")
+    def _top_p_belongs_to_topp(self) -> TargetsConfig:
+        if self.sampler == "topp" and self.top_p is None:
+            raise ValueError("top_p is not given; sampler topp needs it, such as top_p=0.9")
+        if self.sampler != "topp" and self.top_p is not None:
+            raise ValueError(
+                f"top_p={self.top_p} says nothing to sampler {self.sampler}; leave it out, or set sampler=topp"
+            )
+        return self
+
+
+class TargetSetConfig(TargetsConfig):
+    """One of several kinds of targets that a capture stores, each in a cache of its own."""
+
+    seed: int | None = Field(default=None, ge=0, lt=1 << 64)
+    """Seed of the draws; null takes capture.seed."""
+
+
+class CaptureConfig(TargetsConfig):
     """How the teacher's distribution is sampled and stored."""
 
     output_dir: Path
-    """Folder of the cache."""
-    sampler: Literal["systematic", "multinomial", "topk"] = "systematic"
-    """`systematic` (unbiased, least variance), `multinomial` (the paper's), `topk` (biased)."""
-    num_draws: int = Field(default=50, ge=1, le=1024)
-    """N: draws per position; for `topk`, the k."""
+    """Folder of the cache; with `sets`, of the folders of the caches."""
+    sets: dict[str, TargetSetConfig] | None = Field(default=None, min_length=1)
+    """Name -> {sampler, num_draws, top_p, seed}: one pass of the teacher writes a cache output_dir/NAME for each,
+    the same as a capture of that set alone; sampler, num_draws and top_p above then stay at their defaults."""
     seed: int = Field(default=1234, ge=0)
     """Seed of the draws."""
     num_sequences: int | None = Field(default=None, ge=1)
@@ -48,3 +78,43 @@ class CaptureConfig(Section):
     """Tables of another cache (its codec-*.bin) instead of a pilot; caches to be merged need the same tables."""
     threads: int = Field(default=1, ge=1)
     """CPU threads per capture process (fixed, so that results do not depend on the machine)."""
+
+    @field_validator("sets")
+    @classmethod
+    def _names_of_sets_are_folder_names(
+        cls, sets: dict[str, TargetSetConfig] | None
+    ) -> dict[str, TargetSetConfig] | None:
+        for name in sets or {}:
+            if not _SET_NAME.fullmatch(name):
+                raise ValueError(
+                    f"found: {name!r}; expected: a name for a folder, 1 to 100 of A-Z a-z 0-9 . _ -, "
+                    "the first a letter or digit"
+                )
+        return sets
+
+    @model_validator(mode="after")
+    def _sets_stand_alone(self) -> CaptureConfig:
+        if self.sets is None:
+            return self
+        fields = CaptureConfig.model_fields
+        given = [n for n in TargetsConfig.model_fields if getattr(self, n) != fields[n].default]
+        if given:
+            raise ValueError(
+                f"{', '.join(given)} given beside sets; move them into a set, or leave sets out"
+            )
+        if self.codec_tables is not None:
+            raise ValueError("codec_tables given beside sets; tables suit one kind of targets only")
+        return self
+
+    @property
+    def targets(self) -> dict[Path, TargetSetConfig]:
+        """Every cache's folder and what it holds, the seed filled in; one cache in output_dir without `sets`."""
+        if self.sets is None:
+            only = {name: getattr(self, name) for name in TargetSetConfig.model_fields}
+            return {self.output_dir: TargetSetConfig(**only)}
+        return {
+            self.output_dir / name: targets.model_copy(
+                update={"seed": self.seed if targets.seed is None else targets.seed}
+            )
+            for name, targets in self.sets.items()
+        }

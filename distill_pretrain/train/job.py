@@ -8,12 +8,19 @@ from typing import Any
 import torch.distributed as dist
 
 from distill_pretrain.checkpoint.store import CheckpointStore, require_shared_folder
+from distill_pretrain.contracts import LogitsEngine
 from distill_pretrain.data.batches import StudentBatches
 from distill_pretrain.data.blend import blend_splits
 from distill_pretrain.data.canary import run_canary
 from distill_pretrain.data.config import DataConfig
-from distill_pretrain.data.sources import TrainingSource, open_sources, require_caches
+from distill_pretrain.data.sources import (
+    SequenceData,
+    TrainingSource,
+    open_sources,
+    require_caches,
+)
 from distill_pretrain.dist.env import launch_rank, launch_world_size
+from distill_pretrain.dist.groups import ParallelGroups
 from distill_pretrain.dist.process import (
     local_device,
     on_first_rank,
@@ -21,11 +28,16 @@ from distill_pretrain.dist.process import (
     set_cpu_threads,
 )
 from distill_pretrain.losses.config import ObjectiveConfig
-from distill_pretrain.losses.sparse_kd import DistillationObjective
+from distill_pretrain.losses.dense_kd import TeacherObjective
+from distill_pretrain.losses.sparse_kd import DistillationObjective, require_entries_fit
+from distill_pretrain.losses.terms import Objective
 from distill_pretrain.mcore.config import ModelConfig, OptimizerConfig, ParallelConfig
 from distill_pretrain.mcore.layout import check_layout
 from distill_pretrain.train.config import TrainConfig
 from distill_pretrain.train.metrics import MetricsLog
+
+OpenTeacher = Callable[[SequenceData], LogitsEngine]
+"""Loads the teacher of objective.target=teacher for the vocabulary and length of these sequences."""
 
 
 def run_identity(
@@ -35,6 +47,7 @@ def run_identity(
     optimizer: OptimizerConfig,
     objective: ObjectiveConfig,
     train: TrainConfig,
+    teacher: LogitsEngine | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint must share with the run that goes on from it.
 
@@ -58,6 +71,8 @@ def run_identity(
         "seed": train.seed,
         "global_batch_size": train.global_batch_size,
     }
+    if teacher is not None:
+        identity["teacher"] = teacher.identity
     if len(sources) > 1:
         identity["blend"] = [source.identity for source in sources[1:]]
         identity["blend_splits"] = list(blend_splits([s.config.weight for s in sources]))
@@ -70,6 +85,9 @@ def check_targets(sources: Sequence[TrainingSource], say: Callable[[str], None])
     def check() -> None:
         for source in sources:
             if source.cache is not None:
+                require_entries_fit(
+                    source.cache.plan.sampler["num_draws"], where=source.config.cache
+                )
                 rate = source.cache.manifest.totals["canary_hit_rate"]
                 run_canary(
                     source.sequences.plan,
@@ -84,6 +102,35 @@ def check_targets(sources: Sequence[TrainingSource], say: Callable[[str], None])
     on_first_rank(check)
 
 
+def make_objective(
+    objective: ObjectiveConfig,
+    *,
+    teacher: LogitsEngine | None,
+    vocab_size: int,
+    tensor_group: dist.ProcessGroup,
+) -> Objective:
+    """The loss of a recipe; a teacher, where it has one, is asked on the last pipeline stage alone."""
+    common: dict[str, Any] = {
+        "ce_weight": objective.ce_weight,
+        "kd_weight": objective.kd_weight,
+        "temperature": objective.temperature,
+        "temperature_squared": objective.temperature_squared,
+        "smoothing": objective.smoothing,
+        "z_loss": objective.z_loss,
+        "token_weighting": objective.token_weighting,
+        "vocab_size": vocab_size,
+        "tensor_group": tensor_group,
+    }
+    if teacher is not None:
+        return TeacherObjective(teacher, divergence=objective.divergence, **common)
+    return DistillationObjective(residual=objective.residual, **common)
+
+
+def keep_on_last_stage(teacher: LogitsEngine | None, groups: ParallelGroups) -> LogitsEngine | None:
+    """The teacher where the loss is computed; None elsewhere, so that its memory is freed."""
+    return teacher if dist.get_rank() == groups.pipeline_last_rank else None
+
+
 def train_student(
     *,
     data: DataConfig,
@@ -94,6 +141,7 @@ def train_student(
     train: TrainConfig,
     say: Callable[[str], None],
     save_recipe: Callable[[], None],
+    open_teacher: OpenTeacher | None = None,
 ) -> None:
     """Train, or go on training, the model of a recipe.
 
@@ -102,11 +150,13 @@ def train_student(
         model: architecture.
         parallel: layout.
         optimizer: AdamW and its schedule.
-        objective: loss weights.
+        objective: the loss.
         train: length, batch, output.
         say: prints one line, on rank 0.
         save_recipe: writes the resolved recipe into the run folder; called once, on rank 0.
+        open_teacher: loads the teacher; given where objective.target=teacher, and called on every rank.
     """
+    assert (open_teacher is not None) == (objective.target == "teacher")
     check_layout(
         model,
         parallel,
@@ -115,11 +165,13 @@ def train_student(
         global_batch_size=train.global_batch_size,
         seq_len=data.seq_len,
     )
-    require_caches(data, objective.kd_weight)
+    cached_weight = objective.peak_kd_weight if open_teacher is None else 0.0
+    require_caches(data, cached_weight)
     set_cpu_threads(train.threads)
     with process_group():
-        sources = open_sources(data, kd_weight=objective.kd_weight)
-        identity = run_identity(sources, model, parallel, optimizer, objective, train)
+        sources = open_sources(data, kd_weight=cached_weight)
+        teacher = _open_whole(open_teacher, sources[0].sequences) if open_teacher else None
+        identity = run_identity(sources, model, parallel, optimizer, objective, train, teacher)
         checkpoints = CheckpointStore(train.output_dir / "checkpoints")
         newest = checkpoints.find(identity)
         if newest is not None and newest.step >= train.steps:
@@ -147,6 +199,14 @@ def train_student(
                 device=local_device(),
             )
             vocab_size = sources[0].sequences.vocab_size
+            has_targets = batches.has_targets or teacher is not None
+            loss = make_objective(
+                objective,
+                teacher=keep_on_last_stage(teacher, groups),
+                vocab_size=vocab_size,
+                tensor_group=groups.tensor,
+            )
+            teacher = None
             student = Student(
                 model=model,
                 parallel=parallel,
@@ -159,13 +219,8 @@ def train_student(
                 steps=train.steps,
                 micro_batch_size=train.micro_batch_size,
                 num_micro_batches=batches.num_micro_batches,
-                loss_function=DistillationObjective(
-                    ce_weight=objective.ce_weight,
-                    kd_weight=objective.kd_weight,
-                    vocab_size=vocab_size,
-                    tensor_group=groups.tensor,
-                ),
-                num_terms=len(DistillationObjective.TERMS),
+                loss_function=loss,
+                num_terms=len(loss.term_names),
             )
             Trainer(
                 student=student,
@@ -180,6 +235,14 @@ def train_student(
                     if launch_rank() == 0
                     else None
                 ),
-                term_names=DistillationObjective.TERMS,
+                objective=loss,
+                has_targets=has_targets,
                 say=say,
             ).fit()
+
+
+def _open_whole(open_teacher: OpenTeacher, sequences: SequenceData) -> LogitsEngine:
+    """The teacher, whole in every process whatever the student's layout."""
+    from distill_pretrain.mcore.whole import WholeEngine
+
+    return WholeEngine(lambda: open_teacher(sequences))

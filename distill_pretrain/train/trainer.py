@@ -9,6 +9,7 @@ from typing import Any
 from distill_pretrain.checkpoint.store import Checkpoint, CheckpointStore
 from distill_pretrain.data.batches import StudentBatches
 from distill_pretrain.data.prefetch import PrefetchedBatches
+from distill_pretrain.losses.terms import Objective
 from distill_pretrain.mcore.schedule import StepResult, Student
 from distill_pretrain.mcore.state import load_student, save_student
 from distill_pretrain.train.config import TrainConfig
@@ -27,7 +28,8 @@ class Trainer:
         identity: what a checkpoint must share with this run.
         config: length and intervals.
         open_metrics: opens metrics.jsonl from a step on; returns None on ranks that do not write.
-        term_names: names of the student's loss terms, in their order.
+        objective: the student's loss; told the step before each, since its weights may depend on it.
+        has_targets: whether there is a divergence to report.
         say: prints one line, on rank 0.
     """
 
@@ -42,7 +44,8 @@ class Trainer:
         identity: dict[str, Any],
         config: TrainConfig,
         open_metrics: Callable[[int], MetricsLog | None],
-        term_names: tuple[str, ...],
+        objective: Objective,
+        has_targets: bool,
         say: Callable[[str], None],
     ) -> None:
         self.student = student
@@ -53,7 +56,8 @@ class Trainer:
         self.identity = identity
         self.config = config
         self.open_metrics = open_metrics
-        self.term_names = term_names
+        self.objective = objective
+        self.has_targets = has_targets
         self.say = say
 
     def fit(self) -> None:
@@ -70,6 +74,7 @@ class Trainer:
                 started = time.perf_counter()
                 micro_batches = prefetched.step_batches(done)
                 waited = time.perf_counter() - started
+                self.objective.begin_step(done + 1)
                 result = self.student.step([iter(micro_batches) for _ in self.student.chunks])
                 done += 1
                 record = self._record(done, result, time.perf_counter() - started, waited)
@@ -88,8 +93,8 @@ class Trainer:
         self, step: int, result: StepResult, seconds: float, waited: float
     ) -> dict[str, Any]:
         tokens_per_step = self.batches.global_batch_size * self.batches.seq_len
-        terms = dict(zip(self.term_names, result.terms.tolist(), strict=True))
-        if not self.batches.has_targets:
+        terms = dict(zip(self.objective.term_names, result.terms.tolist(), strict=True))
+        if not self.has_targets:
             terms["kl"] = None
         return {
             "step": step,

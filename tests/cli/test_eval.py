@@ -8,11 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_cache import VOCAB, SmallCache
+from small_cache import VOCAB, SmallCache, make_small_cache
 
+import distill_pretrain.corpus.tokenizers
+import distill_pretrain.eval.student
+import distill_pretrain.eval.tasks
 import distill_pretrain.mcore.parallel
 import distill_pretrain.teacher.engines
 from distill_pretrain.cli.main import main
+from distill_pretrain.formats.sequence_plan import SequencePlan
+from distill_pretrain.formats.token_index import TokenIndex
 
 
 class ScaledTable:
@@ -89,8 +94,11 @@ def test_figures_are_written_with_all_that_decides_them(
     assert values["scores"]["a"]["num_positions"] == 74
     assert values["inputs"]["models"]["b"]["identity"] == {"text": "2"}
     assert values["inputs"]["teacher"]["identity"] == {"text": "3"}
+    assert set(values["scores"]["a"]["accepted_length"]) == {"2", "4", "8"}
+    assert len(values["scores"]["a"]["reliability"]["positions"]) == 15
     out = capsys.readouterr().out
-    assert f"{values['scores']['b']['kl']:.4f}" in out
+    for figure, form in (("kl", ".4f"), ("ece", ".2%"), ("acceptance", ".1%")):
+        assert format(values["scores"]["b"][figure], form) in out
     beside = recipe.parent / "out" / "eval.json.recipe.yaml"
     assert "held_out_tokens" in beside.read_text()
 
@@ -129,6 +137,129 @@ def test_without_a_teacher(recipe: Path, opened: list[Any]) -> None:
     assert list(values["scores"]) == ["a", "b"]
     assert values["scores"]["a"]["kl"] is None
     assert set(values["paired"]["a"]["b"]) == {"ce"}
+
+
+def test_bins_and_draft_lengths_are_settings(recipe: Path, opened: list[Any]) -> None:
+    run(recipe)
+    assert run(recipe, "eval.ece_bins=4", "eval.draft_lengths=[3,1,3]") == 0
+    score = figures(recipe)["scores"]["a"]
+    assert score["reliability"]["bins"] == [0, 0.25, 0.5, 0.75, 1]
+    assert list(score["accepted_length"]) == ["1", "3"]
+
+
+def test_models_are_scored_against_a_cache_of_the_held_out_text(
+    recipe: Path, opened: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = recipe.parent / "cache"
+    assert run(recipe, "teacher=null", f"eval.cache={cache}") == 0
+    values = figures(recipe)
+    assert "KL(cache||model)" in capsys.readouterr().out
+    for name, engine in {n: ScaledTable(recipe.parent / n, VOCAB) for n in ("a", "b")}.items():
+        cross, entropy, count = cache_figures(recipe.parent, engine)
+        score = values["scores"][name]
+        assert score["num_cache_positions"] == count > 20
+        assert score["cross_entropy_cache"] == pytest.approx(cross, rel=1e-6)
+        assert score["kl_cache"] == pytest.approx(cross - entropy, rel=1e-5)
+    assert set(values["paired"]["a"]["b"]) == {"ce", "cross_entropy_cache"}
+    assert values["inputs"]["cache"]["sampler"]["name"] == "systematic"
+
+
+def cache_figures(root: Path, engine: ScaledTable) -> tuple[float, float, int]:
+    """-sum t log p, -sum t log t and positions of small_cache's targets: id 0 has 2 of 6 draws, the other one 4."""
+    plan = SequencePlan(TokenIndex.open(root / "tokens" / "train"), seq_len=16, seed=7)
+    logprobs = torch.log_softmax(engine.table.double(), -1).numpy()
+    cross, entropy, count = 0.0, 0.0, 0
+    for sequence in range(plan.num_sequences):
+        tokens, labels = (rows[0] for rows in plan.read(np.array([sequence])))
+        for token, label in zip(tokens, labels, strict=True):
+            if label >= 0:
+                row = logprobs[token]
+                cross -= 1 / 3 * row[0] + 2 / 3 * row[label - label % 2]
+                entropy -= 1 / 3 * np.log(1 / 3) + 2 / 3 * np.log(2 / 3)
+                count += 1
+    return cross / count, entropy / count, count
+
+
+def test_a_cache_of_another_text_is_refused(
+    recipe: Path, opened: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = recipe.parent / "cache"
+    assert run(recipe, f"eval.cache={cache}", "data.seed=8") == 2
+    error = capsys.readouterr().err
+    assert "eval.cache" in error and "data.held_out_tokens" in error
+    shifted = make_small_cache(recipe.parent / "shifted", shift=1)
+    assert run(recipe, f"eval.cache={shifted.folder}") == 2
+    assert "the tokens differ from those the teacher saw" in capsys.readouterr().err
+    assert not (recipe.parent / "out").exists()
+
+
+def test_gradients_are_compared_once_and_kept(
+    recipe: Path,
+    opened: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    taken: list[int] = []
+
+    class Student:
+        """Logits with gradients, without megatron-core."""
+
+        sha256 = "e" * 64
+        device = torch.device("cpu")
+
+        def __init__(self, path: Path, *, vocab_size: int) -> None:
+            self.vocab_size = vocab_size
+            self.parameters = [ScaledTable(path, vocab_size).table.requires_grad_()]
+
+        def logits_with_grad(self, tokens: torch.Tensor) -> torch.Tensor:
+            taken.append(len(tokens))
+            return self.parameters[0][tokens]
+
+    monkeypatch.setattr(distill_pretrain.eval.student, "CheckpointStudent", Student)
+    root = recipe.parent
+    settings = f"model: {root / 'a'}, caches: {{draws: {root / 'cache'}}}, micro_batch_size: 2"
+    wanted = f"eval.gradients={{{settings}, num_batches: [2, 1]}}"
+    assert run(recipe, wanted) == 0
+    rows = figures(recipe)["gradients"]["caches"]["draws"]
+    assert [row["num_batches"] for row in rows] == [1, 2]
+    assert all(0 < row["angle_degrees"] < 180 and row["norm_ratio"] > 0 for row in rows)
+    assert f"{rows[1]['angle_degrees']:.1f}" in capsys.readouterr().out
+    assert taken == [2, 2]
+    scores = figures(recipe)["scores"]
+    assert run(recipe, wanted) == 0
+    assert "already done" in capsys.readouterr().out
+    assert run(recipe, wanted, "eval.num_sequences=2") == 0
+    assert taken == [2, 2]
+    assert figures(recipe)["scores"] != scores
+    assert run(recipe, wanted.replace("[2, 1]", "[40]")) == 2
+    assert "too few sequences" in capsys.readouterr().err
+    assert run(recipe, wanted, "teacher=null") == 2
+    assert "no section teacher" in capsys.readouterr().err
+
+
+def test_tasks_are_run_with_the_tokenizer_of_the_tokens(
+    recipe: Path, opened: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    def run_tasks(models: Any, tokenizer: Any, tasks: Any, **options: Any) -> Any:
+        calls.append((list(models), tokenizer, tasks, options))
+        return {name: {"quiz": {"acc": 0.5}} for name in models}
+
+    monkeypatch.setattr(distill_pretrain.eval.tasks, "run_tasks", run_tasks)
+    monkeypatch.setattr(distill_pretrain.eval.tasks, "require_harness", lambda: None)
+    monkeypatch.setattr(
+        distill_pretrain.corpus.tokenizers,
+        "load_recorded_tokenizer",
+        lambda folder, **record: (folder.name, record["sha256"]),
+    )
+    assert run(recipe, "eval.tasks=[quiz]", "eval.tasks_path=here") == 0
+    names, tokenizer, tasks, options = calls[0]
+    assert names == ["a", "b", "teacher"]
+    assert tokenizer == ("tokens", "d" * 64)
+    assert tasks == ("quiz",)
+    assert options == {"tasks_path": Path("here"), "max_length": 16, "batch_size": 8}
+    assert figures(recipe)["tasks"]["models"]["b"] == {"quiz": {"acc": 0.5}}
 
 
 def test_no_held_out_text(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

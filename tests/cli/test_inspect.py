@@ -239,3 +239,30 @@ def test_histogram_bins_cover_every_count_once() -> None:
         assert [low for low, _, _ in found] == [0, *(high + 1 for _, high, _ in found[:-1])]
         assert found[-1][1] == size - 1
         assert sum(share for _, _, share in found) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--draws", "0"], "--draws"),
+        (["--draws", "12,2000"], "--draws"),
+        (["--top-p", "1.0"], "--top-p"),
+        (["--sequences", "0"], "--sequences"),
+        ([], "no data, teacher, capture"),
+        (["capture.smapler=topk"], "smapler"),
+    ],
+)
+def test_estimators_that_cannot_be_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], named: str
+) -> None:
+    (tmp_path / "empty.yaml").write_text("{}\n")
+    assert main(["inspect", "--estimators", str(tmp_path / "empty.yaml"), *options]) == 2
+    error = capsys.readouterr().err
+    assert named in error and "Traceback" not in error
+
+
+def test_settings_without_estimators_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(tmp_path), "teacher.path=x"]) == 2
+    assert "--estimators" in capsys.readouterr().err

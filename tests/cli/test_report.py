@@ -17,6 +17,13 @@ SCORE = {
     "kl": None,
     "top1_agreement": None,
     "teacher_entropy": None,
+    "ece": 0.1,
+    "reliability": {"bins": [0, 1], "positions": [48], "confidence": [0.6], "accuracy": [0.5]},
+    "acceptance": None,
+    "accepted_length": None,
+    "num_cache_positions": None,
+    "cross_entropy_cache": None,
+    "kl_cache": None,
 }
 
 
@@ -25,7 +32,8 @@ def write_recipe(root: Path) -> Path:
     row = {"step": 1, "loss": 5.0, "ce": 5.0, "kl": None, "grad_norm": 1.0, "lr": 0.1, "tokens": 9}
     line = json.dumps({**row, "tokens_per_second": 1.0, "seconds": 1.0})
     (root / "run" / "metrics.jsonl").write_text(line + "\n")
-    fields = {"version": 1, "inputs": {}, "paired": {}, "software": {}, "date": "today"}
+    fields = {"version": 2, "inputs": {}, "paired": {}, "software": {}, "date": "today"}
+    fields |= {"gradients": None, "tasks": None}
     (root / "eval.json").write_text(json.dumps({**fields, "scores": {"ce": SCORE}}))
     recipe = root / "recipe.yaml"
     recipe.write_text(
@@ -42,6 +50,8 @@ def test_report_is_written_and_named(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert text.startswith("# Mine\n")
     assert f"recipe `{recipe}`" in text
     assert "There is no second student" in text
+    assert "10.00%" in text
+    assert (tmp_path / "out" / "reliability.png").stat().st_size > 1000
     assert "title: Mine" in (tmp_path / "out" / "recipe.yaml").read_text()
 
 

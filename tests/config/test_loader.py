@@ -38,8 +38,8 @@ def test_a_recipe_loads_with_defaults(tmp_path):
         ("train: {lr: 1}", "train.lr: unknown key; did you mean optimizer.lr?"),
         ("steps: 5", "steps: unknown key; did you mean train.steps?"),
         (
-            "objective: {zzzzz: 1}",
-            "objective.zzzzz: unknown key; expected one of: ce_weight, kd_weight",
+            "report: {zzzzz: 1}",
+            "report.zzzzz: unknown key; expected one of: runs, eval, output_dir, title",
         ),
     ],
 )

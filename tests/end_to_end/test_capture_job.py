@@ -121,10 +121,11 @@ def test_another_micro_batch_shape_moves_few_targets(job, tmp_path):
     print(f"positions whose targets moved: {moved} of {total}")
 
 
-@pytest.mark.parametrize("sampler", ["multinomial", "topk"])
+@pytest.mark.parametrize("sampler", ["multinomial", "topk", "topp"])
 def test_a_student_trains_from_every_kind_of_target(job, tmp_path, sampler):
     cache = tmp_path / "cache"
-    job.cli("capture", f"capture.output_dir={cache}", f"capture.sampler={sampler}")
+    top_p = ["capture.top_p=0.9"] if sampler == "topp" else []
+    job.cli("capture", f"capture.output_dir={cache}", f"capture.sampler={sampler}", *top_p)
     job.cli("verify", f"data.cache={cache}")
     run = tmp_path / "run"
     kd = ["objective.ce_weight=0.0", "objective.kd_weight=1.0"]
@@ -133,6 +134,120 @@ def test_a_student_trains_from_every_kind_of_target(job, tmp_path, sampler):
 
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert records[-1]["kl"] < records[0]["kl"] - 0.3
+
+
+SETS = {
+    "rs": ["capture.num_draws=20"],
+    "paper": ["capture.sampler=multinomial", "capture.num_draws=9", "capture.seed=3"],
+    "head": ["capture.sampler=topp", "capture.top_p=0.8", "capture.num_draws=16"],
+}
+SETS_KEYS = [
+    "capture.num_draws=50",  # the default; the recipe has another
+    "capture.sets={rs: {num_draws: 20}, paper: {sampler: multinomial, num_draws: 9, seed: 3}, "
+    "head: {sampler: topp, top_p: 0.8, num_draws: 16}}",
+]
+
+
+@pytest.fixture(scope="module")
+def caches_alone(job, tmp_path_factory) -> dict[str, dict[str, str]]:
+    """Bytes of every set of SETS captured on its own."""
+    folder = tmp_path_factory.mktemp("alone")
+    for name, keys in SETS.items():
+        job.cli("capture", f"capture.output_dir={folder / name}", *keys)
+    return {name: cache_bytes(folder / name) for name in SETS}
+
+
+def test_several_sets_from_one_pass_are_the_caches_of_captures_of_their_own(
+    job, tmp_path, caches_alone, capsys
+):
+    job.cli("capture", f"capture.output_dir={tmp_path}", *SETS_KEYS)
+    printed = capsys.readouterr().out
+    assert printed.count("scoring a pilot") == 1 and printed.count("cache complete") == 3
+    assert {p.name: cache_bytes(p) for p in tmp_path.iterdir()} == caches_alone
+    assert caches_alone["rs"] == cache_bytes(job.cache)
+    for name in SETS:
+        job.cli("verify", f"data.cache={tmp_path / name}")
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/s-*")}
+    job.cli("capture", f"capture.output_dir={tmp_path}", *SETS_KEYS)
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_a_set_joins_those_that_are_there(job, tmp_path, caches_alone):
+    job.cli("capture", f"capture.output_dir={tmp_path / 'paper'}", *SETS["paper"])
+    job.cli("capture", f"capture.output_dir={tmp_path}", *SETS_KEYS)
+    assert {p.name: cache_bytes(p) for p in tmp_path.iterdir()} == caches_alone
+
+
+def test_captures_run_inside_a_process_group_that_exists(job, tmp_path, caches_alone):
+    """What a comparison does: recipes built in memory, one after another, in one initialised process."""
+    import argparse
+
+    from distill_pretrain.cli import capture
+    from distill_pretrain.cli.recipe import Recipe
+    from distill_pretrain.config import load_recipe
+    from distill_pretrain.dist.process import process_group
+
+    with process_group():
+        for number in range(2):
+            keys = [f"capture.output_dir={tmp_path / str(number)}", *SETS_KEYS]
+            capture.run(load_recipe(Recipe, job.recipe, keys), argparse.Namespace())
+    for number in range(2):
+        found = {p.name: cache_bytes(p) for p in (tmp_path / str(number)).iterdir()}
+        assert found == caches_alone
+
+
+@pytest.mark.slow
+def test_a_killed_capture_of_sets_by_two_processes_resumes_to_the_same_bytes(
+    job, tmp_path, caches_alone
+):
+    def size() -> int:
+        return sum(folder_bytes(p) for p in tmp_path.iterdir())
+
+    process = job.start("capture", f"capture.output_dir={tmp_path}", *SETS_KEYS, num_processes=2)
+    before, deadline = size(), time.monotonic() + 120
+    # Beyond tables and plans, before the end.
+    while process.poll() is None and time.monotonic() < deadline:
+        if any(tmp_path.glob("*/s-*")) and size() > before + 30000:
+            break
+        time.sleep(0.001)
+    assert process.poll() is None, "the run was not killed while it was writing"
+    kill_all(process)
+    assert any(not (tmp_path / name / "manifest.json").exists() for name in SETS)
+    job.run("capture", f"capture.output_dir={tmp_path}", *SETS_KEYS, num_processes=2)
+    assert {p.name: cache_bytes(p) for p in tmp_path.iterdir()} == caches_alone
+
+
+def test_settings_beside_sets_are_refused(job, capsys):
+    error = refused(job, capsys, SETS_KEYS[1], verb="capture")
+    assert "num_draws given beside sets" in error
+    error = refused(job, capsys, "capture.sets={a: {smapler: topk}}", verb="capture")
+    assert "smapler" in error
+    error = refused(job, capsys, "capture.sampler=topp", verb="capture")
+    assert "top_p=0.9" in error
+
+
+def test_estimators_are_measured_on_the_recipe_s_teacher(job, tmp_path, capsys):
+    import json
+
+    from tests.support.jobs import run_cli
+
+    output = tmp_path / "figures.json"
+    options = ["--sequences", "8", "--draws", "4,20", "--top-p", "0.5", "--output", str(output)]
+    run_cli("inspect", "--estimators", str(job.recipe), "capture.seed=8", *options)
+    printed = capsys.readouterr().out
+    for shown in (
+        "systematic 20",
+        "topp 0.5 (<= 20)",
+        "N = 4 ",
+        "micro-batches of 16 instead of 4",
+    ):
+        assert shown in printed
+    found = json.loads(output.read_text())
+    names = [(f["sampler"]["name"], f["sampler"]["num_draws"]) for f in found["samplers"]]
+    sampled = [(name, n) for name in ("multinomial", "systematic", "topk") for n in (4, 20)]
+    assert names == [*sampled, ("topp", 20)]
+    assert found["positions"] == 8 * SEQ_LEN and found["teacher"]["kind"] == "megatron"
+    assert all(ratio["at_equal_draws"] > 1 for ratio in found["ratios"])
 
 
 def refused(job, capsys, *overrides: str, verb: str = "train") -> str:

@@ -6,14 +6,35 @@ import threading
 import numpy as np
 import pytest
 import torch
-from fake_models import RandomPlan, TableEngine, dense_reference
+from fake_models import (
+    DrawnCache,
+    RandomPlan,
+    TableEngine,
+    accepted_reference,
+    cache_reference,
+    dense_reference,
+)
 
-from distill_pretrain.errors import ConfigError, TeacherError, TokenDataError, TokenizerMismatch
+from distill_pretrain.errors import (
+    CacheMismatch,
+    ConfigError,
+    TeacherError,
+    TokenDataError,
+    TokenizerMismatch,
+)
 from distill_pretrain.eval import metrics
 from distill_pretrain.eval.heldout import evaluate
-from distill_pretrain.eval.metrics import ModelScores, PairedDifference, sequence_sums
+from distill_pretrain.eval.metrics import ModelScores, PairedDifference, ScoreSettings, batch_sums
 
-FIGURES = ("num_positions", "ce", "kl", "top1_accuracy", "top1_agreement", "teacher_entropy")
+FIGURES = (
+    "num_positions",
+    "ce",
+    "kl",
+    "top1_accuracy",
+    "top1_agreement",
+    "teacher_entropy",
+    "acceptance",
+)
 
 
 def engines() -> dict[str, TableEngine]:
@@ -59,17 +80,86 @@ def test_figures_equal_a_float64_reference() -> None:
             assert found == pytest.approx(expected[figure], rel=1e-6, abs=1e-7), (name, figure)
         assert scores[name].perplexity == pytest.approx(math.exp(expected["ce"]), rel=1e-6)
     assert scores["teacher"].kl == 0
+    assert scores["teacher"].acceptance == pytest.approx(1, abs=1e-6)
     assert scores["a"].kl > 0.1
+    assert 0 < scores["a"].acceptance < 0.9
 
 
-def test_without_a_teacher_there_is_no_kl() -> None:
+def test_accepted_length_equals_the_distribution_of_the_first_rejection() -> None:
+    plan, models, teacher = RandomPlan(), engines(), TableEngine(9)
+    settings = ScoreSettings(draft_lengths=(1, 2, 5, 13))
+    scores = evaluate(models, teacher, plan, micro_batch_size=4, settings=settings)
+    for name, model in {**models, "teacher": teacher}.items():
+        found = scores[name].accepted_length
+        assert list(found) == ["1", "2", "5", "13"]
+        for k in (1, 2, 5):
+            expected = accepted_reference(plan, model, teacher, k)
+            assert found[str(k)] == pytest.approx(expected, rel=1e-6), (name, k)
+        assert found["13"] is None  # longer than a sequence
+    assert scores["a"].accepted_length["1"] == pytest.approx(scores["a"].acceptance, rel=1e-12)
+    assert scores["teacher"].accepted_length["5"] == pytest.approx(5, abs=1e-5)
+
+
+def test_without_a_teacher_there_is_nothing_to_compare_with() -> None:
     score = evaluate(engines(), None, RandomPlan())["a"]
     assert (score.kl, score.top1_agreement, score.teacher_entropy) == (None, None, None)
+    assert (score.acceptance, score.accepted_length) == (None, None)
+    assert (score.kl_cache, score.cross_entropy_cache, score.num_cache_positions) == (None,) * 3
+
+
+def test_figures_against_a_cache_equal_a_float64_reference() -> None:
+    plan, models, teacher = RandomPlan(), engines(), TableEngine(9)
+    cache = DrawnCache(plan, teacher)
+    scores = evaluate(models, None, plan, micro_batch_size=4, cache=cache)
+    for name, model in models.items():
+        for figure, expected in cache_reference(plan, model, cache).items():
+            assert getattr(scores[name], figure) == pytest.approx(expected, rel=1e-6), (
+                name,
+                figure,
+            )
+    assert scores["a"].num_cache_positions < scores["a"].num_positions
+    both = evaluate(models, teacher, plan, cache=cache)
+    assert both["a"].kl_cache == pytest.approx(scores["a"].kl_cache, rel=1e-12)
+    pair = PairedDifference.of(scores["a"], scores["b"], "cross_entropy_cache")
+    assert pair.difference == pytest.approx(scores["a"].kl_cache - scores["b"].kl_cache, rel=1e-9)
+
+
+def test_sampled_caches_estimate_cross_entropy_without_bias_and_overestimate_kl() -> None:
+    """As the docstring of ModelScores says, over 60 caches of the same teacher."""
+    plan, teacher = RandomPlan(), TableEngine(9)
+    models = engines()
+    found = []
+    for seed in range(60):
+        scores = evaluate(models, None, plan, cache=DrawnCache(plan, teacher, seed=seed))
+        found.append([f(scores[m]) for m in models for f in (lambda s: s.kl_cache, cross_entropy)])
+    mean, error = np.mean(found, 0), np.std(found, 0) / math.sqrt(len(found))
+    exact = evaluate(models, teacher, plan)
+    for number, name in enumerate(models):
+        kl_cache, cross = mean[2 * number : 2 * number + 2]
+        true_cross = exact[name].kl + exact[name].teacher_entropy
+        assert abs(cross - true_cross) < 4 * error[2 * number + 1]
+        assert kl_cache > exact[name].kl + 10 * error[2 * number]
+    gap = np.array(found)[:, 0] - np.array(found)[:, 2]
+    assert abs(gap.mean() - (exact["a"].kl - exact["b"].kl)) < 4 * gap.std() / math.sqrt(len(gap))
+
+
+def cross_entropy(score: ModelScores) -> float:
+    return score.cross_entropy_cache
+
+
+def test_a_cache_without_any_target_is_refused() -> None:
+    plan = RandomPlan()
+    cache = DrawnCache(plan, TableEngine(9))
+    cache.counts[:] = 0
+    with pytest.raises(CacheMismatch, match="no target"):
+        evaluate(engines(), None, plan, cache=cache)
 
 
 def test_world_size_and_micro_batch_size_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = RandomPlan()
-    reference = evaluate(engines(), TableEngine(9), plan, micro_batch_size=1)
+    cache = DrawnCache(plan, TableEngine(9))
+    reference = evaluate(engines(), TableEngine(9), plan, cache=cache, micro_batch_size=1)
+    assert sum(count > 0 for count in reference["a"].reliability["positions"]) > 8
     monkeypatch.setattr(metrics, "_CHUNK_ELEMENTS", 5 * 37)
     for world_size, micro_batch_size in ((1, 4), (3, 1), (3, 2), (12, 4)):
         ranks = evaluate_in_ranks(
@@ -77,6 +167,7 @@ def test_world_size_and_micro_batch_size_change_nothing(monkeypatch: pytest.Monk
             engines=engines(),
             teacher=TableEngine(9),
             plan=plan,
+            cache=cache,
             micro_batch_size=micro_batch_size,
         )
         for scores in ranks:
@@ -143,9 +234,16 @@ def test_states_of_split_batches_add_up() -> None:
     plan = RandomPlan()
     tokens, labels = (torch.from_numpy(x).long() for x in plan.read(np.arange(11)))
     logits = TableEngine(1).logits(tokens)
-    whole = sequence_sums(logits, labels)
-    parts = [sequence_sums(logits[rows], labels[rows]) for rows in (slice(0, 4), slice(4, 11))]
-    assert torch.equal(whole, torch.cat(parts))
+    settings = ScoreSettings()
+    found = batch_sums(logits, labels, settings=settings)
+    parts = [
+        batch_sums(logits[rows], labels[rows], settings=settings)
+        for rows in (slice(0, 4), slice(4, 11))
+    ]
+    whole = found.sequences
+    assert torch.equal(whole, torch.cat([part.sequences for part in parts]))
+    assert torch.equal(found.bins, parts[0].bins + parts[1].bins)
+    assert found.bins[:, 0].sum() == whole[:, 0].sum()
     assert whole.dtype == torch.float64
     assert whole[-1, 0] == int((plan.labels[-1] >= 0).sum())
 
@@ -166,12 +264,17 @@ def test_standard_error_covers_what_it_says() -> None:
     rng = np.random.default_rng(0)
     means, errors = [], []
     for _ in range(400):
-        sums = np.zeros((50, len(metrics.FIELDS)))
+        sums = np.zeros((50, len(ScoreSettings().columns)))
         sums[:, 0] = rng.integers(5, 40, 50)
         sums[:, 1] = sums[:, 0] * (3 + 0.5 * rng.standard_normal(50))
-        score = ModelScores.of(sums, has_teacher=False)
+        score = scores_of(sums)
         means.append(score.ce)
         errors.append(score.ce_standard_error)
     assert np.mean(errors) == pytest.approx(np.std(means), rel=0.12)
-    one = ModelScores.of(sums[:1], has_teacher=False)
-    assert one.ce_standard_error is None
+    assert scores_of(sums[:1]).ce_standard_error is None
+
+
+def scores_of(sums: np.ndarray) -> ModelScores:
+    return ModelScores.of(
+        sums, np.ones((15, 3)), settings=ScoreSettings(), has_teacher=False, has_cache=False
+    )

@@ -8,6 +8,7 @@ import torch
 from distill_pretrain.contracts import SparseTargets
 from distill_pretrain.dist.process import process_group
 from distill_pretrain.losses.sparse_kd import DistillationObjective, sparse_kd_loss
+from tests.losses.cases import make_case
 from tests.support.distributed import run_distributed
 
 
@@ -23,24 +24,6 @@ def reference_terms(logits, labels, targets, vocab_size):
         1, targets.ids.clamp(min=0), torch.where(kept, targets.probs.double(), 0.0)
     )
     return ce, (torch.special.xlogy(t, t) - t * log_p).sum(-1)
-
-
-def make_case(seed, *, num_tokens=23, vocab_size=37, padded=48, k=5, mass="full", scale=4.0):
-    g = torch.Generator().manual_seed(seed)
-    logits = torch.randn(num_tokens, padded, generator=g) * scale
-    labels = torch.randint(0, vocab_size, (num_tokens,), generator=g)
-    labels[torch.rand(num_tokens, generator=g) < 0.2] = -100
-    ids = torch.stack([torch.randperm(vocab_size, generator=g)[:k] for _ in range(num_tokens)])
-    probs = torch.rand(num_tokens, k, generator=g) + 0.02
-    drop = torch.rand(num_tokens, k, generator=g) < 0.3
-    drop[0], drop[1] = True, False  # a row without targets, a full row
-    ids, probs = ids.masked_fill(drop, -1), probs.masked_fill(drop, 0.0)
-    ids[2, 1:][ids[2, 1:] == labels[2]] = -1  # a target may be the label
-    ids[2, 0], probs[2, 0] = labels[2].clamp(min=0), 0.5
-    probs = probs.masked_fill(ids < 0, 0.0)
-    total = probs.sum(-1, keepdim=True).clamp(min=1e-9)
-    probs = probs / total * (1.0 if mass == "full" else 0.7)
-    return logits, labels, SparseTargets(ids=ids, probs=probs)
 
 
 WEIGHTS = [(1.0, 0.0), (0.0, 1.0), (0.3, 0.7)]
@@ -153,7 +136,13 @@ def test_objective_sums_over_tokens():
     objective = DistillationObjective(
         ce_weight=0.3, kd_weight=0.7, vocab_size=37, tensor_group=None
     )
-    sums = objective(logits, TokenBatch(tokens=labels, labels=labels, targets=targets))
+    # The model's logits are [L, B, V], a batch is [B, L]; here B = 1.
+    batch = TokenBatch(
+        tokens=labels[None],
+        labels=labels[None],
+        targets=SparseTargets(ids=targets.ids[None], probs=targets.probs[None]),
+    )
+    sums = objective(logits[:, None], batch)
     ce, kl = reference_terms(logits.double(), labels, targets, 37)
     expected = torch.stack((0.3 * ce.sum() + 0.7 * kl.sum(), ce.sum(), kl.sum()))
     torch.testing.assert_close(sums.double(), expected, rtol=1e-5, atol=1e-5)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -10,9 +11,15 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from distill_pretrain.contracts import RaggedTargets
-from distill_pretrain.sampling import SAMPLERS, BadLogits, sample_targets
+from distill_pretrain.sampling import SAMPLERS, BadLogits, Sampler, sample_sets, sample_targets
 from distill_pretrain.sampling.samplers import _locate, systematic_points
 from distill_pretrain.sampling.weights import integer_weights
+
+
+def settings_of(sampler: str, num_draws: int, seed: int = 5) -> dict[str, object]:
+    """Keywords of `sample_targets`."""
+    top_p = {"top_p": 0.8} if sampler == "topp" else {}
+    return {"sampler": sampler, "num_draws": num_draws, "seed": seed, **top_p}
 
 
 def softmax64(logits: np.ndarray) -> np.ndarray:
@@ -157,7 +164,7 @@ def test_rows_do_not_depend_on_their_batch(sampler: str, vocab: int):
     rows = 6 if vocab == 70000 else 60
     logits = some_logits(rows, vocab)
     positions = (np.arange(rows, dtype=np.uint64) + np.uint64(1 << 33)) * np.uint64(3)
-    options = {"sampler": sampler, "num_draws": 13, "seed": (1 << 64) - 1}
+    options = settings_of(sampler, 13, seed=(1 << 64) - 1)
     whole = sample_targets(logits, positions, **options)
     order = np.random.default_rng(0).permutation(rows)
     shuffled = sample_targets(logits[order], positions[order], **options)
@@ -177,7 +184,7 @@ def test_rows_ascend_and_invalid_rows_are_empty(sampler: str):
     logits = some_logits(40, 700)
     valid = np.arange(40) % 3 != 1
     logits[~valid] = np.nan
-    options = {"sampler": sampler, "num_draws": 9, "seed": 5}
+    options = settings_of(sampler, 9)
     targets = sample_targets(logits, np.arange(40, dtype=np.uint64), valid=valid, **options)
     assert np.array_equal(targets.entries_per_token > 0, valid)
     assert (targets.entries_per_token.dtype, targets.ids.dtype) == (np.int32, np.int32)
@@ -202,10 +209,8 @@ def test_unusable_rows_are_numbered_in_the_callers_logits(sampler: str):
         sample_targets(
             logits,
             np.arange(60, dtype=np.uint64),
-            sampler=sampler,
-            num_draws=3,
-            seed=1,
             valid=valid,
+            **settings_of(sampler, 3),
         )
     assert caught.value.rows == [3, 41, 50]
 
@@ -233,8 +238,8 @@ def test_draws_of_fixed_logits_never_change():
     logits = ((np.arange(3 * 64) * 37 % 23) / np.float32(4)).astype(np.float32).reshape(3, 64)
     positions = np.array([0, 7, (1 << 33) + 5], np.uint64)
     for sampler, expected in GOLDEN_DIGESTS.items():
-        found = sample_targets(logits, positions, sampler=sampler, num_draws=20, seed=99)
-        stored = np.rint(found.values * (2048 if sampler == "topk" else 1)).astype("<i4")
+        found = sample_targets(logits, positions, **settings_of(sampler, 20, seed=99))
+        stored = np.rint(found.values * (2048 if found.kind == "logprobs" else 1)).astype("<i4")
         parts = [found.entries_per_token, found.ids, stored]
         data = b"".join(part.astype("<i4").tobytes() for part in parts)
         assert hashlib.sha256(data).hexdigest()[:16] == expected
@@ -244,6 +249,7 @@ GOLDEN_DIGESTS = {
     "systematic": "e87f1f89a7185ad7",
     "multinomial": "98e4fa3e0466fe90",
     "topk": "098f502fb82272d0",
+    "topp": "0e8ab770d7f39de6",
 }
 
 
@@ -276,3 +282,63 @@ def test_more_draws_than_tokens():
     assert sample_targets(logits, positions, sampler="topk", num_draws=9, seed=0).ids.size == 12
     counts = sample_targets(logits, positions, sampler="systematic", num_draws=900, seed=0)
     assert np.abs(dense_counts(counts, 4) - 900 * softmax64(logits)).max() < 1.001
+
+
+def rows_of(targets: RaggedTargets) -> list[tuple[list[int], list[float]]]:
+    ends = np.cumsum(targets.entries_per_token)[:-1]
+    parts = zip(np.split(targets.ids, ends), np.split(targets.values, ends), strict=True)
+    return [(ids.tolist(), values.tolist()) for ids, values in parts]
+
+
+def nucleus_by_hand(logits: np.ndarray, top_p: float, cap: int) -> list[int]:
+    """Ids of one row, ascending, in Python's exact arithmetic."""
+    weights = [int(w) for w in integer_weights(logits[None])[0]]
+    kept: list[int] = []
+    for token in sorted(range(len(weights)), key=lambda i: (-logits[i], i)):
+        kept.append(token)
+        if Fraction(sum(weights[i] for i in kept), sum(weights)) >= Fraction(top_p):
+            break
+    return sorted(kept[:cap])
+
+
+@pytest.mark.parametrize("top_p", [1e-3, 0.25, 0.5, 0.9, 1 - 2**-53])
+@pytest.mark.parametrize("cap", [1, 12, 400])
+def test_topp_keeps_the_fewest_likeliest_ids_that_reach_its_mass(top_p: float, cap: int):
+    logits = np.round(some_logits(60, 300) * 2) / np.float32(2)  # many ties
+    logits[::4] *= 4
+    logits[1::4, ::2] = -np.inf
+    targets = sample_targets(
+        logits, np.arange(60, dtype=np.uint64), sampler="topp", num_draws=cap, seed=0, top_p=top_p
+    )
+    exact = np.log(softmax64(logits), where=logits > -np.inf, out=np.full((60, 300), -np.inf))
+    for row, (ids, values) in enumerate(rows_of(targets)):
+        assert ids == nucleus_by_hand(logits[row], top_p, cap)
+        assert values == pytest.approx(exact[row, ids], abs=1e-6)
+    assert (targets.kind, targets.num_draws) == ("logprobs", cap)
+
+
+def test_a_mass_that_is_just_reached_needs_no_further_id():
+    """Four equal logits have a quarter of the mass each, exactly."""
+    logits = np.array([[0, 2, 2, -np.inf, 2, 2]], np.float32)
+    logits[0, 0] = -np.inf
+    for top_p, ids in [(0.25, [1]), (0.5, [1, 2]), (0.5 + 1e-15, [1, 2, 4]), (0.75, [1, 2, 4])]:
+        found = sample_targets(
+            logits, np.zeros(1, np.uint64), sampler="topp", num_draws=9, seed=0, top_p=top_p
+        )
+        assert found.ids.tolist() == ids
+
+
+def test_samplers_that_share_a_softmax_give_what_each_gives_alone():
+    logits = some_logits(70, 5000)
+    positions = np.arange(70, dtype=np.uint64) * np.uint64(31)
+    valid = np.arange(70) % 5 != 2
+    logits[~valid] = np.nan
+    settings = [settings_of(name, n, seed=n) for name in SAMPLERS for n in (3, 40)]
+    samplers = [Sampler(name=str(s.pop("sampler")), **s) for s in map(dict, settings)]  # type: ignore[arg-type]
+    together = sample_sets(logits, positions, samplers, valid=valid)
+    for found, options in zip(together, settings, strict=True):
+        alone = sample_targets(logits, positions, valid=valid, **options)
+        assert (found.kind, found.num_draws) == (alone.kind, alone.num_draws)
+        for name in ("entries_per_token", "ids", "values"):
+            a, b = getattr(found, name), getattr(alone, name)
+            assert a.dtype == b.dtype and np.array_equal(a, b)

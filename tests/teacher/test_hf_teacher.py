@@ -75,6 +75,17 @@ def test_the_cache_holds_the_models_own_distribution_without_padding_columns(
         assert targets.ids.max() < VOCAB_SIZE
 
 
+def test_samplers_are_measured_on_a_hugging_face_teacher(tokens, model_folder, tmp_path, capsys):
+    (tmp_path / "empty.yaml").write_text("{}\n")
+    settings = arguments(tokens, model_folder, tmp_path / "cache")
+    options = ["--sequences", "4", "--draws", "5", "--top-p", "0.9"]
+    recipe = str(tmp_path / "empty.yaml")
+    assert main(["inspect", "--estimators", recipe, *settings, *options]) == 0
+    printed = capsys.readouterr().out
+    assert f"vocabulary {VOCAB_SIZE}," in printed and "systematic 5" in printed
+    assert not (tmp_path / "cache").exists()
+
+
 def test_resuming_with_other_weights_is_refused(tokens, model_folder, tmp_path, capsys):
     cache = tmp_path / "cache"
     assert main(["capture", *arguments(tokens, model_folder, cache)]) == 0

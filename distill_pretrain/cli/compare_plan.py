@@ -1,0 +1,293 @@
+"""From the recipe of a comparison to the recipes of its jobs: teacher, capture, every student, every evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distill_pretrain.cli.recipe import Recipe
+from distill_pretrain.config import load_recipe
+from distill_pretrain.config.layers import COMMAND_LINE
+from distill_pretrain.errors import ConfigError
+from distill_pretrain.eval.comparison import CellSpec
+from distill_pretrain.eval.comparison_config import (
+    TRUNCATED,
+    CellConfig,
+    CompareConfig,
+    default_cells,
+    default_sets,
+)
+from distill_pretrain.losses.config import ObjectiveConfig
+
+TEACHER_SECTIONS = ("data", "model", "parallel", "optimizer", "objective", "train")
+
+
+@dataclass(frozen=True)
+class StudentRun:
+    """One student to train: a cell and a seed."""
+
+    cell: str
+    seed: int
+    recipe: Recipe
+
+    @property
+    def folder(self) -> Path:
+        """Its run folder."""
+        assert self.recipe.train
+        return self.recipe.train.output_dir
+
+    def __str__(self) -> str:
+        return f"{self.cell}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class ComparisonPlan:
+    """The jobs of a comparison; making it checks every recipe.
+
+    Attributes:
+        recipe: of the comparison, with its cells and target sets written out.
+    """
+
+    recipe: Recipe
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> ComparisonPlan:
+        """Fill in default sets and cells, and check all that can be checked before hours of work.
+
+        Raises:
+            ConfigError: names the cell or the key.
+        """
+        assert recipe.data and recipe.capture and recipe.compare
+        if recipe.data.cache is not None or recipe.capture.num_sequences is not None:
+            raise ConfigError(
+                "a comparison chooses the cache of every cell itself, and captures what it trains on",
+                where="data.cache, capture.num_sequences",
+                remedy="leave both out; data.num_sequences limits the capture and the students",
+            )
+        if recipe.compare.cells is None and not recipe.capture.sets:
+            recipe = with_settings(recipe, "capture.sets", {"capture": {"sets": default_sets()}})
+        assert recipe.capture and recipe.compare
+        if recipe.compare.cells is None:
+            samplers = {name: kept.sampler for name, kept in (recipe.capture.sets or {}).items()}
+            fixes_at = recipe.compare.fixes_at
+            if fixes_at is not None and samplers.get(fixes_at) not in TRUNCATED:
+                raise ConfigError(
+                    "the fixes of missing mass need a truncated target set",
+                    where="compare.fixes_at",
+                    found=fixes_at,
+                    expected=_one_of(
+                        "capture.sets", [n for n, kind in samplers.items() if kind in TRUNCATED]
+                    ),
+                )
+            cells = default_cells(samplers, fixes_at=fixes_at)
+            recipe = recipe.model_copy(
+                update={"compare": recipe.compare.model_copy(update={"cells": cells})}
+            )
+        plan = cls(recipe)
+        plan._check_names()
+        # Made once, here, so that a refused setting shows before any work.
+        _ = plan.runs, plan.evaluations, plan.teacher
+        return plan
+
+    @property
+    def compare(self) -> CompareConfig:
+        """The section `compare`."""
+        assert self.recipe.compare
+        return self.recipe.compare
+
+    @property
+    def cells(self) -> dict[str, CellConfig]:
+        """Every cell by name."""
+        assert self.compare.cells
+        return self.compare.cells
+
+    @property
+    def needs_cache(self) -> bool:
+        """Whether any cell learns from a cache."""
+        return any(cell.set is not None for cell in self.cells.values())
+
+    @cached_property
+    def teacher(self) -> Recipe | None:
+        """The job that trains the teacher, if the comparison does."""
+        overrides = self.compare.teacher
+        if overrides is None:
+            return None
+        assert self.recipe.teacher
+        plain = ObjectiveConfig().model_dump(mode="json")
+        train = {**overrides.get("train", {}), "output_dir": str(self.recipe.teacher.path)}
+        return with_settings(
+            self.recipe.model_copy(update={"compare": None, "capture": None, "teacher": None}),
+            "compare.teacher",
+            {**overrides, "objective": {**plain, **overrides.get("objective", {})}, "train": train},
+        )
+
+    @property
+    def capture(self) -> Recipe:
+        """The job that writes the caches of all target sets in one pass of the teacher."""
+        assert self.recipe.capture
+        used = {cell.set for cell in self.cells.values()}
+        sets = {
+            name: kept for name, kept in (self.recipe.capture.sets or {}).items() if name in used
+        }
+        return self.recipe.model_copy(
+            update={"capture": self.recipe.capture.model_copy(update={"sets": sets})}
+        )
+
+    @cached_property
+    def runs(self) -> list[StudentRun]:
+        """Every student, seed by seed, in the order of the cells."""
+        return [
+            StudentRun(name, seed, self._student(name, cell, seed))
+            for seed in self.compare.seeds
+            for name, cell in self.cells.items()
+        ]
+
+    @cached_property
+    def evaluations(self) -> dict[int, Recipe]:
+        """Seed to the job that scores its students; one file per seed bounds what is in memory at a time."""
+        return {
+            seed: with_settings(
+                self.recipe.model_copy(update={"compare": None}),
+                "compare.eval",
+                {
+                    "eval": {
+                        **self.compare.eval,
+                        "models": {r.cell: str(r.folder) for r in self.runs if r.seed == seed},
+                        "output": str(self.compare.output_dir / "eval" / f"seed-{seed}.json"),
+                    }
+                },
+            )
+            for seed in self.compare.seeds
+        }
+
+    @property
+    def figures(self) -> dict[int, Path]:
+        """Seed to the file with its held-out figures."""
+        return {seed: job.eval.output for seed, job in self.evaluations.items() if job.eval}
+
+    @property
+    def specs(self) -> list[CellSpec]:
+        """What the report has to know of every cell."""
+        return [self._spec(name, cell) for name, cell in self.cells.items()]
+
+    def cache(self, cell: str) -> Path | None:
+        """The cache a cell learns from."""
+        assert self.recipe.capture
+        name = self.cells[cell].set
+        return None if name is None else self.recipe.capture.output_dir / name
+
+    def selected(self, cells: Sequence[str]) -> list[StudentRun]:
+        """The students of some cells; of all if none is named.
+
+        Raises:
+            ConfigError: there is no such cell.
+        """
+        unknown = sorted(set(cells) - set(self.cells))
+        if unknown:
+            raise ConfigError(
+                "no such cell",
+                where="--cells, compare.only",
+                found=", ".join(unknown),
+                expected=f"out of: {', '.join(self.cells)}",
+            )
+        return [run for run in self.runs if not cells or run.cell in cells]
+
+    def _spec(self, name: str, cell: CellConfig) -> CellSpec:
+        assert self.recipe.capture
+        runs = {run.seed: run for run in self.runs if run.cell == name}
+        objective = next(iter(runs.values())).recipe.objective
+        kept = (self.recipe.capture.sets or {}).get(cell.set or "")
+        cache = self.cache(name)
+        truncated = kept is not None and kept.sampler in TRUNCATED
+        return CellSpec(
+            name=name,
+            sampler=None if kept is None else kept.sampler,
+            num_draws=None if kept is None else kept.num_draws,
+            residual=objective.residual if truncated else None,
+            online=objective.target == "teacher" and objective.peak_kd_weight > 0,
+            plain=_is_plain(objective, residual_counts=not truncated),
+            cache=None if cache is None else str(cache),
+            runs={seed: run.folder for seed, run in runs.items()},
+        )
+
+    def _student(self, name: str, cell: CellConfig, seed: int) -> Recipe:
+        cache = self.cache(name)
+        folder = self.compare.output_dir / "cells" / name / f"seed-{seed}"
+        return with_settings(
+            self.recipe.model_copy(update={"compare": None, "capture": None}),
+            f"compare.cells.{name}",
+            {
+                "data": {"cache": None if cache is None else str(cache)},
+                "objective": cell.objective,
+                "train": {"seed": seed, "output_dir": str(folder)},
+            },
+        )
+
+    def _check_names(self) -> None:
+        assert self.recipe.capture
+        sets = self.recipe.capture.sets or {}
+        for name, cell in self.cells.items():
+            if cell.set is not None and cell.set not in sets:
+                raise ConfigError(
+                    "a cell learns from a target set that is not captured",
+                    where=f"compare.cells.{name}.set",
+                    found=cell.set,
+                    expected=_one_of("capture.sets", sets),
+                )
+        foreign = sorted(set(self.compare.teacher or ()) - set(TEACHER_SECTIONS))
+        if foreign:
+            raise ConfigError(
+                "the training of the teacher does not read these sections",
+                where="compare.teacher",
+                found=", ".join(foreign),
+                expected=f"out of: {', '.join(TEACHER_SECTIONS)}",
+            )
+
+
+def _is_plain(objective: ObjectiveConfig, *, residual_counts: bool) -> bool:
+    """Whether a loss is cross-entropy alone or distillation alone, every other key at its default."""
+    weights = (objective.ce_weight, objective.kd_weight)
+    varied = {"ce_weight", "kd_weight", "target"} | (set() if residual_counts else {"residual"})
+    default = ObjectiveConfig().model_dump(exclude=varied)
+    return weights in ((1.0, 0.0), (0.0, 1.0)) and objective.model_dump(exclude=varied) == default
+
+
+def with_settings(recipe: Recipe, where: str, settings: Mapping[str, Mapping[str, Any]]) -> Recipe:
+    """The recipe with some keys replaced, checked as if they had come with it.
+
+    Args:
+        recipe: to start from; it stays.
+        where: key of the comparison's recipe that the settings come from, for messages.
+        settings: section -> key -> value.
+
+    Raises:
+        ConfigError: a key is unknown, or a value is refused.
+    """
+    values = {k: v for k, v in recipe.model_dump(mode="json").items() if v is not None}
+    whole = [_override(name, section) for name, section in values.items()]
+    changed = [
+        _override(f"{section}.{key}", value)
+        for section, keys in settings.items()
+        for key, value in keys.items()
+    ]
+    try:
+        return load_recipe(Recipe, None, [*whole, *changed])
+    except ConfigError as error:
+        found = str(error).replace(f"{COMMAND_LINE}: ", "")
+        raise ConfigError("a job of the comparison is refused", where=where, found=found) from None
+
+
+def _override(key: str, value: object) -> str:
+    text = yaml.safe_dump(
+        value, default_flow_style=True, sort_keys=False, width=1_000_000, allow_unicode=True
+    )
+    return f"{key}={text.removesuffix('...' + chr(10))}"
+
+
+def _one_of(key: str, names: Iterable[str]) -> str:
+    return f"one of {key}: {', '.join(names) or 'none'}"

@@ -1,0 +1,209 @@
+"""What `distill-pretrain inspect --estimators` says: the samplers, measured on a recipe's teacher and corpus."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill_pretrain.cli.capture import open_teacher
+from distill_pretrain.cli.console import say
+from distill_pretrain.cli.recipe import Recipe
+from distill_pretrain.config import load_recipe, require
+from distill_pretrain.dist.env import launch_world_size
+from distill_pretrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from distill_pretrain.sampling import Sampler
+    from distill_pretrain.teacher.estimators import EstimatorStudy, SamplerFigures
+
+DRAWS = (12, 30, 50, 100)
+TOP_P = (0.8, 0.9, 0.95)
+MOST_DRAWS = 1024
+NUM_SEQUENCES = 64
+BATCH_SHAPES = (1, 3, 16)
+BATCH_SHAPE_SEQUENCES = 16
+UNBIASED = ("multinomial", "systematic")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `--estimators`."""
+    group = parser.add_argument_group("with --estimators")
+    group.add_argument(
+        "--sequences",
+        type=int,
+        default=NUM_SEQUENCES,
+        help="sequences to score (default %(default)s)",
+    )
+    group.add_argument(
+        "--draws",
+        type=_numbers(int),
+        default=DRAWS,
+        metavar="N,N,...",
+        help=f"draws per position, and k of top-k (default {_listed(DRAWS)})",
+    )
+    group.add_argument(
+        "--top-p",
+        type=_numbers(float),
+        default=TOP_P,
+        metavar="P,P,...",
+        help=f"masses of top-p, capped at the largest N (default {_listed(TOP_P)})",
+    )
+    group.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures too")
+
+
+def show_estimators(args: argparse.Namespace) -> None:
+    """Measures and prints.
+
+    Raises:
+        ConfigError: options or a recipe that cannot be used.
+    """
+    _check(args)
+    recipe = load_recipe(Recipe, Path(args.path), args.overrides)
+    require(recipe, "inspect --estimators", "data", "teacher", "capture")
+    assert recipe.data and recipe.teacher and recipe.capture
+    from distill_pretrain.data.sources import require_one_source
+    from distill_pretrain.teacher.capture import software_versions
+    from distill_pretrain.teacher.estimators import moved_by_batch_shape, study_estimators
+
+    require_one_source(recipe.data, "inspect --estimators", "capture.output_dir")
+    samplers = _samplers(args.draws, args.top_p, recipe.capture.seed)
+    size = recipe.capture.micro_batch_size
+    with open_teacher(recipe) as (sequences, engine):
+        study = study_estimators(
+            engine, sequences, samplers, num_sequences=args.sequences, micro_batch_size=size
+        )
+        systematic = next(s for s in reversed(samplers) if s.name == "systematic")
+        few = min(args.sequences, sequences.num_sequences, BATCH_SHAPE_SEQUENCES)
+        moved = {
+            other: moved_by_batch_shape(
+                engine, sequences, systematic, num_sequences=few, micro_batch_size=size, other=other
+            )
+            for other in BATCH_SHAPES
+        }
+        identity = engine.identity
+    _print(study, size, moved)
+    if args.output:
+        report = {
+            "software": software_versions(recipe.teacher.kind),
+            "teacher": identity,
+            "tokens": sequences.index.fingerprint.as_dict(),
+            **asdict(study),
+            "batch_shape": [
+                {"micro_batch_size": other, "instead_of": size, "moved": m, "positions": of}
+                for other, (m, of) in moved.items()
+            ],
+        }
+        args.output.write_text(json.dumps(_without_nan(report), indent=1) + "\n")
+
+
+def _check(args: argparse.Namespace) -> None:
+    bad = {
+        "--draws": not all(1 <= n <= MOST_DRAWS for n in args.draws),
+        "--top-p": not all(0 < p < 1 for p in args.top_p),
+        "--sequences": args.sequences < 1,
+    }
+    expected = {
+        "--draws": f"1 to {MOST_DRAWS} each",
+        "--top-p": "more than 0, less than 1 each",
+        "--sequences": "1 or more",
+    }
+    for option in (name for name, is_bad in bad.items() if is_bad):
+        raise ConfigError(
+            "an option cannot be used",
+            where=option,
+            found=getattr(args, option[2:].replace("-", "_")),
+            expected=expected[option],
+            remedy="correct it",
+        )
+    if launch_world_size() > 1:
+        raise ConfigError(
+            "estimators are measured by one process",
+            found=f"{launch_world_size()} processes",
+            remedy="start it without torchrun",
+        )
+
+
+def _samplers(draws: tuple[int, ...], top_p: tuple[float, ...], seed: int) -> list[Sampler]:
+    from distill_pretrain.sampling import Sampler
+
+    by_draws = [
+        Sampler(name=name, num_draws=n, seed=seed)
+        for name in (*UNBIASED, "topk")
+        for n in sorted(set(draws))
+    ]
+    cap = max(draws)
+    masses = sorted(set(top_p))
+    return [*by_draws, *(Sampler(name="topp", num_draws=cap, seed=seed, top_p=p) for p in masses)]
+
+
+def _print(study: EstimatorStudy, size: int, moved: dict[int, tuple[int, int]]) -> None:
+    say(
+        f"{study.positions:,} positions, vocabulary {study.vocab_size:,}, "
+        f"mean entropy {study.entropy:.2f} nats, mean top-1 mass {study.top1:.3f}"
+    )
+    say()
+    say(
+        "sampler               unique  bytes/position     error, E||target - t||^2           "
+        "bias, |E target - t|"
+    )
+    say(
+        "                         ids    hc   24-bit    exact  drawn/exact  renormalised      "
+        "raw  renormalised"
+    )
+    for figures in study.samplers:
+        say(_line(figures))
+    say()
+    say("variance of multinomial / systematic    at equal N    at equal stored entries (its N)")
+    for ratio in study.ratios:
+        say(
+            f"  N = {ratio.num_draws:<4}                            {ratio.at_equal_draws:8.2f}"
+            f"      {ratio.at_equal_entries:8.2f}  ({ratio.draws_at_equal_entries:.1f})"
+        )
+    say()
+    for other, (changed, positions) in moved.items():
+        say(
+            f"micro-batches of {other} instead of {size}: "
+            f"targets of {changed} of {positions:,} positions move"
+        )
+
+
+def _line(figures: SamplerFigures) -> str:
+    s = figures.sampler
+    name = (
+        f"topp {s.top_p} (<= {s.num_draws})" if s.top_p is not None else f"{s.name} {s.num_draws}"
+    )
+    drawn = figures.error_drawn / figures.error_formula_there if figures.error_formula_there else 1
+    return (
+        f"{name:<20} {figures.unique_ids:7.2f} {figures.hc_bytes:6.1f} {figures.raw_bytes:7.1f} "
+        f"{figures.error:9.2e} {drawn:11.3f} {_maybe(figures.error_renormalised, '.2e'):>13} "
+        f"{figures.bias:9.1e} {_maybe(figures.bias_renormalised, '.1e'):>12}"
+    ).rstrip()
+
+
+def _maybe(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: null instead."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _listed(values: tuple[float, ...]) -> str:
+    return ",".join(map(str, values))
+
+
+def _numbers(kind: type) -> Any:
+    def parse(text: str) -> tuple[Any, ...]:
+        return tuple(kind(part) for part in text.split(","))
+
+    parse.__name__ = f"list of {kind.__name__}"  # argparse names it in its message
+    return parse

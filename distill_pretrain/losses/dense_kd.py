@@ -1,0 +1,275 @@
+"""Cross-entropy + a divergence from a teacher that runs in the same job, over the whole vocabulary (FullKD).
+
+Shapes: B sequences, L positions, T = L * B tokens, R rows of one chunk, V real vocabulary, V_pad padded vocabulary,
+n this rank's real columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from distill_pretrain.contracts import LogitsEngine, TokenBatch
+from distill_pretrain.losses.terms import Objective, Weights, column_slice
+
+Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
+
+CHUNK_ELEMENTS = 1 << 22
+"""Elements of each temporary [R, n]; at any time there are about ten."""
+
+
+class _DenseKD(torch.autograd.Function):
+    """The gradient is written in the forward pass, sequence by sequence, so that no teacher logits are kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        teacher_logits: Callable[[int], torch.Tensor],
+        divergence: Divergence,
+        weights: Weights,
+        vocab_size: int,
+        tensor_group: dist.ProcessGroup | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        columns = column_slice(logits, vocab_size, tensor_group)
+        num_columns = columns.stop - columns.start
+        grad = torch.zeros(logits.shape, dtype=torch.float32, device=logits.device)
+        terms = grad.new_zeros(4, *labels.shape)
+        rows = max(1, CHUNK_ELEMENTS // max(1, logits.size(-1)))
+        for sequence in range(logits.size(1)):
+            teacher = teacher_logits(sequence)[:, columns]
+            for first in range(0, logits.size(0), rows):
+                span = slice(first, first + rows)
+                chunk = _Chunk(
+                    logits[span, sequence, :num_columns].float(),
+                    teacher[span].float(),
+                    labels[span, sequence],
+                    first_column=columns.start,
+                    vocab_size=vocab_size,
+                    weights=weights,
+                    tensor_group=tensor_group,
+                )
+                grad[span, sequence, :num_columns] = chunk.gradient(divergence)
+                terms[:, span, sequence] = chunk.terms
+        ctx.save_for_backward(grad)
+        ctx.logits_dtype = logits.dtype
+        return terms[0].clone(), terms[1:].clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
+        (grad,) = ctx.saved_tensors
+        # In place: autograd's version counter refuses a second backward.
+        return (grad.mul_(grad_loss.unsqueeze(-1)).to(ctx.logits_dtype), *[None] * 6)
+
+
+class _Chunk:
+    """Some rows of the loss. `gradient` leaves `terms`: loss, CE, divergence, lse^2, fp32[4, R].
+
+    Every rank of the tensor group holds the same rows and makes the same collectives: one for the maxima, one for the
+    sums, one for the divergence.
+    """
+
+    def __init__(
+        self,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        first_column: int,
+        vocab_size: int,
+        weights: Weights,
+        tensor_group: dist.ProcessGroup | None,
+    ) -> None:
+        self.weights = weights
+        self.group = tensor_group
+        self.labels = labels
+        tau, share = weights.temperature, weights.smoothing
+        self.has_label = labels >= 0
+        column = labels - first_column
+        self.owned = self.has_label & (column >= 0) & (column < student.size(-1))
+        self.column = column.masked_fill(~self.owned, 0).unsqueeze(-1)
+
+        maxima = self._reduced(
+            torch.stack((_row_max(student), _row_max(teacher)), -1), dist.ReduceOp.MAX
+        )
+        self.maxima = maxima[:, 0]
+        self.shifted = student - maxima[:, :1]
+        shifted_teacher = teacher - maxima[:, 1:]
+        picked = torch.zeros_like(self.maxima)
+        if student.size(-1):
+            picked = self.shifted.gather(-1, self.column)[:, 0].masked_fill(~self.owned, 0.0)
+        sums = (
+            self.shifted.exp().sum(-1),
+            (self.shifted / tau).exp().sum(-1),
+            (shifted_teacher / tau).exp().sum(-1),
+            shifted_teacher.exp().sum(-1),
+            picked,
+        )
+        sums_all = self._reduced(torch.stack(sums, -1), dist.ReduceOp.SUM)
+        self.sum_exp, tau_sum, teacher_sum, teacher_plain_sum, self.picked = sums_all.unbind(-1)
+        self.log_q = self.shifted / tau - tau_sum.log().unsqueeze(-1)
+        self.log_t = shifted_teacher / tau - teacher_sum.log().unsqueeze(-1)
+        if share:
+            self.log_t = torch.log(self.log_t.exp() * (1.0 - share) + share / vocab_size)
+        scale = torch.full_like(self.maxima, weights.kd_scale)
+        if weights.token_weighting == "teacher_confidence":
+            scale = (
+                scale / teacher_plain_sum
+            )  # the largest probability of softmax(x) is exp(0) / sum
+        self.scale = torch.where(self.has_label, scale, 0.0)
+
+    def gradient(self, divergence: Divergence) -> torch.Tensor:
+        """fp32[R, n]: of the loss by this rank's real columns."""
+        values, slope = _DIVERGENCES[divergence](self.log_q, self.log_t, self._row_sum)
+        values = torch.where(self.has_label, values, 0.0)
+        weights = self.weights
+        log_sum = self.sum_exp.log()
+        ce = torch.where(self.has_label, log_sum - self.picked, 0.0)
+        lse = torch.where(self.has_label, log_sum + self.maxima, 0.0)
+        loss = weights.ce_weight * ce + self.scale * values + weights.z_loss * lse.square()
+        self.terms = torch.stack((loss, ce, values, lse.square()))
+
+        at_label = self.has_label.float() * weights.ce_weight
+        at_one = (at_label + 2.0 * weights.z_loss * lse) / self.sum_exp
+        grad = self.shifted.exp().mul_(at_one.unsqueeze(-1))
+        grad += slope.mul_((self.scale / weights.temperature).unsqueeze(-1))
+        if grad.size(-1):
+            at_column = torch.where(self.owned, -at_label, 0.0).unsqueeze(-1)
+            grad.scatter_add_(-1, self.column, at_column)
+        # 0 * inf of a row that takes no part.
+        return torch.where(self.has_label.unsqueeze(-1), grad, 0.0)
+
+    def _row_sum(self, values: torch.Tensor) -> torch.Tensor:
+        """[R, n] -> fp32[R], over all ranks."""
+        return self._reduced(values.sum(-1), dist.ReduceOp.SUM)
+
+    def _reduced(self, values: torch.Tensor, operation: Any) -> torch.Tensor:
+        if self.group is not None:
+            dist.all_reduce(values, op=operation, group=self.group)
+        return values
+
+
+def _row_max(rows: torch.Tensor) -> torch.Tensor:
+    if rows.size(-1) == 0:
+        return rows.new_full(rows.shape[:1], float("-inf"))
+    return rows.amax(-1)
+
+
+RowSum = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _forward_kl(
+    log_q: torch.Tensor, log_t: torch.Tensor, row_sum: RowSum
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """D = sum t (log t - log q); dD/d(z/tau) = q - t."""
+    t = log_t.exp()
+    values = row_sum(torch.where(t > 0, t * (log_t - log_q), 0.0))
+    return values, log_q.exp() - t
+
+
+def _reverse_kl(
+    log_q: torch.Tensor, log_t: torch.Tensor, row_sum: RowSum
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """D = sum q (log q - log t); dD/d(z/tau) = q (log q - log t - D)."""
+    q = log_q.exp()
+    terms = torch.where(q > 0, q * (log_q - log_t), 0.0)
+    values = row_sum(terms)
+    return values, terms - q * values.unsqueeze(-1)
+
+
+def _jensen_shannon(
+    log_q: torch.Tensor, log_t: torch.Tensor, row_sum: RowSum
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """D = (KL(t || m) + KL(q || m)) / 2 with m = (q + t) / 2; dD/d(z/tau) = q (log q - log m - KL(q || m)) / 2."""
+    log_m = torch.logaddexp(log_q, log_t) - math.log(2.0)
+    q, t = log_q.exp(), log_t.exp()
+    from_student = torch.where(q > 0, q * (log_q - log_m), 0.0)
+    from_teacher = torch.where(t > 0, t * (log_t - log_m), 0.0)
+    of_student = row_sum(from_student)
+    values = 0.5 * (of_student + row_sum(from_teacher))
+    return values, 0.5 * (from_student - q * of_student.unsqueeze(-1))
+
+
+_DIVERGENCES = {
+    "forward_kl": _forward_kl,
+    "reverse_kl": _reverse_kl,
+    "jensen_shannon": _jensen_shannon,
+}
+
+
+def dense_kd_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    teacher_logits: Callable[[int], torch.Tensor],
+    *,
+    divergence: Divergence,
+    weights: Weights,
+    vocab_size: int,
+    tensor_group: dist.ProcessGroup | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per-token loss and its terms, student softmax(z / tau) against teacher softmax(x / tau).
+
+    A position without a label has no loss at all, as a cache has no target there. Beside the student's logits and
+    their gradient in fp32, memory holds one sequence of teacher logits and buffers of `CHUNK_ELEMENTS`.
+
+    Args:
+        logits: fp32, bf16 or fp16 [L, B, V_pad / tp], this rank's columns.
+        labels: int64[L, B], negative where there is none.
+        teacher_logits: gives [L, V], all columns, of one of the B sequences.
+        divergence: what is minimised.
+        weights: of the terms.
+        vocab_size: V; columns from V on carry no mass and get no gradient.
+        tensor_group: ranks that hold the other columns; None when this rank holds them all.
+
+    Returns:
+        loss fp32[L, B] (differentiable once), and fp32[3, L, B]: CE, divergence (at tau, without kd_weight, tau^2 and
+        token weight) and (log sum exp z)^2, unweighted and not differentiable.
+    """
+    loss, terms = _DenseKD.apply(
+        logits, labels, teacher_logits, divergence, weights, vocab_size, tensor_group
+    )
+    return loss, terms.detach()
+
+
+class TeacherObjective(Objective):
+    """Cross-entropy + divergence from a teacher in this process, summed over a micro-batch.
+
+    Args:
+        teacher: scores whole sequences; V columns.
+        divergence: what is minimised.
+        vocab_size: V.
+        tensor_group: ranks that hold the other columns; None when this rank holds them all.
+        weights: fields of `WeightSchedule`.
+    """
+
+    def __init__(
+        self,
+        teacher: LogitsEngine,
+        *,
+        divergence: Divergence,
+        vocab_size: int,
+        tensor_group: dist.ProcessGroup | None,
+        **weights: Any,
+    ) -> None:
+        super().__init__(vocab_size=vocab_size, tensor_group=tensor_group, **weights)
+        assert teacher.vocab_size == vocab_size, (teacher.vocab_size, vocab_size)
+        self.teacher = teacher
+        self.divergence = divergence
+
+    def __call__(self, logits: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
+        """Sums of the terms over the tokens of one micro-batch; see `Objective`."""
+        loss, terms = dense_kd_loss(
+            logits,
+            batch.labels.transpose(0, 1),
+            lambda sequence: self.teacher.logits(batch.tokens[sequence : sequence + 1])[0],
+            divergence=self.divergence,
+            weights=self.weights,
+            vocab_size=self.vocab_size,
+            tensor_group=self.tensor_group,
+        )
+        return self.summed(loss.flatten(), terms.flatten(1))

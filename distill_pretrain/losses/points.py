@@ -1,0 +1,60 @@
+"""Settings that change with the step: a number, or [step, value] points."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import BeforeValidator
+
+Points = float | tuple[tuple[float, float], ...]
+"""A constant, or (step, value) points with ascending steps."""
+
+
+def value_at(points: Points, step: int) -> float:
+    """The value at optimizer step `step` (1 is the first): linear between the points, constant outside them."""
+    if not isinstance(points, tuple):
+        return points
+    steps, values = zip(*points, strict=True)
+    return float(np.interp(step, steps, values))
+
+
+def extremes(points: Points) -> tuple[float, float]:
+    """The least and the largest value over all steps."""
+    values = [value for _, value in points] if isinstance(points, tuple) else [points]
+    return min(values), max(values)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def parse_points(value: Any) -> Points:
+    """A recipe's value as `Points`.
+
+    Raises:
+        ValueError: it is neither a number nor a list of points.
+    """
+    try:
+        if not isinstance(value, list | tuple):
+            return _number(value)
+        points = tuple((_number(step), _number(at)) for step, at in value)
+        steps = [step for step, _ in points]
+        if not points or any(step < 0 or step % 1 for step in steps) or steps != sorted({*steps}):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"found: {value}; expected: a number, or a list of [step, value] points with whole, "
+            "ascending steps"
+        ) from None
+    return points
+
+
+Scheduled = Annotated[Points, BeforeValidator(parse_points)]
+"""Type of a recipe key that takes `Points`."""

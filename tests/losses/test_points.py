@@ -1,0 +1,53 @@
+"""Settings that change with the step."""
+
+from __future__ import annotations
+
+import pytest
+
+from distill_pretrain.losses.points import extremes, parse_points, value_at
+from distill_pretrain.losses.terms import WeightSchedule
+
+
+def test_points_are_joined_by_lines_and_constant_outside():
+    points = parse_points([[10, 1.0], [20, 0.0], [40, 0.5]])
+    steps = [0, 1, 10, 12, 15, 20, 30, 40, 1000]
+    expected = [1.0, 1.0, 1.0, 0.8, 0.5, 0.0, 0.25, 0.5, 0.5]
+    assert [value_at(points, step) for step in steps] == pytest.approx(expected)
+    assert extremes(points) == (0.0, 1.0)
+
+
+def test_a_number_is_the_value_of_every_step():
+    assert value_at(parse_points(0.3), 1) == value_at(parse_points("3e-1"), 10**9) == 0.3
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *([], [1, 2], [[1, 2, 3]], {"1": 2}, True, "x", None),
+        *(
+            [[2, 1], [1, 1]],
+            [[1, 1], [1, 2]],
+            [[1.5, 1]],
+            [[-1, 1]],
+            [[1, True]],
+            [[1, float("nan")]],
+        ),
+    ],
+)
+def test_other_values_are_refused(value):
+    with pytest.raises(ValueError, match="points with whole, ascending steps"):
+        parse_points(value)
+
+
+def test_every_weight_follows_its_own_points():
+    schedule = WeightSchedule(
+        ce_weight=((1, 0.0), (11, 1.0)),
+        kd_weight=((1, 1.0), (11, 0.0)),
+        temperature=((1, 1.0), (11, 3.0)),
+        smoothing=((1, 0.0), (11, 0.2)),
+        z_loss=0.1,
+    )
+    weights = schedule.at(6)
+    found = (weights.ce_weight, weights.kd_weight, weights.temperature, weights.smoothing)
+    assert found == pytest.approx((0.5, 0.5, 2.0, 0.1))
+    assert weights.kd_scale == pytest.approx(0.5 * 4.0)
