@@ -43,14 +43,16 @@ setup(
     extras_require={
         "hf": ["transformers>=5.20"],
         "deepspeed": ["deepspeed"],
-        "eval": ["lm-eval>=0.4.9", "matplotlib"],
+        "eval": ["matplotlib"],
         "s3": ["s3fs"],
         "gcs": ["gcsfs"],
         "azure": ["adlfs"],
+        "tasks": ["lm-eval>=0.4.9"],
         "track": ["tensorboard", "wandb"],
         "dev": [
             "hypothesis",
             "import-linter",
+            "lm-eval>=0.4.9",
             "mypy",
             "pytest",
             "pytest-timeout",

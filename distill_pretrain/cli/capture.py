@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from distill_pretrain.cli.console import progress, say
 from distill_pretrain.cli.recipe import Recipe
+from distill_pretrain.cli.teachers import load_teacher
 from distill_pretrain.config import dump_recipe, require
 from distill_pretrain.dist.env import launch_rank, launch_world_size
 
@@ -91,24 +92,11 @@ def open_teacher(recipe: Recipe) -> Iterator[tuple[SequenceData, LogitsEngine]]:
     from distill_pretrain.dist.process import process_group, set_cpu_threads
     from distill_pretrain.mcore.config import ParallelConfig
     from distill_pretrain.mcore.parallel import model_parallel
-    from distill_pretrain.teacher.engines import open_engine
 
     set_cpu_threads(recipe.capture.threads)
-    if recipe.teacher.kind == "hf":
-        _require_own_tokenizer(recipe.teacher.path, recipe.data.tokens)
     with process_group(), model_parallel(ParallelConfig(), seed=0):
         sequences = open_sequences(recipe.data)
-        yield (
-            sequences,
-            open_engine(
-                recipe.teacher.kind,
-                recipe.teacher.path,
-                recipe.teacher.dtype,
-                vocab_size=sequences.vocab_size,
-                seq_len=recipe.data.seq_len,
-                tokenizer_sha256=sequences.tokenizer_sha256,
-            ),
-        )
+        yield sequences, load_teacher(recipe.teacher, sequences, recipe.data.tokens)
 
 
 def _join(
@@ -177,27 +165,6 @@ def _require_codec_with_tables(capture: CaptureConfig) -> None:
             where="capture.codec_tables, capture.codec",
             found=f"codec_tables: {capture.codec_tables}, codec: raw",
             remedy="set capture.codec=hc, or leave capture.codec_tables out",
-        )
-
-
-def _require_own_tokenizer(model: Path, tokens: Path) -> None:
-    """Refuse a corpus made with another Hugging Face tokenizer than the one beside the teacher's weights."""
-    from distill_pretrain.corpus.tokenizers import HF_FILES, tokenizer_sha256
-    from distill_pretrain.errors import TokenizerMismatch
-    from distill_pretrain.formats import TokensRecord
-
-    record = TokensRecord.beside(tokens)
-    has_tokenizer = any((model / name).is_file() for name in HF_FILES)
-    if record is None or record.tokenizer["kind"] != "hf" or not has_tokenizer:
-        return
-    found = tokenizer_sha256("hf", model)
-    if found != record.tokenizer["sha256"]:
-        raise TokenizerMismatch(
-            "the corpus was made with another tokenizer than the teacher's",
-            where=f"teacher.path {model}, data.tokens {tokens}",
-            found=f"tokenizer {found[:12]} beside the teacher",
-            expected=f"{record.tokenizer['sha256'][:12]}, recorded in tokens.json",
-            remedy="tokenize with tokenizer.kind=hf and tokenizer.path set to the teacher's folder",
         )
 
 

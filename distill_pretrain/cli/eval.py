@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill_pretrain.cli.console import progress, say
 from distill_pretrain.cli.recipe import Recipe
+from distill_pretrain.cli.teachers import load_teacher
 from distill_pretrain.config import dump_recipe, require
 from distill_pretrain.dist.env import launch_rank, launch_world_size
 from distill_pretrain.errors import ConfigError
@@ -43,7 +44,7 @@ On request also:
                   too high by one amount for all models, since the entropy of a sample is below the teacher's
   eval.gradients  angle and size of the gradient under cached targets, against that under the teacher's whole
                   distribution, over more and more micro-batches of data.tokens
-  eval.tasks      zero-shot tasks of lm-evaluation-harness (pip install 'distill-pretrain[eval]')
+  eval.tasks      zero-shot tasks of lm-evaluation-harness (pip install 'distill-pretrain[tasks]')
 
 Example
   distill-pretrain eval recipe.yaml
@@ -139,16 +140,6 @@ def _score(recipe: Recipe, models: dict[str, Path], held_out: SequenceData) -> E
 
     assert recipe.data and recipe.eval
 
-    def open_model(kind: str, path: Path, dtype: str) -> LogitsEngine:
-        return open_engine(
-            kind,
-            path,
-            dtype,
-            vocab_size=held_out.vocab_size,
-            seq_len=held_out.plan.seq_len,
-            tokenizer_sha256=held_out.tokenizer_sha256,
-        )
-
     available = held_out.plan.num_sequences
     count = min(recipe.eval.num_sequences or available, available)
     cache = None
@@ -162,9 +153,18 @@ def _score(recipe: Recipe, models: dict[str, Path], held_out: SequenceData) -> E
         )
     teacher = None
     if recipe.teacher is not None:
-        teacher = open_model(recipe.teacher.kind, recipe.teacher.path, recipe.teacher.dtype)
+        assert recipe.data.held_out_tokens
+        teacher = load_teacher(recipe.teacher, held_out, recipe.data.held_out_tokens)
     engines = {
-        name: open_model("megatron", path, recipe.eval.dtype) for name, path in models.items()
+        name: open_engine(
+            "megatron",
+            path,
+            recipe.eval.dtype,
+            vocab_size=held_out.vocab_size,
+            seq_len=held_out.plan.seq_len,
+            tokenizer_sha256=held_out.tokenizer_sha256,
+        )
+        for name, path in models.items()
     }
     inputs = _inputs(recipe, held_out, engines, models, teacher, cache, count)
     output = recipe.eval.output

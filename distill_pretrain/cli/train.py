@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import TYPE_CHECKING
 
 from distill_pretrain.cli.console import say
 from distill_pretrain.cli.recipe import Recipe
+from distill_pretrain.cli.teachers import load_teacher
 from distill_pretrain.config import dump_recipe, require
 
 if TYPE_CHECKING:
     from distill_pretrain.contracts import LogitsEngine
     from distill_pretrain.data.sources import SequenceData
-    from distill_pretrain.teacher.config import TeacherConfig
 
 SECTIONS = ("data", "model", "parallel", "optimizer", "objective", "teacher", "train")
 HELP = """
@@ -46,8 +45,8 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
         dump_recipe(recipe, output_dir / "recipe.yaml")
 
     def open_teacher(sequences: SequenceData) -> LogitsEngine:
-        assert recipe.teacher
-        return _open_teacher(recipe.teacher, sequences)
+        assert recipe.teacher and recipe.data
+        return load_teacher(recipe.teacher, sequences, recipe.data.tokens)
 
     train_student(
         data=recipe.data,
@@ -60,25 +59,3 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
         save_recipe=save_recipe,
         open_teacher=open_teacher if online else None,
     )
-
-
-def _open_teacher(teacher: TeacherConfig, sequences: SequenceData) -> LogitsEngine:
-    """The section's model; says so where it has columns that are no ids of the corpus."""
-    from distill_pretrain.teacher.engines import open_engine
-
-    engine = open_engine(
-        teacher.kind,
-        teacher.path,
-        teacher.dtype,
-        vocab_size=sequences.vocab_size,
-        seq_len=sequences.plan.seq_len,
-        tokenizer_sha256=sequences.tokenizer_sha256,
-    )
-    if teacher.kind == "hf":
-        width = json.loads((teacher.path / "config.json").read_text()).get("vocab_size", 0)
-        if width > sequences.vocab_size:
-            say(
-                f"the teacher's columns {sequences.vocab_size} to {width - 1} are padding: "
-                "no ids of the corpus, left out of its softmax"
-            )
-    return engine

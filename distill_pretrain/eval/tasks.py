@@ -23,7 +23,7 @@ class TaskError(DistillPretrainError):
 def require_harness() -> None:
     """Raise MissingDependency when no task could be run."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise MissingDependency("lm-eval", extra="eval", needed_for="eval.tasks")
+        raise MissingDependency("lm-eval", extra="tasks", needed_for="eval.tasks")
 
 
 def run_tasks(

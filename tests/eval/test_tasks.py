@@ -159,5 +159,5 @@ def test_without_the_harness_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find_spec(name)
     )
-    with pytest.raises(MissingDependency, match=r"distill-pretrain\[eval\]"):
+    with pytest.raises(MissingDependency, match=r"distill-pretrain\[tasks\]"):
         run({"a": PairEngine(1)}, "next_letter")

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from distill_pretrain.checkpoint.store import find_checkpoint
+from distill_pretrain.checkpoint.whole import load_whole_model, model_logits
 from distill_pretrain.dist.process import local_device
 from distill_pretrain.errors import TeacherError, TokenizerMismatch
-from distill_pretrain.mcore.config import ModelConfig, ParallelConfig
 
 
 class MegatronEngine:
@@ -25,21 +25,16 @@ class MegatronEngine:
         seq_len: int,
         tokenizer_sha256: str | None,
     ) -> None:
-        from distill_pretrain.mcore.model import build_model_chunks
-        from distill_pretrain.mcore.state import load_weights
-
         checkpoint = find_checkpoint(path)
         trained = checkpoint.identity
         _require_same_tokens(path, trained, vocab_size, tokenizer_sha256)
-        model = ModelConfig(**trained["model"])
-        if model.arch == "gpt2" and seq_len > trained["seq_len"]:
+        if trained["model"]["arch"] == "gpt2" and seq_len > trained["seq_len"]:
             raise TeacherError(
                 "the sequences are longer than the model's learned positions",
                 where=path,
                 found=seq_len,
                 expected=f"at most {trained['seq_len']}",
             )
-        checkpoint.verify()
         self.vocab_size = vocab_size
         self.device = local_device()
         self._identity = {
@@ -48,16 +43,7 @@ class MegatronEngine:
             "step": checkpoint.step,
             "checkpoint_sha256": checkpoint.sha256,
         }
-        chunks = build_model_chunks(
-            model,
-            ParallelConfig(),
-            vocab_size=vocab_size,
-            seq_len=trained["seq_len"],
-            precision=dtype,
-            seed=None,
-        )
-        load_weights(chunks, checkpoint.folder)
-        self._model = chunks[0].eval()
+        self._model = load_whole_model(checkpoint, precision=dtype)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -67,8 +53,7 @@ class MegatronEngine:
     @torch.no_grad()
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """float32[B, L, V] for tokens int64[B, L]."""
-        positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
-        return self._model(tokens, positions, None)[..., : self.vocab_size].float()
+        return model_logits(self._model, tokens, self.vocab_size)
 
 
 def _require_same_tokens(

@@ -1,0 +1,69 @@
+"""Opening the model of the section `teacher`, for every verb that runs one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distill_pretrain.cli.console import say
+
+if TYPE_CHECKING:
+    from distill_pretrain.contracts import LogitsEngine
+    from distill_pretrain.data.sources import SequenceData
+    from distill_pretrain.teacher.config import TeacherConfig
+
+
+def load_teacher(teacher: TeacherConfig, sequences: SequenceData, tokens: Path) -> LogitsEngine:
+    """The section's model, refused where it does not know the corpus's ids.
+
+    Args:
+        teacher: the section.
+        sequences: what it will score.
+        tokens: prefix of their .bin/.idx.
+
+    Raises:
+        TokenizerMismatch: another tokenizer or vocabulary than the corpus's.
+        TeacherError, CheckpointError: the model cannot be loaded.
+    """
+    from distill_pretrain.teacher.engines import open_engine
+
+    if teacher.kind == "hf":
+        _require_own_tokenizer(teacher.path, tokens)
+    engine = open_engine(
+        teacher.kind,
+        teacher.path,
+        teacher.dtype,
+        vocab_size=sequences.vocab_size,
+        seq_len=sequences.plan.seq_len,
+        tokenizer_sha256=sequences.tokenizer_sha256,
+    )
+    if teacher.kind == "hf":
+        width = json.loads((teacher.path / "config.json").read_text()).get("vocab_size", 0)
+        if width > sequences.vocab_size:
+            say(
+                f"the teacher's columns {sequences.vocab_size} to {width - 1} are padding: "
+                "no ids of the corpus, left out of its softmax"
+            )
+    return engine
+
+
+def _require_own_tokenizer(model: Path, tokens: Path) -> None:
+    """Refuse a corpus made with another Hugging Face tokenizer than the one beside the teacher's weights."""
+    from distill_pretrain.corpus.tokenizers import HF_FILES, tokenizer_sha256
+    from distill_pretrain.errors import TokenizerMismatch
+    from distill_pretrain.formats import TokensRecord
+
+    record = TokensRecord.beside(tokens)
+    has_tokenizer = any((model / name).is_file() for name in HF_FILES)
+    if record is None or record.tokenizer["kind"] != "hf" or not has_tokenizer:
+        return
+    found = tokenizer_sha256("hf", model)
+    if found != record.tokenizer["sha256"]:
+        raise TokenizerMismatch(
+            "the corpus was made with another tokenizer than the teacher's",
+            where=f"teacher.path {model}, data.tokens {tokens}",
+            found=f"tokenizer {found[:12]} beside the teacher",
+            expected=f"{record.tokenizer['sha256'][:12]}, recorded in tokens.json",
+            remedy="tokenize with tokenizer.kind=hf and tokenizer.path set to the teacher's folder",
+        )
