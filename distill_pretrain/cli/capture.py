@@ -186,6 +186,7 @@ def _summarise(folder: Path, manifest: Manifest, sequences: SequenceData) -> Non
             num_sequences=manifest.plan.num_sequences,
             where=folder,
             captured_rate=totals["canary_hit_rate"],
+            captured_sequences=manifest.plan.num_sequences,
             refuse=False,
             say=lambda line: print(f"  {line}", flush=True),
         )

@@ -23,6 +23,8 @@ FEWEST_POSITIONS = 1000
 DECISIVE_POSITIONS = 8000
 NUM_GROUPS = 32
 CLEARLY = 4.0
+COMPARED_SHARE = 0.5
+"""Of a capture: a smaller part has too few documents to have its hit rate."""
 RATE_TOLERANCE = 0.05
 
 _ALIGNED, _EARLIER, _LATER = range(3)
@@ -166,6 +168,7 @@ def run_canary(
     num_sequences: int,
     where: object,
     captured_rate: float | None,
+    captured_sequences: int,
     refuse: bool,
     say: Callable[[str], None],
 ) -> None:
@@ -176,11 +179,15 @@ def run_canary(
         cache: their targets.
         num_sequences: of the plan, that training uses.
         where: the cache, for messages.
-        captured_rate: `canary_hit_rate` of its manifest, None if it was not counted.
+        captured_rate: `canary_hit_rate` of its manifest, None if it was not counted; not compared where training
+            uses less than half of the capture.
+        captured_sequences: that the rate is of.
         refuse: raise what `check_canary` raises; otherwise print it.
         say: prints one line.
     """
     canary = measure_canary(plan, cache, num_sequences=num_sequences)
+    if num_sequences < COMPARED_SHARE * captured_sequences:
+        captured_rate = None
     try:
         doubt = check_canary(canary, where=where, captured_rate=captured_rate)
     except DistillPretrainError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,17 +149,20 @@ def open_blend(data: DataConfig) -> list[SequenceData]:
     return opened
 
 
-def open_sources(data: DataConfig, *, kd_weight: float) -> list[TrainingSource]:
-    """Open every corpus of the recipe, and its cache where the loss needs one."""
-    needs_cache = kd_weight > 0
-    return [
-        TrainingSource(
-            config=config,
-            sequences=sequences,
-            cache=open_cache(config.cache, sequences) if needs_cache and config.cache else None,
-        )
-        for config, sequences in zip(data.sources, open_blend(data), strict=True)
-    ]
+@contextmanager
+def open_sources(data: DataConfig, *, kd_weight: float) -> Iterator[list[TrainingSource]]:
+    """Every corpus of the recipe, and its cache where the loss needs one, open for as long as the block lasts."""
+    with ExitStack() as caches:
+
+        def cache_of(config: DataConfig, sequences: SequenceData) -> CacheReader | None:
+            if kd_weight == 0 or config.cache is None:
+                return None
+            return caches.enter_context(open_cache(config.cache, sequences))
+
+        yield [
+            TrainingSource(config=config, sequences=sequences, cache=cache_of(config, sequences))
+            for config, sequences in zip(data.sources, open_blend(data), strict=True)
+        ]
 
 
 def require_caches(data: DataConfig, kd_weight: float) -> None:

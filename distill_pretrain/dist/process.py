@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -93,6 +94,8 @@ def released_groups() -> Iterator[None]:
     dist.barrier()
     for group in [group for group in known if group not in before]:
         dist.destroy_process_group(group)
+    # A model is full of reference cycles, and what still refers to a group keeps its threads and sockets.
+    gc.collect()
 
 
 def on_first_rank(action: Callable[[], Result]) -> Result:

@@ -7,8 +7,15 @@ from dataclasses import dataclass
 
 from distill_pretrain.eval.comparison import CellResults, Comparison, Mean
 
-DECIDED_AT = 2.0
-"""A difference counts as resolved from so many standard errors on."""
+_T_QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+_NORMAL_QUANTILE = 2.0
+
+
+def decided_at(num_seeds: int) -> float:
+    """Standard errors from which a difference counts as resolved: Student's t, two-sided 95%, num_seeds - 1 degrees."""
+    row = num_seeds - 2
+    return _T_QUANTILES[row] if row < len(_T_QUANTILES) else _NORMAL_QUANTILE
+
 
 _FIELD_NAMES = {"ce": "held-out CE", "ece": "ECE", "kl": "KL", "acceptance": "acceptance"}
 _IN_PERCENT = ("ece", "acceptance")
@@ -35,7 +42,8 @@ class Ordering:
     @property
     def verdict(self) -> str:
         """`yes`, `no`, or `not resolved` where the difference is within its error."""
-        if self.gap.error is not None and abs(self.gap.value) < DECIDED_AT * self.gap.error:
+        error = self.gap.error
+        if error is not None and abs(self.gap.value) < decided_at(self.gap.n) * error:
             return "not resolved"
         return "yes" if self.gap.value > 0 else "no"
 

@@ -216,7 +216,8 @@ def _orderings(c: Comparison) -> list[str]:
     return [
         *lines,
         "",
-        f"Of the paper's {len(paper)}: {counts}. Not resolved: a difference below twice its standard error over seeds.",
+        f"Of the paper's {len(paper)}: {counts}. Not resolved: a difference whose 95% interval over "
+        "seeds (Student's t) holds 0. Each is judged alone: of 20 true zeros one would pass.",
     ]
 
 

@@ -95,6 +95,7 @@ def check_targets(sources: Sequence[TrainingSource], say: Callable[[str], None])
                     num_sequences=source.sequences.num_sequences,
                     where=source.config.cache,
                     captured_rate=rate,
+                    captured_sequences=source.cache.plan.num_sequences,
                     refuse=source.config.canary == "refuse",
                     say=say,
                 )
@@ -168,8 +169,7 @@ def train_student(
     cached_weight = objective.peak_kd_weight if open_teacher is None else 0.0
     require_caches(data, cached_weight)
     set_cpu_threads(train.threads)
-    with process_group():
-        sources = open_sources(data, kd_weight=cached_weight)
+    with process_group(), open_sources(data, kd_weight=cached_weight) as sources:
         teacher = _open_whole(open_teacher, sources[0].sequences) if open_teacher else None
         identity = run_identity(sources, model, parallel, optimizer, objective, train, teacher)
         checkpoints = CheckpointStore(train.output_dir / "checkpoints")

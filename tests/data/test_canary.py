@@ -232,6 +232,7 @@ def test_the_recipe_may_turn_a_refusal_into_a_warning(refuse):
         "num_sequences": 80,
         "where": "cache",
         "captured_rate": None,
+        "captured_sequences": 80,
         "refuse": refuse,
         "say": lines.append,
     }
@@ -243,6 +244,25 @@ def test_the_recipe_may_turn_a_refusal_into_a_warning(refuse):
     else:
         run_canary(text, Sampled(text, roll=1), **arguments)
         assert len(lines) == 2 and lines[1].startswith("warning: ")
+
+
+@pytest.mark.parametrize(("captured_sequences", "refused"), [(80, True), (160, True), (161, False)])
+def test_the_rate_of_a_capture_is_not_asked_of_a_small_part_of_it(captured_sequences, refused):
+    text, lines = Text(), []
+    arguments = {
+        "num_sequences": 80,
+        "where": "cache",
+        "captured_rate": 1.0,
+        "captured_sequences": captured_sequences,
+        "refuse": True,
+        "say": lines.append,
+    }
+    if refused:
+        with pytest.raises(CacheMismatch, match="less often than when they were captured"):
+            run_canary(text, Sampled(text), **arguments)
+    else:
+        run_canary(text, Sampled(text), **arguments)
+        assert len(lines) == 1
 
 
 def test_positions_without_targets_do_not_count():
@@ -265,6 +285,7 @@ def test_positions_without_targets_do_not_count():
             num_sequences=80,
             where="cache",
             captured_rate=0.5,
+            captured_sequences=80,
             refuse=True,
             say=lines.append,
         )

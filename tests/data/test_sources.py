@@ -67,9 +67,9 @@ def test_corpora_that_fit_are_opened_in_order(first, tmp_path):
     opened = open_blend(data)
     assert [source.num_sequences for source in opened] == [opened[0].plan.num_sequences, 3]
     assert opened[0].plan.plan_id != opened[1].plan.plan_id
-    sources = open_sources(data, kd_weight=0.0)
-    assert [source.for_batches.weight for source in sources] == [0.7, 0.3]
-    assert sources[0].identity != sources[1].identity
+    with open_sources(data, kd_weight=0.0) as sources:
+        assert [source.for_batches.weight for source in sources] == [0.7, 0.3]
+        assert sources[0].identity != sources[1].identity
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pydantic import ValidationError
+from scipy import stats
 
 from distill_pretrain.eval.comparison import CellResults, CellSpec, Comparison, Mean
 from distill_pretrain.eval.comparison_config import (
@@ -15,7 +16,12 @@ from distill_pretrain.eval.comparison_config import (
     default_sets,
 )
 from distill_pretrain.eval.comparison_journal import Stage, read_stages
-from distill_pretrain.eval.comparison_orderings import orderings, own_orderings
+from distill_pretrain.eval.comparison_orderings import (
+    Ordering,
+    decided_at,
+    orderings,
+    own_orderings,
+)
 from distill_pretrain.eval.comparison_report import write_comparison
 from distill_pretrain.eval.curves import FIELDS, TrainingCurve
 
@@ -227,3 +233,16 @@ def test_default_cells_cover_every_set_and_every_fix():
 def test_a_section_that_cannot_be_is_refused(keys, said):
     with pytest.raises(ValidationError, match=said):
         CompareConfig(output_dir=Path("x"), **keys)
+
+
+@pytest.mark.parametrize(("gap", "verdict"), [(3.0, "not resolved"), (5.0, "yes"), (-5.0, "no")])
+def test_three_seeds_need_more_than_two_standard_errors(gap, verdict):
+    mean = Mean(value=gap * 0.01, spread=0.01 * 3**0.5, error=0.01, n=3)
+    ordering = Ordering(claim="a below b", field="ce", low="a", high="b", gap=mean)
+    assert ordering.verdict == verdict
+
+
+def test_the_threshold_is_students_two_sided_95_percent_quantile():
+    for seeds in (2, 3, 5, 10):
+        assert decided_at(seeds) == pytest.approx(stats.t.ppf(0.975, seeds - 1), abs=0.006)
+    assert decided_at(40) == pytest.approx(stats.t.ppf(0.975, 39), abs=0.03)
