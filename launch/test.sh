@@ -9,7 +9,10 @@ cd "$(dirname "$0")/.."
 source launch/env.sh hf eval dev
 
 # Tests start processes of their own; one thread each keeps two cores busy without crowding them.
-case " $* " in *gpu*) ;; *) export CUDA_VISIBLE_DEVICES= ;; esac
+# Files of tests are divided among as many workers as there are cores, four at most; one GPU is not divided.
+workers=$(nproc)
+[ "$workers" -le 4 ] || workers=4
+case " $* " in *gpu*) workers=0 ;; *) export CUDA_VISIBLE_DEVICES= ;; esac
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 
 echo "== ruff check"
@@ -21,4 +24,4 @@ mypy
 echo "== lint-imports"
 lint-imports
 echo "== pytest"
-exec python -m pytest -rs -m "not gpu" "$@"
+exec python -m pytest -n "$workers" --dist loadfile -rs -m "not gpu" "$@"
