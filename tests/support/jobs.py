@@ -116,7 +116,7 @@ class Job:
     def run(self, verb: str, *overrides: str, num_processes: int = 1) -> str:
         """Run a verb in other processes; fail the test unless it succeeds; return its output."""
         process = self.start(verb, *overrides, num_processes=num_processes)
-        output, errors = process.communicate(timeout=300)
+        output, errors = process.communicate(timeout=600)
         if process.returncode != 0:
             pytest.fail(f"{verb} exited with {process.returncode}:\n{output}\n{errors[-6000:]}")
         return output
