@@ -59,8 +59,8 @@ def recipe_text(recipe: Section) -> str:
 
 
 def dump_recipe(recipe: Section, path: Path) -> None:
-    """Writes `recipe_text`, under its final name only once complete."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    """Writes `recipe_text`, under its final name only once complete; a kill leaves at most a hidden file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(recipe_text(recipe))
