@@ -6,12 +6,14 @@ E entries in all.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.distributed as dist
 
 IGNORED_LABEL = -100
 """Label of a position that has no next token; it counts in no loss and in no average."""
@@ -20,6 +22,8 @@ NO_ENTRY = -1
 """Target id that pads a row of `SparseTargets`."""
 
 TargetKind = Literal["counts", "logprobs"]
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,4 +98,77 @@ class LogitsEngine(Protocol):
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Next-token logits, float32[B, L, V], for tokens int64[B, L] (causal, no padding)."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitsChunk:
+    """Next-token logits of some consecutive positions over this rank's part of the vocabulary.
+
+    Attributes:
+        first: number of the first position among the B * L of a micro-batch.
+        first_id: token id of column 0.
+        logits: float32[rows, V_local]; real vocabulary only, and none where this rank holds padding alone.
+    """
+
+    first: int
+    first_id: int
+    logits: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replica:
+    """The processes that hold one copy of a model together.
+
+    Attributes:
+        group: all of them; None for a process that holds the model alone.
+        vocab_group: those among which the LM head's columns are split, this rank among them; None where the columns
+            are whole on one rank, and on ranks without the LM head.
+        leader: global rank that gets the results; it has the LM head.
+        number: of this copy among the job's copies, from 0.
+        count: copies in the job.
+    """
+
+    group: dist.ProcessGroup | None = None
+    vocab_group: dist.ProcessGroup | None = None
+    leader: int = 0
+    number: int = 0
+    count: int = 1
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this rank gets the results."""
+        return self.group is None or dist.get_rank() == self.leader
+
+    def share(self, value: Value) -> Value:
+        """The leader's value, on every rank of the replica; the others' is ignored."""
+        if self.group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=self.leader, group=self.group)
+        return box[0]
+
+
+class TeacherEngine(Protocol):
+    """A teacher at capture, held by one process or by several together (`replica`)."""
+
+    vocab_size: int
+    """V: real vocabulary over all ranks."""
+
+    device: torch.device
+
+    replica: Replica
+    """The processes that hold this copy of the teacher; other copies score other sequences."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """JSON-able: engine kind, weight-file sha256s, dtype, and what else moves float rounding."""
+        ...
+
+    def chunks(self, tokens: torch.Tensor) -> Iterator[LogitsChunk]:
+        """Logits of tokens int64[B, L], chunk by chunk, so that [B * L, V] is never whole.
+
+        Every rank of the replica calls it with the same tokens and exhausts it. Ranks with the LM head get the same
+        chunks, each its own columns; the others get none.
+        """
         ...
