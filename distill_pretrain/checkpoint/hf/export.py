@@ -1,0 +1,117 @@
+"""A checkpoint of this project, or a model in training, as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from distill_pretrain.checkpoint.hf.save import require_replaceable, save_hf_model
+from distill_pretrain.checkpoint.store import Checkpoint
+from distill_pretrain.dist.process import on_first_rank
+from distill_pretrain.formats.atomic import canonical_json
+from distill_pretrain.mcore.config import ModelConfig, ParallelConfig
+from distill_pretrain.mcore.deep import require_residual
+from distill_pretrain.mcore.layout import check_layout
+
+
+def export_source(identity: dict[str, Any], step: int) -> dict[str, Any]:
+    """What tells an export from those of other runs and steps."""
+    return {"run": hashlib.sha256(canonical_json(identity)).hexdigest(), "step": step}
+
+
+def export_model(
+    chunks: Sequence[torch.nn.Module],
+    identity: dict[str, Any],
+    step: int,
+    folder: Path,
+    *,
+    dtype: str,
+    tokenizer: Path | None,
+    eod_id: int | None,
+) -> None:
+    """`save_hf_model` of the model that a run's identity describes. Every rank calls it."""
+    save_hf_model(
+        chunks,
+        model=ModelConfig(**identity["model"]),
+        vocab_size=identity["vocab_size"],
+        max_positions=identity["seq_len"],
+        folder=folder,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        eod_id=eod_id,
+        source=export_source(identity, step),
+    )
+
+
+def export_checkpoint(
+    checkpoint: Checkpoint,
+    folder: Path,
+    *,
+    dtype: str,
+    tensor: int = 1,
+    pipeline: int = 1,
+    tokenizer: Path | None,
+    eod_id: int | None,
+) -> None:
+    """Load a checkpoint under a layout and write it as a Hugging Face folder. Every rank calls it.
+
+    Args:
+        checkpoint: of a training run; checked in full before it is read.
+        folder: to be made.
+        dtype: "fp32" or "bf16", of the stored weights.
+        tensor: tensor-parallel size.
+        pipeline: pipeline-parallel size.
+        tokenizer: see `save_hf_model`.
+        eod_id: token that ends a document.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, the folder is something else, or no class of transformers computes
+            the model.
+        LayoutError: the layout does not fit the model or the number of processes.
+
+    Needs the default process group.
+    """
+    identity = checkpoint.identity
+    model = ModelConfig(**identity["model"])
+    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
+    check_layout(
+        model,
+        parallel,
+        world_size=dist.get_world_size(),
+        micro_batch_size=1,
+        global_batch_size=dist.get_world_size(),
+        seq_len=identity["seq_len"],
+    )
+    require_residual(identity, model, checkpoint.folder)
+    on_first_rank(lambda: require_replaceable(folder, export_source(identity, checkpoint.step)))
+    checkpoint.verify()
+    from distill_pretrain.mcore.parallel import model_parallel
+
+    # The seed decides nothing: the weights are loaded.
+    with model_parallel(parallel, seed=0):
+        from distill_pretrain.mcore.model import build_model_chunks
+        from distill_pretrain.mcore.state import load_weights
+
+        chunks = build_model_chunks(
+            model,
+            parallel,
+            vocab_size=identity["vocab_size"],
+            seq_len=identity["seq_len"],
+            precision=dtype,
+            seed=None,
+        )
+        load_weights(chunks, checkpoint.folder)
+        export_model(
+            chunks,
+            identity,
+            checkpoint.step,
+            folder,
+            dtype=dtype,
+            tokenizer=tokenizer,
+            eod_id=eod_id,
+        )

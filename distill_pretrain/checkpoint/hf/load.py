@@ -1,0 +1,110 @@
+"""Hugging Face weights into megatron-core chunks: each rank reads its own share, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from distill_pretrain.checkpoint.hf.config import read_hf_model
+from distill_pretrain.checkpoint.hf.files import WeightFiles
+from distill_pretrain.checkpoint.hf.tensors import Piece, correspondence
+from distill_pretrain.dist.process import on_first_rank
+from distill_pretrain.errors import CheckpointError
+
+
+def load_hf_weights(chunks: Sequence[torch.nn.Module], path: Path) -> None:
+    """Fill this rank's chunks from the safetensors files of a folder. Every rank calls it.
+
+    Args:
+        chunks: of `build_model_chunks`, from `read_hf_model(path)`: its `model`, its `vocab_size`, and for gpt2
+            seq_len=`max_positions`; any layout and precision.
+        path: folder with config.json and safetensors files in fp32, bf16 or fp16.
+
+    Raises:
+        CheckpointError: a model that megatron-core cannot represent, damaged files, tensors that are missing, extra
+            or of another shape, or chunks of another model.
+    """
+    from distill_pretrain.mcore.model import parameters_by_name
+    from distill_pretrain.mcore.parallel import current_groups
+
+    found = read_hf_model(path)
+    names = correspondence(
+        found.model, vocab_size=found.vocab_size, max_positions=found.max_positions
+    )
+    pieces, shapes = names.pieces(), names.shapes()
+    tied = names.tied_tensors if found.model.tie_embeddings else None
+    files = on_first_rank(lambda: WeightFiles.open(path, shapes, tied=tied))
+    groups = current_groups()
+    parameters = parameters_by_name(chunks)
+    _require_all(parameters, pieces, groups.pipeline, path)
+    rank, size = dist.get_rank(groups.tensor), dist.get_world_size(groups.tensor)
+    load_parameters(parameters, pieces, files, rank=rank, size=size)
+
+
+@torch.no_grad()
+def load_parameters(
+    parameters: Mapping[str, torch.Tensor],
+    pieces: Mapping[str, Sequence[Piece]],
+    files: WeightFiles,
+    *,
+    rank: int,
+    size: int,
+) -> None:
+    """Fill parameters with their tensor-parallel slices.
+
+    Args:
+        parameters: by name in the whole model.
+        pieces: what each is made of.
+        files: where from.
+        rank: tensor-parallel.
+        size: tensor-parallel.
+    """
+    for name, parameter in parameters.items():
+        for piece in pieces[name]:
+            _load_piece(name, parameter, piece, files, rank, size)
+
+
+def _load_piece(
+    name: str, parameter: torch.Tensor, piece: Piece, files: WeightFiles, rank: int, size: int
+) -> None:
+    assert piece.scale == 1.0, "config.json describes plain models"
+    target = piece.select(parameter)
+    if not piece.fits(target.numel(), size):
+        raise CheckpointError(
+            "the model was built with other sizes than the folder's",
+            where=f"{files.folder}, {piece.tensor}",
+            found=f"{name} {list(parameter.shape)} on each of {size} tensor-parallel ranks",
+            expected=f"a share of {list(piece.shape)}",
+            remedy="build it from read_hf_model of this folder",
+        )
+    part = files.read(piece.tensor, piece.index(target.numel(), rank))
+    if piece.padded:
+        target[len(part) :].zero_()
+        target = target[: len(part)]
+    if piece.transposed:
+        part = part.t()
+    target.copy_(part.reshape(target.shape))
+
+
+def _require_all(
+    parameters: Mapping[str, torch.Tensor],
+    pieces: Mapping[str, Sequence[Piece]],
+    pipeline: dist.ProcessGroup,
+    path: Path,
+) -> None:
+    """Raise CheckpointError unless the pipeline's stages together have exactly the model's parameters."""
+    stages: list[Any] = [None] * dist.get_world_size(pipeline)
+    dist.all_gather_object(stages, list(parameters), group=pipeline)
+    built = {name for stage in stages for name in stage}
+    differing = sorted(built ^ set(pieces))
+    if differing:
+        raise CheckpointError(
+            "the model was built differently from the folder's",
+            where=path,
+            found=f"{len(differing)} parameters that only one of them has, such as {differing[0]}",
+            remedy="build it from read_hf_model of this folder",
+        )

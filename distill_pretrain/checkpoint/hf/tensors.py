@@ -1,0 +1,300 @@
+"""Which Hugging Face tensors make up which megatron-core parameter, whole and under tensor parallelism.
+
+Shapes: V vocabulary, H hidden_size, F ffn_hidden_size, n query heads, g key/value heads, r = n / g, d head width.
+
+megatron-core's linear_qkv interleaves: g groups of r query heads, one key and one value head. Its gated linear_fc1
+is gate over up, and each tensor-parallel rank holds its share of both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from distill_pretrain.mcore.config import ModelConfig
+from distill_pretrain.mcore.deep import residual_scaling
+
+Select = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _all_of(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """The part of a Hugging Face tensor that a parameter holds.
+
+    Attributes:
+        tensor: name of the Hugging Face tensor.
+        shape: its shape.
+        select: view of the part of the (local) parameter; flattened it is the part of the tensor, flattened.
+        split: dimension of the tensor that tensor-parallel ranks share out; None where each holds all of it.
+        start: first row (column) along `split` of what the ranks share out.
+        length: rows (columns) along `split` that they share out; None means all from `start` on.
+        transposed: the parameter holds the transpose of the tensor.
+        padded: the ranks' parts may reach beyond `length`; the rest is padding.
+        scale: the tensor is so many times the parameter: the coefficient of a branch, which no stock class has.
+    """
+
+    tensor: str
+    shape: tuple[int, ...]
+    select: Select = _all_of
+    split: int | None = None
+    start: int = 0
+    length: int | None = None
+    transposed: bool = False
+    padded: bool = False
+    scale: float = 1.0
+
+    def fits(self, numel: int, size: int) -> bool:
+        """Whether `size` ranks with so many elements each hold the whole."""
+        if self.split is None:
+            return numel == math.prod(self.shape)
+        step, rest = divmod(numel, self._row_numel)
+        length = self._length
+        return not rest and (step * size >= length if self.padded else step * size == length)
+
+    def index(self, numel: int, rank: int) -> tuple[slice, ...]:
+        """What of the tensor a rank with so many elements holds; short, or empty, where the rest is padding."""
+        if self.split is None:
+            return tuple(slice(0, n) for n in self.shape)
+        step = numel // self._row_numel
+        low, high = (self.start + min(edge * step, self._length) for edge in (rank, rank + 1))
+        bounds = [slice(0, n) for n in self.shape]
+        bounds[self.split] = slice(low, high)
+        return tuple(bounds)
+
+    def local_shape(self, numel: int) -> tuple[int, ...]:
+        """Shape of a rank's part of the tensor, padding included."""
+        shape = list(self.shape)
+        if self.split is not None:
+            shape[self.split] = numel // self._row_numel
+        return tuple(shape)
+
+    @property
+    def _length(self) -> int:
+        assert self.split is not None
+        return self.shape[self.split] - self.start if self.length is None else self.length
+
+    @property
+    def _row_numel(self) -> int:
+        assert self.split is not None
+        return math.prod(self.shape) // self.shape[self.split]
+
+
+class Correspondence:
+    """The parameters of a whole model and their tensors; see `LlamaTensors` and `GPT2Tensors`.
+
+    Args:
+        model: architecture.
+        vocab_size: V, rows of the stored embedding.
+        max_positions: learned positions of a gpt2 model.
+
+    Attributes:
+        tied_tensors: head and embedding, one and the same in a tied model.
+    """
+
+    tied_tensors: tuple[str, str]
+
+    def __init__(self, model: ModelConfig, *, vocab_size: int, max_positions: int) -> None:
+        self.model = model
+        self.vocab_size = vocab_size
+        self.max_positions = max_positions
+        self.heads = model.num_attention_heads
+        self.groups = model.num_query_groups or self.heads
+        self.head_dim = model.kv_channels or model.hidden_size // self.heads
+        self.scaling = residual_scaling(model)
+
+    def outside_layers(self) -> tuple[dict[str, list[Piece]], dict[str, list[Piece]]]:
+        """Parameter name -> pieces, of what comes before the layers and what comes after them."""
+        raise NotImplementedError
+
+    def in_layer(self, number: int) -> dict[str, list[Piece]]:
+        """Parameter name below `decoder.layers.N.` -> pieces."""
+        raise NotImplementedError
+
+    def pieces(self) -> dict[str, list[Piece]]:
+        """Every parameter of the whole model, in order, and its pieces."""
+        before, after = self.outside_layers()
+        layers = {
+            f"decoder.layers.{number}.{name}": self._scaled(number, name, pieces)
+            for number in range(self.model.num_layers)
+            for name, pieces in self.in_layer(number).items()
+        }
+        return {**before, **layers, **after}
+
+    def _scaled(self, number: int, name: str, pieces: list[Piece]) -> list[Piece]:
+        """With the coefficient of the branch in what writes the branch to the residual stream."""
+        for branch, linear in enumerate(("self_attention.linear_proj.", "mlp.linear_fc2.")):
+            if name.startswith(linear):
+                scale = self.scaling.coefficient(2 * number + branch)
+                return [replace(piece, scale=scale) for piece in pieces]
+        return pieces
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every Hugging Face tensor, by name."""
+        return {p.tensor: p.shape for pieces in self.pieces().values() for p in pieces}
+
+    def vocabulary(self, tensor: str) -> list[Piece]:
+        """Rows of [V, H], padded."""
+        shape = (self.vocab_size, self.model.hidden_size)
+        return [Piece(tensor=tensor, shape=shape, split=0, padded=True)]
+
+    def head_of_kind(self, kind: str) -> Select:
+        """View of the query, key or value rows of linear_qkv, weight or bias: [g, r or 1, d, ...]."""
+        ratio = self.heads // self.groups
+        heads = {
+            "q": slice(0, ratio),
+            "k": slice(ratio, ratio + 1),
+            "v": slice(ratio + 1, ratio + 2),
+        }[kind]
+
+        def select(parameter: torch.Tensor) -> torch.Tensor:
+            grouped = parameter.view(-1, ratio + 2, self.head_dim, *parameter.shape[1:])
+            return grouped[:, heads]
+
+        return select
+
+
+def correspondence(model: ModelConfig, *, vocab_size: int, max_positions: int) -> Correspondence:
+    """The correspondence of a model's architecture."""
+    kind = LlamaTensors if model.arch == "llama" else GPT2Tensors
+    return kind(model, vocab_size=vocab_size, max_positions=max_positions)
+
+
+def _whole(tensor: str, *shape: int) -> list[Piece]:
+    return [Piece(tensor=tensor, shape=shape)]
+
+
+class LlamaTensors(Correspondence):
+    """Llama, Mistral, Qwen2 and Qwen3: q, k, v, gate and up are tensors of their own."""
+
+    tied_tensors = ("lm_head.weight", "model.embed_tokens.weight")
+
+    def outside_layers(self) -> tuple[dict[str, list[Piece]], dict[str, list[Piece]]]:
+        """Embedding; final norm and head."""
+        before = {"embedding.word_embeddings.weight": self.vocabulary("model.embed_tokens.weight")}
+        after = {
+            "decoder.final_layernorm.weight": _whole("model.norm.weight", self.model.hidden_size)
+        }
+        if not self.model.tie_embeddings:
+            after["output_layer.weight"] = self.vocabulary("lm_head.weight")
+        return before, after
+
+    def in_layer(self, number: int) -> dict[str, list[Piece]]:
+        """Norms, attention, feed-forward block."""
+        model, here = self.model, f"model.layers.{number}."
+        hidden, ffn, width = model.hidden_size, model.ffn_hidden_size, self.heads * self.head_dim
+        pieces = {
+            "input_layernorm.weight": _whole(here + "input_layernorm.weight", hidden),
+            "self_attention.linear_qkv.weight": self._qkv(here, "weight", hidden),
+        }
+        if model.qkv_bias:
+            pieces["self_attention.linear_qkv.bias"] = self._qkv(here, "bias")
+        if model.qk_norm:
+            for kind in "qk":
+                pieces[f"self_attention.{kind}_layernorm.weight"] = _whole(
+                    f"{here}self_attn.{kind}_norm.weight", self.head_dim
+                )
+        return {
+            **pieces,
+            "self_attention.linear_proj.weight": [
+                Piece(tensor=here + "self_attn.o_proj.weight", shape=(hidden, width), split=1)
+            ],
+            "pre_mlp_layernorm.weight": _whole(here + "post_attention_layernorm.weight", hidden),
+            "mlp.linear_fc1.weight": [
+                Piece(
+                    tensor=f"{here}mlp.{name}.weight", shape=(ffn, hidden), select=_half(i), split=0
+                )
+                for i, name in enumerate(("gate_proj", "up_proj"))
+            ],
+            "mlp.linear_fc2.weight": [
+                Piece(tensor=here + "mlp.down_proj.weight", shape=(hidden, ffn), split=1)
+            ],
+        }
+
+    def _qkv(self, here: str, kind: str, *columns: int) -> list[Piece]:
+        rows = {"q": self.heads, "k": self.groups, "v": self.groups}
+        return [
+            Piece(
+                tensor=f"{here}self_attn.{name}_proj.{kind}",
+                shape=(heads * self.head_dim, *columns),
+                select=self.head_of_kind(name),
+                split=0,
+            )
+            for name, heads in rows.items()
+        ]
+
+
+def _half(number: int) -> Select:
+    return lambda parameter: parameter.chunk(2)[number]
+
+
+class GPT2Tensors(Correspondence):
+    """GPT-2: matrices are stored transposed, and q, k, v side by side."""
+
+    tied_tensors = ("lm_head.weight", "transformer.wte.weight")
+
+    def outside_layers(self) -> tuple[dict[str, list[Piece]], dict[str, list[Piece]]]:
+        """Embeddings; final norm and head."""
+        hidden = self.model.hidden_size
+        before = {
+            "embedding.word_embeddings.weight": self.vocabulary("transformer.wte.weight"),
+            "embedding.position_embeddings.weight": _whole(
+                "transformer.wpe.weight", self.max_positions, hidden
+            ),
+        }
+        after = {
+            f"decoder.final_layernorm.{kind}": _whole(f"transformer.ln_f.{kind}", hidden)
+            for kind in ("weight", "bias")
+        }
+        if not self.model.tie_embeddings:
+            after["output_layer.weight"] = self.vocabulary("lm_head.weight")
+        return before, after
+
+    def in_layer(self, number: int) -> dict[str, list[Piece]]:
+        """Norms, attention, feed-forward block."""
+        here = f"transformer.h.{number}."
+        hidden, ffn = self.model.hidden_size, self.model.ffn_hidden_size
+        pieces: dict[str, list[Piece]] = {}
+        for norm, name in (("input_layernorm", "ln_1"), ("pre_mlp_layernorm", "ln_2")):
+            for kind in ("weight", "bias"):
+                pieces[f"{norm}.{kind}"] = _whole(f"{here}{name}.{kind}", hidden)
+        pieces["self_attention.linear_qkv.weight"] = self._qkv(here, "weight", hidden)
+        pieces["self_attention.linear_qkv.bias"] = self._qkv(here, "bias")
+        pieces["mlp.linear_fc1.weight"] = [
+            Piece(tensor=here + "mlp.c_fc.weight", shape=(hidden, ffn), split=1, transposed=True)
+        ]
+        pieces["mlp.linear_fc1.bias"] = [
+            Piece(tensor=here + "mlp.c_fc.bias", shape=(ffn,), split=0)
+        ]
+        for linear, name, width in (
+            ("self_attention.linear_proj", "attn.c_proj", hidden),
+            ("mlp.linear_fc2", "mlp.c_proj", ffn),
+        ):
+            pieces[f"{linear}.weight"] = [
+                Piece(
+                    tensor=f"{here}{name}.weight", shape=(width, hidden), split=0, transposed=True
+                )
+            ]
+            pieces[f"{linear}.bias"] = _whole(f"{here}{name}.bias", hidden)
+        return pieces
+
+    def _qkv(self, here: str, kind: str, *rows: int) -> list[Piece]:
+        hidden = self.model.hidden_size
+        return [
+            Piece(
+                tensor=f"{here}attn.c_attn.{kind}",
+                shape=(*rows, 3 * hidden),
+                select=self.head_of_kind(name),
+                split=len(rows),
+                start=i * hidden,
+                length=hidden,
+                transposed=bool(rows),
+            )
+            for i, name in enumerate("qkv")
+        ]

@@ -1,0 +1,69 @@
+"""Exports during training: output_dir/hf/step-N, folders that stock transformers loads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill_pretrain.checkpoint.hf import hf_config
+from distill_pretrain.errors import ConfigError
+from distill_pretrain.formats.tokens_record import TokensRecord
+from distill_pretrain.mcore.config import ModelConfig
+from distill_pretrain.train.config import TrainConfig
+
+
+class RunExports:
+    """Exports of one run, every `train.export_interval` steps and after the last.
+
+    Args:
+        train: where, how often, in which precision.
+        identity: of the run.
+        tokens: prefix of the first corpus; its tokenizer goes into the exports.
+        zero_stage: of DeepSpeed; stage 3 leaves no rank with whole weights to export.
+
+    Raises:
+        ConfigError: exports are wanted under ZeRO-3.
+        CheckpointError: no class of transformers computes the model.
+    """
+
+    def __init__(
+        self, train: TrainConfig, identity: dict[str, Any], tokens: Path, *, zero_stage: int | None
+    ) -> None:
+        self._train = train
+        self._identity = identity
+        record = TokensRecord.beside(tokens)
+        self._tokenizer = None if record is None else tokens.parent / record.tokenizer["file"]
+        self._eod_id = None if record is None else record.eod_id
+        if train.export_interval is not None and zero_stage == 3:
+            raise ConfigError(
+                "weights that ZeRO-3 has scattered are not exported during training",
+                where="train.export_interval",
+                remedy="leave it out, and use `distill-pretrain export` on the checkpoints",
+            )
+        if train.export_interval is not None:
+            hf_config(
+                ModelConfig(**identity["model"]),
+                vocab_size=identity["vocab_size"],
+                max_positions=identity["seq_len"],
+                dtype=train.precision,
+            )
+
+    def after_step(self, step: int, chunks: Sequence[torch.nn.Module]) -> None:
+        """Export if this step's turn has come. Every rank calls it."""
+        interval = self._train.export_interval
+        if interval is None or (step % interval and step != self._train.steps):
+            return
+        from distill_pretrain.checkpoint.hf.export import export_model
+
+        export_model(
+            chunks,
+            self._identity,
+            step,
+            self._train.output_dir / "hf" / f"step-{step:08d}",
+            dtype=self._train.precision,
+            tokenizer=self._tokenizer,
+            eod_id=self._eod_id,
+        )
