@@ -5,18 +5,26 @@ Legend: T positions, V vocabulary, N draws (the k of top-k, the cap of top-p), E
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from distill_pretrain.contracts import RaggedTargets, TargetKind
+from distill_pretrain.sampling.figures import LOOK_EVERY, DistributionFigures
 from distill_pretrain.sampling.philox import Uint64Array, draws64, umul64hi
-from distill_pretrain.sampling.weights import BadLogits, Scratch, integer_weights, row_maxima
+from distill_pretrain.sampling.weights import (
+    BadLogits,
+    Scratch,
+    integer_weights,
+    largest,
+    log_sums,
+    usable_maxima,
+)
 
 SAMPLERS = ("systematic", "multinomial", "topk", "topp")
 MAX_VOCAB = 1 << 20
@@ -27,7 +35,6 @@ _CHUNK_ELEMENTS = 65536
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
-Rows = tuple[Int64Array, Int64Array, npt.NDArray[Any]]
 PointsOf = Callable[[Uint64Array, Int64Array, int], Int64Array]
 
 
@@ -80,6 +87,7 @@ def sample_sets(
     samplers: Sequence[Sampler],
     *,
     valid: npt.NDArray[np.bool_] | None = None,
+    figures: DistributionFigures | None = None,
 ) -> list[RaggedTargets]:
     """Sparse targets of T positions by each of several samplers, which share the softmax.
 
@@ -90,6 +98,7 @@ def sample_sets(
         positions: uint64[T], the sequence plan's sequence * seq_len + offset.
         samplers: one or more.
         valid: bool[T]; a row where it is False is not looked at and gets no entry.
+        figures: told of some of the rows.
 
     Returns:
         Targets of each sampler, in the order given.
@@ -97,75 +106,147 @@ def sample_sets(
     Raises:
         BadLogits: rows (numbered in `logits`) hold NaN, +inf or nothing but -inf.
     """
+    return sample_split(
+        logits, positions, samplers, WholeVocabulary(), valid=valid, figures=figures
+    )
+
+
+class Split(Protocol):
+    """How the columns of the logits are spread over ranks, and what the ranks tell each other of their rows."""
+
+    first_id: int
+    """Token id of this rank's column 0."""
+
+    def rows_at_once(self, columns: int) -> int:
+        """Rows whose weights are held at once; the same on every rank."""
+        ...
+
+    def maxima(self, own: Float32Array) -> Float32Array:
+        """float32[T]: the largest of the ranks' values, none of them NaN."""
+        ...
+
+    def totals(self, own: Int64Array) -> tuple[Int64Array, Int64Array]:
+        """int64[T] each: the sums over lower ids' ranks, and over all ranks."""
+        ...
+
+    def gathered(self, own: list[npt.NDArray[Any]]) -> list[list[npt.NDArray[Any]]]:
+        """Every rank's arrays of one dimension, by ascending ids."""
+        ...
+
+
+class WholeVocabulary:
+    """A `Split` over one rank."""
+
+    first_id = 0
+
+    def rows_at_once(self, columns: int) -> int:
+        """As many as stay in cache."""
+        return max(1, _CHUNK_ELEMENTS // columns)
+
+    def maxima(self, own: Float32Array) -> Float32Array:
+        """Its own."""
+        return own
+
+    def totals(self, own: Int64Array) -> tuple[Int64Array, Int64Array]:
+        """Nothing before, its own in all."""
+        return np.zeros_like(own), own
+
+    def gathered(self, own: list[npt.NDArray[Any]]) -> list[list[npt.NDArray[Any]]]:
+        """Its own."""
+        return [own]
+
+
+def sample_split(
+    logits: Float32Array,
+    positions: Uint64Array,
+    samplers: Sequence[Sampler],
+    split: Split,
+    *,
+    valid: npt.NDArray[np.bool_] | None = None,
+    figures: DistributionFigures | None = None,
+) -> list[RaggedTargets]:
+    """As `sample_sets`, from this rank's columns; every rank gets the targets of the whole rows, whatever the split.
+
+    Weights are integers, so their sums do not depend on who adds them; each rank emits the draws that fall into its
+    own stretch of [0, W), or the likeliest of its own ids, from which the likeliest of all are then chosen.
+    """
     assert logits.ndim == 2 and logits.dtype == np.float32, (logits.shape, logits.dtype)
     assert positions.shape == logits.shape[:1] and 1 <= logits.shape[1] <= MAX_VOCAB
     positions = positions.astype(np.uint64)
     rows = np.arange(len(logits)) if valid is None else np.flatnonzero(valid)
     sets = [_GrowingSet(sampler, positions[rows]) for sampler in samplers]
-    per_chunk = max(1, _CHUNK_ELEMENTS // logits.shape[1])
+    moments = _Moments()
+    per_chunk = split.rows_at_once(logits.shape[1])
     scratch = Scratch(min(per_chunk, max(1, len(rows))), logits.shape[1])
     bad: list[int] = []
     for start in range(0, len(rows), per_chunk):
         numbers = rows[start : start + per_chunk]
         try:
-            chunk = _Chunk(_rows(logits, numbers), scratch)
+            chunk = _Chunk(_rows(logits, numbers), scratch, split)
             for grown in sets:
                 grown.add(chunk, slice(start, start + per_chunk))
+            if figures is not None:
+                moments.add(chunk, np.arange(-start % LOOK_EVERY, len(numbers), LOOK_EVERY))
         except BadLogits as error:
             bad.extend(int(numbers[row]) for row in error.rows)
     if bad:
         raise BadLogits(bad)
-    return [grown.targets(rows, len(logits)) for grown in sets]
+    arrays = [array for grown in sets for array in grown.arrays()] + moments.arrays()
+    everyone = [iter(of_rank) for of_rank in split.gathered(arrays)]
+    targets = [grown.targets(everyone, rows, len(logits)) for grown in sets]
+    if figures is not None:
+        moments.report(everyone, figures)
+    return targets
 
 
 class _Chunk:
-    """Some rows of logits, and what several samplers read from them.
+    """Some rows of this rank's logits, and what several samplers read from them.
 
     Args:
-        logits: float32[T, V].
+        logits: float32[T, V_own].
         scratch: holds `cumulative`, so one chunk at a time may use it.
+        split: over the ranks.
 
     Attributes:
-        maxima: float32[T].
+        maxima: float32[T], over all ranks.
 
     Raises:
-        BadLogits: see `row_maxima`.
+        BadLogits: see `row_maxima`; on every rank.
     """
 
-    def __init__(self, logits: Float32Array, scratch: Scratch) -> None:
+    def __init__(self, logits: Float32Array, scratch: Scratch, split: Split) -> None:
         self.logits = logits
-        self.maxima = row_maxima(logits)
+        self.first_id = split.first_id
+        self.maxima = usable_maxima(split.maxima(largest(logits)))
         self._scratch = scratch
+        self._split = split
 
     @cached_property
     def cumulative(self) -> Int64Array:
-        """int64[T, V]: running sums of the integer weights."""
+        """int64[T, V_own]: running sums of the integer weights."""
         cumulative = integer_weights(self.logits, self._scratch, self.maxima)
         np.cumsum(cumulative, axis=1, out=cumulative)
         return cumulative
 
+    @cached_property
+    def _sums(self) -> tuple[Int64Array, Int64Array]:
+        return self._split.totals(self.cumulative[:, -1])
+
+    @property
+    def below(self) -> Int64Array:
+        """int64[T]: weight of the ids before this rank's."""
+        return self._sums[0]
+
     @property
     def totals(self) -> Int64Array:
         """int64[T]: W."""
-        return self.cumulative[:, -1]
+        return self._sums[1]
 
-    def weights(self, rows: Int64Array, ids: Int64Array) -> Int64Array:
+    def weights(self, rows: Int64Array, columns: Int64Array) -> Int64Array:
         """int64[E]: integer weights of some entries."""
-        below = np.where(ids > 0, self.cumulative[rows, ids - 1], 0)
-        weights: Int64Array = self.cumulative[rows, ids] - below
+        before = np.where(columns > 0, self.cumulative[rows, columns - 1], 0)
+        weights: Int64Array = self.cumulative[rows, columns] - before
         return weights
-
-    @cached_property
-    def _log_totals(self) -> npt.NDArray[np.float64]:
-        shifted = self.logits.astype(np.float64) - self.maxima[:, None]
-        totals: npt.NDArray[np.float64] = np.log(np.exp(shifted).sum(axis=1))
-        return totals
-
-    def logprobs(self, rows: Int64Array, ids: Int64Array) -> Float32Array:
-        """float32[E]: natural-log probabilities of some entries; a float64 log-softmax, rounded once."""
-        shifted = self.logits[rows, ids].astype(np.float64) - self.maxima[rows]
-        rounded: Float32Array = (shifted - self._log_totals[rows]).astype(np.float32)
-        return rounded
 
 
 class _GrowingSet:
@@ -173,44 +254,139 @@ class _GrowingSet:
 
     Args:
         sampler: of the set.
-        positions: uint64[valid rows].
+        positions: uint64[T] of all valid rows.
     """
 
     def __init__(self, sampler: Sampler, positions: Uint64Array) -> None:
         self._sampler = sampler
         self._draws = _draws(sampler, positions)
-        self._parts: list[Rows] = []
+        self._parts: list[tuple[npt.NDArray[Any], ...]] = []
+        self._maxima: list[Float32Array] = []
+        self._totals: list[Int64Array] = []
 
     def add(self, chunk: _Chunk, rows: slice) -> None:
         """Sample a chunk, which holds these of the valid rows."""
         sampler = self._sampler
-        if sampler.name == "topk":
-            part = _with_logprobs(chunk, _likeliest(chunk, sampler.num_draws))
-        elif sampler.name == "topp":
-            assert sampler.top_p is not None
-            part = _with_logprobs(chunk, _nucleus(chunk, sampler.num_draws, sampler.top_p))
-        else:
-            points = _POINTS[sampler.name](self._draws[rows], chunk.totals, sampler.num_draws)
-            part = _run_lengths(_locate(chunk.cumulative, points))
-        self._parts.append(part)
+        if sampler.kind == "logprobs":
+            self._maxima.append(chunk.maxima)
+            self._totals.append(chunk.totals.copy())
+            chosen = likeliest(chunk.logits, sampler.num_draws)
+            numbers, columns = np.nonzero(chosen)
+            values = chunk.logits[numbers, columns]
+            weights = chunk.weights(numbers, columns)
+            lengths = chosen.sum(axis=1)
+            self._parts.append((lengths, columns + chunk.first_id, values, weights))
+            return
+        points = _POINTS[sampler.name](self._draws[rows], chunk.totals, sampler.num_draws)
+        found = _locate(chunk.cumulative, points - chunk.below[:, None])
+        lengths, columns, counts = _run_lengths(found, chunk.logits.shape[1])
+        self._parts.append((lengths, columns + chunk.first_id, counts))
 
-    def targets(self, rows: Int64Array, num_rows: int) -> RaggedTargets:
-        """All of them, where the valid rows are `rows` of `num_rows`."""
-        kind = self._sampler.kind
-        dtype = np.float32 if kind == "logprobs" else np.int32
+    def arrays(self) -> list[npt.NDArray[Any]]:
+        """What the other ranks need of this one."""
+        dtypes = (np.int32, np.int32, *self._value_dtypes)
+        if not self._parts:
+            return [np.empty(0, dtype) for dtype in dtypes]
+        columns = map(np.concatenate, zip(*self._parts, strict=True))
+        return [column.astype(dtype) for column, dtype in zip(columns, dtypes, strict=True)]
+
+    @property
+    def _value_dtypes(self) -> tuple[type, ...]:
+        return (np.float32, np.int64) if self._sampler.kind == "logprobs" else (np.int32,)
+
+    def targets(
+        self, everyone: Sequence[Iterator[npt.NDArray[Any]]], rows: Int64Array, num_rows: int
+    ) -> RaggedTargets:
+        """All of them, where the valid rows are `rows` of `num_rows`; takes its arrays from every rank's."""
+        width = 2 + len(self._value_dtypes)
+        lengths, ids, values, *weights = _merged(
+            [[next(arrays) for _ in range(width)] for arrays in everyone]
+        )
+        if weights and len(lengths):
+            lengths, ids, values = self._chosen(lengths, ids, values, weights[0])
         entries = np.zeros(num_rows, np.int32)
-        ids, values = np.empty(0, np.int32), np.empty(0, dtype)
-        if self._parts:
-            lengths, all_ids, all_values = map(np.concatenate, zip(*self._parts, strict=True))
-            entries[rows] = lengths
-            ids, values = all_ids.astype(np.int32), all_values.astype(dtype)
+        entries[rows] = lengths
         return RaggedTargets(
-            kind=kind,
+            kind=self._sampler.kind,
             num_draws=self._sampler.num_draws,
             entries_per_token=entries,
             ids=ids,
             values=values,
         )
+
+    def _chosen(
+        self,
+        lengths: npt.NDArray[np.int32],
+        ids: npt.NDArray[np.int32],
+        logits: Float32Array,
+        weights: Int64Array,
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], Float32Array]:
+        """(entries, ids, natural-log probabilities) of the likeliest of the ranks' candidates."""
+        maxima, totals = np.concatenate(self._maxima), np.concatenate(self._totals)
+        rows = np.repeat(np.arange(len(lengths)), lengths)
+        columns = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        padded = np.full((len(lengths), int(lengths.max())), -np.inf, np.float32)
+        padded[rows, columns] = logits
+        chosen = likeliest(padded, self._sampler.num_draws)
+        if self._sampler.top_p is not None:
+            masses = np.zeros(padded.shape, np.int64)
+            masses[rows, columns] = weights
+            chosen &= _needed(padded, masses, _mass_of(self._sampler.top_p, totals))
+        kept = chosen[rows, columns]
+        shifted = logits[kept].astype(np.float64) - maxima[rows[kept]]
+        logprobs = shifted - log_sums(totals)[rows[kept]]
+        return chosen.sum(axis=1).astype(np.int32), ids[kept], logprobs.astype(np.float32)
+
+
+class _Moments:
+    """What `DistributionFigures` hear of some rows: entropy and likeliest id.
+
+    With w the integer weights and z the logits, the entropy is log(W / 2**40) + sum w (max z - z) / W.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[npt.NDArray[np.float64], npt.NDArray[np.int32]]] = []
+        self._totals: list[Int64Array] = []
+
+    def add(self, chunk: _Chunk, rows: Int64Array) -> None:
+        """Look at some rows of a chunk."""
+        if not len(rows):
+            return
+        logits, cumulative = chunk.logits[rows], chunk.cumulative[rows]
+        weights = np.diff(cumulative, axis=1, prepend=np.int64(0))
+        depth = np.where(weights > 0, chunk.maxima[rows, None] - logits, 0)
+        top = logits.argmax(axis=1).astype(np.int32)
+        is_here = logits[np.arange(len(rows)), top] == chunk.maxima[rows]
+        ids = np.where(is_here, top + chunk.first_id, MAX_VOCAB).astype(np.int32)
+        self._parts.append((np.einsum("tv,tv->t", weights.astype(np.float64), depth), ids))
+        self._totals.append(chunk.totals[rows])
+
+    def arrays(self) -> list[npt.NDArray[Any]]:
+        """What the other ranks need of this one."""
+        if not self._parts:
+            return [np.empty(0), np.empty(0, np.int32)]
+        return list(map(np.concatenate, zip(*self._parts, strict=True)))
+
+    def report(
+        self, everyone: Sequence[Iterator[npt.NDArray[Any]]], figures: DistributionFigures
+    ) -> None:
+        """Tell them; takes its arrays from every rank's."""
+        if self._totals:
+            totals = np.concatenate(self._totals)
+            depths = np.sum([next(arrays) for arrays in everyone], axis=0)
+            top_ids = np.min([next(arrays) for arrays in everyone], axis=0)
+            figures.add(log_sums(totals) + depths / totals, top_ids)
+
+
+def _merged(parts: list[list[npt.NDArray[Any]]]) -> list[npt.NDArray[Any]]:
+    """Rows (lengths, then columns of entries) of which every rank has a stretch, ranks by ascending ids."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = np.concatenate([np.repeat(np.arange(len(lengths)), lengths) for lengths, *_ in parts])
+    order = np.argsort(rows, kind="stable")
+    lengths, *columns = zip(*parts, strict=True)
+    totals = np.stack(lengths).sum(axis=0, dtype=np.int32)
+    return [totals, *(np.concatenate(column)[order] for column in columns)]
 
 
 def multinomial_points(draws: Uint64Array, totals: Int64Array, num_draws: int) -> Int64Array:
@@ -269,26 +445,28 @@ def _rows(logits: Float32Array, rows: Int64Array) -> Float32Array:
 
 
 def _locate(cumulative: Int64Array, points: Int64Array) -> Int64Array:
-    """int64[T, N] token ids, ascending in a row: the id whose weight interval holds the point."""
+    """int64[T, N] columns, ascending in a row: whose weight interval holds the point; V for a point beyond them."""
     found: Int64Array = torch.searchsorted(
         torch.from_numpy(cumulative), torch.from_numpy(points), right=True
     ).numpy()
+    found[points < 0] = cumulative.shape[1]
     found.sort(axis=1)
     return found
 
 
-def _run_lengths(drawn: Int64Array) -> Rows:
-    """(entries int64[T], ids int64[E], counts int64[E]) of ascending draws [T, N]."""
+def _run_lengths(drawn: Int64Array, vocab: int) -> tuple[Int64Array, Int64Array, Int64Array]:
+    """(entries int64[T], columns int64[E], counts int64[E]) of ascending draws [T, N] below `vocab`."""
     starts_run = np.ones(drawn.shape, np.bool_)
     np.not_equal(drawn[:, 1:], drawn[:, :-1], out=starts_run[:, 1:])
     starts = np.flatnonzero(starts_run)
     counts = np.diff(starts, append=drawn.size)
-    return starts_run.sum(axis=1), drawn.reshape(-1)[starts], counts
+    columns = drawn.reshape(-1)[starts]
+    own = columns < vocab
+    return (starts_run & (drawn < vocab)).sum(axis=1), columns[own], counts[own]
 
 
-def _likeliest(chunk: _Chunk, k: int) -> npt.NDArray[np.bool_]:
+def likeliest(logits: Float32Array, k: int) -> npt.NDArray[np.bool_]:
     """bool[T, V]: the k largest logits, ties to the lower id; -inf is never among them."""
-    logits = chunk.logits
     vocab = logits.shape[1]
     k = min(k, vocab)
     threshold = np.partition(logits, vocab - k, axis=1)[:, vocab - k, None]
@@ -299,30 +477,19 @@ def _likeliest(chunk: _Chunk, k: int) -> npt.NDArray[np.bool_]:
     return chosen
 
 
-def _nucleus(chunk: _Chunk, cap: int, top_p: float) -> npt.NDArray[np.bool_]:
-    """bool[T, V]: the fewest of the likeliest ids whose mass reaches `top_p`, or `cap` of them if that is less.
+def _needed(logits: Float32Array, weights: Int64Array, mass: Int64Array) -> npt.NDArray[np.bool_]:
+    """bool[T, C]: the fewest of the likeliest whose weights reach `mass`, or all; of equal logits the first first.
 
-    Masses are sums of integer weights, so the comparison `mass >= top_p` is exact and has one outcome in any order
-    of summation. Of equal logits the lower id comes first.
+    The comparison is of integers, so it is exact and has one outcome in any order of summation.
     """
-    chosen = _likeliest(chunk, cap)
-    rows, ids = np.nonzero(chosen)
-    lengths = chosen.sum(axis=1)
-    columns = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    padded = (len(lengths), int(lengths.max()))
-    logits = np.full(padded, -np.inf, np.float32)
-    weights = np.zeros(padded, np.int64)
-    logits[rows, columns] = chunk.logits[rows, ids]
-    weights[rows, columns] = chunk.weights(rows, ids)
     order = np.argsort(-logits, axis=1, kind="stable")
     masses = np.cumsum(np.take_along_axis(weights, order, axis=1), axis=1)
     # An id is needed if those before it fall short.
-    needed_by_rank = np.ones(padded, np.bool_)
-    needed_by_rank[:, 1:] = masses[:, :-1] < _mass_of(top_p, chunk.totals)[:, None]
-    needed = np.empty(padded, np.bool_)
-    np.put_along_axis(needed, order, needed_by_rank, axis=1)
-    chosen[rows, ids] = needed[rows, columns]
-    return chosen
+    by_rank = np.ones(logits.shape, np.bool_)
+    by_rank[:, 1:] = masses[:, :-1] < mass[:, None]
+    needed = np.empty(logits.shape, np.bool_)
+    np.put_along_axis(needed, order, by_rank, axis=1)
+    return needed
 
 
 def _mass_of(top_p: float, totals: Int64Array) -> Int64Array:
@@ -332,9 +499,3 @@ def _mass_of(top_p: float, totals: Int64Array) -> Int64Array:
     has_fraction = unsigned * share != 0  # the product's lower 64 bits
     mass: Int64Array = umul64hi(unsigned, share).astype(np.int64) + has_fraction
     return mass
-
-
-def _with_logprobs(chunk: _Chunk, chosen: npt.NDArray[np.bool_]) -> Rows:
-    """(entries int64[T], ids int64[E], natural-log probabilities float32[E]) of the chosen."""
-    rows, ids = np.nonzero(chosen)
-    return chosen.sum(axis=1), ids, chunk.logprobs(rows, ids)

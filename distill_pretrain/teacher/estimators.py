@@ -9,20 +9,21 @@ Shapes: T positions of a micro-batch, V vocabulary, E entries in all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from distill_pretrain.contracts import IGNORED_LABEL, LogitsEngine, RaggedTargets
+from distill_pretrain.contracts import IGNORED_LABEL, RaggedTargets, TeacherEngine
 from distill_pretrain.data.sources import SequenceData
 from distill_pretrain.formats.hc_build import build_tables
 from distill_pretrain.formats.hc_codec import HcCodec
 from distill_pretrain.sampling import Sampler, sample_sets
 from distill_pretrain.sampling.weights import integer_weights
-from distill_pretrain.teacher.scoring import score
+from distill_pretrain.teacher.scoring import require_whole_vocabulary
 
 SEEDS = 8
 CHECKED_POSITIONS_PER_BATCH = 64
@@ -106,7 +107,7 @@ class EstimatorStudy:
 
 
 def study_estimators(
-    engine: LogitsEngine,
+    engine: TeacherEngine,
     sequences: SequenceData,
     samplers: Sequence[Sampler],
     *,
@@ -130,24 +131,9 @@ def study_estimators(
     teacher = _TeacherSums(draws)
     sums = [_SamplerSums(sampler) for sampler in samplers]
     for first in range(0, count, micro_batch_size):
-        batch = score(engine, sequences, first, min(micro_batch_size, count - first))
-        valid = (batch.labels != IGNORED_LABEL).reshape(-1)
-        logits = batch.logits.reshape(-1, sequences.vocab_size)[valid]
-        positions = np.arange(len(valid), dtype=np.uint64)[valid]
-        positions += np.uint64(first * sequences.plan.seq_len)
-        probs = softmax64(logits)
-        teacher.add(probs)
-        checked = _spread(len(logits))
-        drawn = sample_sets(logits, positions, samplers)
-        drawn_again = [
-            sample_sets(logits[checked], positions[checked], [_reseeded(s, n) for s in samplers])
-            for n in range(SEEDS)
-        ]
-        weights = integer_weights(logits).astype(np.float64)
-        rounding = np.abs(weights / weights.sum(axis=1, keepdims=True) - probs).sum()
-        for number, one in enumerate(sums):
-            one.add(probs, drawn[number], float(rounding))
-            one.check(probs[checked], [again[number] for again in drawn_again])
+        size = min(micro_batch_size, count - first)
+        for logits, positions in _scored(engine, sequences, first, size):
+            _study_rows(teacher, sums, logits, positions)
     return EstimatorStudy(
         positions=teacher.positions,
         vocab_size=sequences.vocab_size,
@@ -158,8 +144,45 @@ def study_estimators(
     )
 
 
+def _study_rows(
+    teacher: _TeacherSums,
+    sums: Sequence[_SamplerSums],
+    logits: npt.NDArray[np.float32],
+    positions: npt.NDArray[np.uint64],
+) -> None:
+    samplers = [one.sampler for one in sums]
+    probs = softmax64(logits)
+    teacher.add(probs)
+    checked = _spread(len(logits))
+    drawn = sample_sets(logits, positions, samplers)
+    drawn_again = [
+        sample_sets(logits[checked], positions[checked], [_reseeded(s, n) for s in samplers])
+        for n in range(SEEDS)
+    ]
+    weights = integer_weights(logits).astype(np.float64)
+    rounding = np.abs(weights / weights.sum(axis=1, keepdims=True) - probs).sum()
+    for number, one in enumerate(sums):
+        one.add(probs, drawn[number], float(rounding))
+        one.check(probs[checked], [again[number] for again in drawn_again])
+
+
+def _scored(
+    engine: TeacherEngine, sequences: SequenceData, first: int, count: int
+) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.uint64]]]:
+    """Logits [T, V] and positions [T] of those that have a next token, chunk by chunk."""
+    tokens, labels = sequences.plan.read(np.arange(first, first + count))
+    valid = (labels != IGNORED_LABEL).reshape(-1)
+    start = first * sequences.plan.seq_len
+    for chunk in engine.chunks(torch.from_numpy(tokens.astype(np.int64)).to(engine.device)):
+        require_whole_vocabulary(chunk, sequences.vocab_size)
+        rows = np.flatnonzero(valid[chunk.first : chunk.first + len(chunk.logits)])
+        if len(rows):
+            positions = (start + chunk.first + rows).astype(np.uint64)
+            yield chunk.logits.cpu().numpy()[rows], positions
+
+
 def moved_by_batch_shape(
-    engine: LogitsEngine,
+    engine: TeacherEngine,
     sequences: SequenceData,
     sampler: Sampler,
     *,
@@ -373,7 +396,7 @@ def _spread(num_rows: int) -> npt.NDArray[np.int64]:
 
 
 def _rows_of(
-    engine: LogitsEngine,
+    engine: TeacherEngine,
     sequences: SequenceData,
     sampler: Sampler,
     num_sequences: int,
@@ -382,11 +405,9 @@ def _rows_of(
     """(id, value) pairs of every position."""
     rows: list[npt.NDArray[Any]] = []
     for first in range(0, num_sequences, micro_batch_size):
-        batch = score(engine, sequences, first, min(micro_batch_size, num_sequences - first))
-        flat = batch.logits.reshape(-1, sequences.vocab_size)
-        positions = np.arange(len(flat), dtype=np.uint64)
-        positions += np.uint64(first * sequences.plan.seq_len)
-        (targets,) = sample_sets(flat, positions, [sampler])
-        pairs = np.stack((targets.ids.astype(np.float64), targets.values), axis=1)
-        rows += np.split(pairs, np.cumsum(targets.entries_per_token)[:-1])
+        size = min(micro_batch_size, num_sequences - first)
+        for logits, positions in _scored(engine, sequences, first, size):
+            (targets,) = sample_sets(logits, positions, [sampler])
+            pairs = np.stack((targets.ids.astype(np.float64), targets.values), axis=1)
+            rows += np.split(pairs, np.cumsum(targets.entries_per_token)[:-1])
     return rows

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from distill_pretrain.contracts import LogitsChunk, Replica
 from distill_pretrain.data.config import DataConfig
 from distill_pretrain.data.sources import SequenceData, open_sequences
 from distill_pretrain.errors import TeacherError
@@ -27,12 +29,17 @@ class Peaked:
 
     vocab_size = VOCAB_SIZE
     device = torch.device("cpu")
+    replica = Replica()
     identity: dict[str, Any] = {"kind": "megatron"}  # noqa: RUF012
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         places = torch.arange(tokens.size(1)) + 31 * tokens
         columns = torch.arange(VOCAB_SIZE)
         return 4 * torch.sin(places[..., None] * (columns + 1.0) * 0.7371).float()
+
+    def chunks(self, tokens: torch.Tensor) -> Iterator[LogitsChunk]:
+        for number, some in enumerate(self.logits(tokens).flatten(0, 1).split(50)):
+            yield LogitsChunk(first=50 * number, first_id=0, logits=some)
 
 
 class Moody(Peaked):

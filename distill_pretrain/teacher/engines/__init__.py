@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from distill_pretrain.contracts import LogitsEngine
+from distill_pretrain.contracts import LogitsEngine, TeacherEngine
+from distill_pretrain.dist.env import launch_world_size
+from distill_pretrain.errors import ConfigError, LayoutError
+from distill_pretrain.teacher.config import TeacherConfig
 
 
 def open_engine(
@@ -16,10 +21,11 @@ def open_engine(
     seq_len: int,
     tokenizer_sha256: str | None = None,
 ) -> LogitsEngine:
-    """Load a model for scoring.
+    """Load a model for scoring, whole in this process.
 
     Args:
-        kind: "megatron" (a checkpoint of this project) or "hf" (a local Hugging Face folder).
+        kind: "megatron" (a checkpoint of this project, or a Hugging Face folder that it can convert) or "hf" (any
+            local Hugging Face folder).
         path: run, checkpoint or model folder.
         dtype: "fp32" or "bf16", arithmetic of the forward pass.
         vocab_size: V of the corpus to score.
@@ -29,6 +35,7 @@ def open_engine(
     Raises:
         TeacherError, CheckpointError: the model cannot be loaded.
         TokenizerMismatch: the model's vocabulary or tokenizer is not the corpus's.
+        ConfigError: an engine that splits the model.
 
     A megatron engine needs the process groups of `mcore.parallel.model_parallel`.
     """
@@ -42,6 +49,107 @@ def open_engine(
             seq_len=seq_len,
             tokenizer_sha256=tokenizer_sha256,
         )
+    if kind == "deepspeed":
+        raise ConfigError(
+            "the teacher is held by several processes only while a cache is captured",
+            where="teacher.kind",
+            found=kind,
+            expected="hf or megatron, whole in each process",
+            remedy="set teacher.kind=hf; its folder is the same",
+        )
     from distill_pretrain.teacher.engines.hf import HFEngine
 
     return HFEngine(path, dtype, vocab_size=vocab_size, seq_len=seq_len)
+
+
+@contextmanager
+def teacher_groups(teacher: TeacherConfig) -> Iterator[None]:
+    """What `open_teacher_engine` needs of the job's processes, for as long as the block lasts.
+
+    Inside `dist.process.process_group`; every rank of the job enters it.
+
+    Raises:
+        LayoutError: the processes cannot be shared out among copies of the teacher.
+    """
+    _require_processes(teacher)
+    if teacher.kind != "megatron":
+        yield
+        return
+    from distill_pretrain.mcore.config import ParallelConfig
+    from distill_pretrain.mcore.parallel import model_parallel
+
+    layout = ParallelConfig(tensor=teacher.tensor, pipeline=teacher.pipeline)
+    with model_parallel(layout, seed=0):
+        yield
+
+
+def open_teacher_engine(
+    teacher: TeacherConfig, *, vocab_size: int, seq_len: int, tokenizer_sha256: str | None = None
+) -> TeacherEngine:
+    """Load this rank's share of a teacher for capture; inside `teacher_groups`, on every rank of the job.
+
+    Args:
+        teacher: the section.
+        vocab_size: V of the corpus.
+        seq_len: L of its sequences.
+        tokenizer_sha256: of the corpus; compared where the model knows its own.
+
+    Raises:
+        TeacherError, CheckpointError: the model cannot be loaded.
+        TokenizerMismatch: the model's vocabulary or tokenizer is not the corpus's.
+        MissingDependency: a package of an extra, with the line that installs it.
+    """
+    if teacher.kind == "megatron":
+        from distill_pretrain.teacher.engines.megatron import MegatronEngine
+
+        return MegatronEngine(
+            teacher.path,
+            teacher.dtype,
+            vocab_size=vocab_size,
+            seq_len=seq_len,
+            tokenizer_sha256=tokenizer_sha256,
+            tensor=teacher.tensor,
+            pipeline=teacher.pipeline,
+            head_chunk_tokens=teacher.head_chunk_tokens,
+        )
+    if teacher.kind == "hf" and teacher.processes == 1:
+        from distill_pretrain.teacher.engines.hf import HFEngine
+
+        return HFEngine(
+            teacher.path,
+            teacher.dtype,
+            vocab_size=vocab_size,
+            seq_len=seq_len,
+            head_chunk_tokens=teacher.head_chunk_tokens,
+        )
+    from distill_pretrain.teacher.engines import split_hf
+
+    return split_hf.SplitHFEngine(
+        teacher,
+        vocab_size=vocab_size,
+        seq_len=seq_len,
+        open_trunk=(
+            split_hf.open_deepspeed_trunk
+            if teacher.kind == "deepspeed"
+            else split_hf.open_transformers_trunk
+        ),
+        splits_sequences=teacher.tensor == 1,
+    )
+
+
+def _require_processes(teacher: TeacherConfig) -> None:
+    world, each = launch_world_size(), teacher.processes
+    if world % each:
+        raise LayoutError(
+            "the processes cannot be shared out among copies of the teacher",
+            where="teacher.tensor, teacher.pipeline, teacher.fsdp, teacher.zero",
+            found=f"{world} processes, {each} to a copy",
+            expected=f"a multiple of {each} processes",
+        )
+    if teacher.kind == "deepspeed" and world != each:
+        raise LayoutError(
+            "ZeRO-3 takes all processes of a job for one copy of the teacher",
+            where="teacher.zero",
+            found=f"{world} processes, zero: {each}",
+            remedy=f"set teacher.zero={world}, or start several jobs of {each}: they can share a cache",
+        )

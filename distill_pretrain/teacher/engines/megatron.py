@@ -1,20 +1,30 @@
-"""Scores with a checkpoint that this project trained; one whole model per process."""
+"""Scores with megatron-core: a checkpoint that this project trained, or a Hugging Face model it can represent."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from distill_pretrain.checkpoint.store import find_checkpoint
-from distill_pretrain.checkpoint.whole import load_whole_model, model_logits
+from distill_pretrain.checkpoint.whole import load_model_part, model_logits
+from distill_pretrain.contracts import LogitsChunk
 from distill_pretrain.dist.process import local_device
 from distill_pretrain.errors import TeacherError, TokenizerMismatch
+from distill_pretrain.mcore.config import ParallelConfig
+from distill_pretrain.teacher.engines.folder import (
+    CONFIG_FILE,
+    require_known_ids,
+    require_positions,
+    weights_identity,
+)
+from distill_pretrain.teacher.engines.head import ChunkedHead
 
 
 class MegatronEngine:
-    """See `open_engine`; the architecture comes from the checkpoint itself."""
+    """See `open_engine` and `open_teacher_engine`; the architecture comes from the checkpoint or folder itself."""
 
     def __init__(
         self,
@@ -23,11 +33,58 @@ class MegatronEngine:
         *,
         vocab_size: int,
         seq_len: int,
-        tokenizer_sha256: str | None,
+        tokenizer_sha256: str | None = None,
+        tensor: int = 1,
+        pipeline: int = 1,
+        head_chunk_tokens: int = 1024,
     ) -> None:
+        from distill_pretrain.mcore.forward import ForwardOnly, head_shard_rank, scoring_replica
+
+        self.vocab_size = vocab_size
+        self.device = local_device()
+        self.replica = scoring_replica()
+        self._identity: dict[str, Any] = {"kind": "megatron", "dtype": dtype}
+        parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
+        if (path / CONFIG_FILE).is_file():
+            self._model = self._load_folder(path, parallel, seq_len)
+        else:
+            self._model = self._load_checkpoint(path, parallel, seq_len, tokenizer_sha256)
+        self._identity |= {"head_chunk_tokens": head_chunk_tokens}
+        self._identity |= {k: v for k, v in (("tensor", tensor), ("pipeline", pipeline)) if v > 1}
+        self._forward = ForwardOnly(self._model)
+        self._head: ChunkedHead | None = None
+        if self._forward.head is not None:
+            self._head = ChunkedHead(
+                self._forward.head,
+                first_id=head_shard_rank() * len(self._forward.head),
+                vocab_size=vocab_size,
+                chunk_tokens=head_chunk_tokens,
+            )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Engine, arithmetic, layout and weights."""
+        return self._identity
+
+    @torch.no_grad()
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """float32[B, L, V] for tokens int64[B, L]; of a model that this process holds alone."""
+        assert self.replica.group is None
+        return model_logits(self._model, tokens, self.vocab_size)
+
+    def chunks(self, tokens: torch.Tensor) -> Iterator[LogitsChunk]:
+        """See `TeacherEngine`."""
+        hidden = self._forward.hidden(tokens)
+        if self._head is not None:
+            assert hidden is not None
+            yield from self._head.chunks(hidden)
+
+    def _load_checkpoint(
+        self, path: Path, parallel: ParallelConfig, seq_len: int, tokenizer_sha256: str | None
+    ) -> torch.nn.Module:
         checkpoint = find_checkpoint(path)
         trained = checkpoint.identity
-        _require_same_tokens(path, trained, vocab_size, tokenizer_sha256)
+        _require_same_tokens(path, trained, self.vocab_size, tokenizer_sha256)
         if trained["model"]["arch"] == "gpt2" and seq_len > trained["seq_len"]:
             raise TeacherError(
                 "the sequences are longer than the model's learned positions",
@@ -35,25 +92,27 @@ class MegatronEngine:
                 found=seq_len,
                 expected=f"at most {trained['seq_len']}",
             )
-        self.vocab_size = vocab_size
-        self.device = local_device()
-        self._identity = {
-            "kind": "megatron",
-            "dtype": dtype,
-            "step": checkpoint.step,
-            "checkpoint_sha256": checkpoint.sha256,
-        }
-        self._model = load_whole_model(checkpoint, precision=dtype)
+        self._identity |= {"step": checkpoint.step, "checkpoint_sha256": checkpoint.sha256}
+        return load_model_part(checkpoint, parallel, precision=self._identity["dtype"])
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Engine, arithmetic and weights."""
-        return self._identity
+    def _load_folder(self, path: Path, parallel: ParallelConfig, seq_len: int) -> torch.nn.Module:
+        from distill_pretrain.checkpoint.hf import load_hf_weights, read_hf_model
+        from distill_pretrain.mcore.model import build_model_chunks
 
-    @torch.no_grad()
-    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """float32[B, L, V] for tokens int64[B, L]."""
-        return model_logits(self._model, tokens, self.vocab_size)
+        found = read_hf_model(path)
+        require_known_ids(path, found.vocab_size, self.vocab_size)
+        require_positions(path, found.max_positions, seq_len)
+        chunks = build_model_chunks(
+            found.model,
+            parallel,
+            vocab_size=found.vocab_size,
+            seq_len=found.max_positions,
+            precision=self._identity["dtype"],
+            seed=None,
+        )
+        load_hf_weights(chunks, path)
+        self._identity |= {"model_type": found.family, "files": weights_identity(path)}
+        return chunks[0].eval()
 
 
 def _require_same_tokens(

@@ -1,0 +1,291 @@
+"""Scores with a Hugging Face causal LM that several processes hold together.
+
+The trunk, everything below the LM head, is split by transformers (tensor parallel, FSDP2) or by DeepSpeed (ZeRO-3).
+Each rank reads its own columns of the LM head from the files, so the head is never whole anywhere.
+
+Shapes: B sequences, L positions, H hidden size, R ranks of the replica.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from distill_pretrain.contracts import LogitsChunk, Replica
+from distill_pretrain.dist.process import local_device
+from distill_pretrain.errors import LayoutError, MissingDependency, TeacherError
+from distill_pretrain.teacher.config import TeacherConfig
+from distill_pretrain.teacher.engines.folder import (
+    DTYPES,
+    cannot_be_loaded,
+    finish_of,
+    import_transformers,
+    read_config,
+    require_known_head,
+    weights_identity,
+)
+from distill_pretrain.teacher.engines.head import ChunkedHead, head_rows
+
+Trunk = Callable[[torch.Tensor], torch.Tensor]
+"""tokens int64[B, L] -> final hidden states [B, L, H]; every rank of the replica calls it together."""
+
+OpenTrunk = Callable[[TeacherConfig, Any], Trunk]
+"""(section, the folder's configuration) -> trunk."""
+
+
+class SplitHFEngine:
+    """See `open_teacher_engine`.
+
+    Args:
+        teacher: the section.
+        vocab_size: V of the corpus.
+        seq_len: L.
+        open_trunk: loads this rank's part of the trunk.
+        splits_sequences: the ranks of a replica take different sequences through the trunk and exchange hidden states,
+            B * L * H numbers; otherwise all take the same ones.
+    """
+
+    def __init__(
+        self,
+        teacher: TeacherConfig,
+        *,
+        vocab_size: int,
+        seq_len: int,
+        open_trunk: OpenTrunk,
+        splits_sequences: bool,
+    ) -> None:
+        path = teacher.path
+        config = read_config(path, vocab_size=vocab_size, seq_len=seq_len)
+        head_name = require_known_head(path, config)
+        self.vocab_size = vocab_size
+        self.device = local_device()
+        self.replica = _contiguous_replica(teacher.processes)
+        assert self.replica.group is not None
+        self._rank = dist.get_rank(self.replica.group)
+        self._size = teacher.processes
+        self._splits_sequences = splits_sequences
+        self._trunk = open_trunk(teacher, config)
+        self._head = self._read_head(teacher, config, head_name)
+        ways = ("tensor", "fsdp", "zero", "offload", "head_chunk_tokens")
+        fields = type(teacher).model_fields
+        self._identity = {
+            "kind": teacher.kind,
+            "dtype": teacher.dtype,
+            "model_type": str(config.model_type),
+            "files": weights_identity(path),
+            **{
+                n: getattr(teacher, n)
+                for n in ways[:-1]
+                if getattr(teacher, n) != fields[n].default
+            },
+            "head_chunk_tokens": teacher.head_chunk_tokens,
+        }
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Engine, arithmetic, layout and weights."""
+        return self._identity
+
+    def chunks(self, tokens: torch.Tensor) -> Iterator[LogitsChunk]:
+        """See `TeacherEngine`."""
+        yield from self._head.chunks(self._hidden(tokens))
+
+    @torch.no_grad()
+    def _hidden(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[B, L, H] on every rank."""
+        if not self._splits_sequences:
+            return self._trunk(tokens)
+        each = -(-len(tokens) // self._size)
+        # All ranks must run, and the last ones may have nothing of their own.
+        mine = torch.arange(self._rank * each, (self._rank + 1) * each).clamp(max=len(tokens) - 1)
+        own = self._trunk(tokens[mine.to(tokens.device)]).contiguous().view(torch.uint8)
+        parts = [torch.empty_like(own) for _ in range(self._size)]
+        dist.all_gather(parts, own, group=self.replica.group)
+        return torch.cat(parts).view(self._dtype)[: len(tokens)]
+
+    def _read_head(self, teacher: TeacherConfig, config: Any, name: str) -> ChunkedHead:
+        self._dtype = DTYPES[teacher.dtype]
+        rows = head_rows(self.vocab_size, self._rank, self._size)
+        tensors = {
+            part: _read_rows(teacher.path, names, rows)
+            for part, names in _head_tensors(config, name).items()
+        }
+        weight, bias = (
+            None if found is None else found.to(self.device, self._dtype)
+            for found in (tensors["weight"], tensors["bias"])
+        )
+        if weight is None:
+            raise TeacherError(
+                "the LM head is not among the weights",
+                where=teacher.path,
+                expected=f"{name}.weight in safetensors files",
+                remedy="save the model with save_pretrained(safe_serialization=True)",
+            )
+        return ChunkedHead(
+            weight,
+            bias,
+            first_id=rows.start,
+            vocab_size=self.vocab_size,
+            chunk_tokens=teacher.head_chunk_tokens,
+            finish=finish_of(config),
+        )
+
+
+def open_transformers_trunk(teacher: TeacherConfig, config: Any) -> Trunk:
+    """Split by transformers itself; copies of the teacher are its data-parallel replicas.
+
+    Raises:
+        MissingDependency: accelerate.
+        TeacherError: the model cannot be split in this way.
+    """
+    transformers = import_transformers()
+    try:
+        import accelerate  # noqa: F401
+    except ImportError:
+        raise MissingDependency(
+            "accelerate", extra="hf", needed_for="teacher.tensor and teacher.fsdp"
+        ) from None
+    from transformers.distributed import DistributedConfig
+
+    heads = getattr(config, "num_key_value_heads", None) or teacher.tensor
+    if heads % teacher.tensor:
+        raise LayoutError(
+            "the attention cannot be split over so many processes",
+            where="teacher.tensor",
+            found=teacher.tensor,
+            expected=f"a divisor of num_key_value_heads = {heads}",
+        )
+    layout = DistributedConfig(
+        tp_size=teacher.tensor,
+        fsdp_size=teacher.fsdp,
+        dp_replicate_size=dist.get_world_size() // teacher.processes,
+    )
+    try:
+        with _quiet():
+            trunk = transformers.AutoModel.from_pretrained(
+                teacher.path,
+                dtype=DTYPES[teacher.dtype],
+                local_files_only=True,
+                distributed_config=layout,
+            ).eval()
+    except (OSError, ValueError, KeyError) as error:
+        raise cannot_be_loaded(teacher.path, error) from None
+
+    def hidden(tokens: torch.Tensor) -> torch.Tensor:
+        found: Any = trunk(input_ids=tokens, use_cache=False)[0]
+        whole: torch.Tensor = found.full_tensor() if hasattr(found, "full_tensor") else found
+        return whole
+
+    return hidden
+
+
+def open_deepspeed_trunk(teacher: TeacherConfig, config: Any) -> Trunk:
+    """ZeRO-3 over all ranks of the job.
+
+    Raises:
+        MissingDependency: deepspeed or accelerate.
+    """
+    try:
+        import accelerate  # noqa: F401
+        import deepspeed
+        import deepspeed.ops
+    except ImportError as error:
+        raise MissingDependency(
+            error.name or "deepspeed", extra="deepspeed", needed_for="teacher.kind=deepspeed"
+        ) from None
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # Its shared-memory collectives need a C++ compiler where the job runs.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)
+    zero: dict[str, Any] = {"stage": 3}
+    if teacher.offload:
+        zero["offload_param"] = {"device": "cpu"}
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": zero,
+        "bf16": {"enabled": teacher.dtype == "bf16"},
+    }
+    # While this object lives, transformers splits each weight as it is read.
+    splitting = HfDeepSpeedConfig(settings)
+    try:
+        with _quiet():
+            trunk = import_transformers().AutoModel.from_pretrained(
+                teacher.path, dtype=DTYPES[teacher.dtype], local_files_only=True
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise cannot_be_loaded(teacher.path, error) from None
+    del splitting
+    engine = deepspeed.initialize(model=trunk, config=settings)[0]
+    engine.eval()
+
+    def hidden(tokens: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = engine(input_ids=tokens, use_cache=False)[0]
+        return found
+
+    return hidden
+
+
+def _contiguous_replica(size: int) -> Replica:
+    """Ranks 0 to size - 1 hold the first copy, the next ones the second."""
+    number = dist.get_rank() // size
+    count = dist.get_world_size() // size
+    # Every process takes part in making every group.
+    groups = [dist.new_group(range(n * size, (n + 1) * size)) for n in range(count)]
+    return Replica(
+        group=groups[number],
+        vocab_group=groups[number],
+        leader=number * size,
+        number=number,
+        count=count,
+    )
+
+
+def _head_tensors(config: Any, name: str) -> dict[str, list[str]]:
+    """Part of the head -> names under which files may have it."""
+    transformers = import_transformers()
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    source = tied.get(f"{name}.weight")
+    weight = [f"{name}.weight"]
+    if source is not None:
+        # The embedding is what counts; older files name it without the trunk's prefix.
+        weight = [source, source.removeprefix(f"{model.base_model_prefix}.")]
+    return {"weight": weight, "bias": [f"{name}.bias"]}
+
+
+def _read_rows(folder: Path, names: list[str], rows: slice) -> torch.Tensor | None:
+    """Some rows of the first of these tensors that the safetensors files have."""
+    from safetensors import safe_open
+
+    index = folder / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())["weight_map"] if index.is_file() else None
+    for name in names:
+        file = folder / (listed.get(name, "") if listed is not None else "model.safetensors")
+        if not file.is_file():
+            continue
+        with safe_open(file, framework="pt") as tensors:
+            if name in tensors.keys():  # noqa: SIM118
+                found: torch.Tensor = tensors.get_slice(name)[rows]
+                return found
+    return None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Transformers reports the LM head, which the trunk has no use for, as unexpected."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
