@@ -8,20 +8,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill_pretrain.cli.console import progress, say
+from distill_pretrain.cli.console import duration, progress
 from distill_pretrain.cli.recipe import Recipe
-from distill_pretrain.cli.teachers import load_teacher
+from distill_pretrain.cli.teachers import load_replica, load_teacher
 from distill_pretrain.config import dump_recipe, require
-from distill_pretrain.dist.env import launch_rank, launch_world_size
+from distill_pretrain.dist.env import launch_rank
 
 if TYPE_CHECKING:
-    from distill_pretrain.contracts import LogitsEngine
+    from distill_pretrain.contracts import LogitsEngine, TeacherEngine
     from distill_pretrain.data.sources import SequenceData
     from distill_pretrain.formats.cache_plan import CachePlan
     from distill_pretrain.formats.cache_writer import CacheWriter
     from distill_pretrain.formats.hc_tables import HcTables
     from distill_pretrain.formats.manifest import Manifest
     from distill_pretrain.teacher.config import CaptureConfig
+    from distill_pretrain.teacher.crew import Crew
+    from distill_pretrain.teacher.telemetry import CaptureLog, Stopwatch
 
 SECTIONS = ("data", "teacher", "capture")
 HELP = """
@@ -30,15 +32,35 @@ distribution. Students then train from this cache at the cost of plain cross-ent
 
 Reads   data.tokens (.bin/.idx), teacher.path
 Writes  capture.output_dir: codec-*.bin, plan.json, extent.json, s-*.dpt, manifest.json (last);
-        with capture.sets the same in capture.output_dir/NAME for every set, all from one pass of the teacher
+        with capture.sets the same in capture.output_dir/NAME for every set, all from one pass of the teacher;
+        in the (first) cache .telemetry/HOST-PID-TIME.jsonl: speed, queue, entropy, hit rate, time left
 
-Killed and started again, or started with another number of processes, it goes on where it stopped; the bytes are
-the same. A larger data.num_sequences or capture.num_sequences extends a finished cache: full shards are kept.
+Every copy of the teacher takes shards that nobody works on, so more copies may join at any time: other processes of
+the same job, or other jobs with the same recipe on any node that sees the folder. Killed and started again, or started
+with another number of copies, it goes on where it stopped; the bytes are the same. A teacher that cannot be sound
+(frozen, uniform, shifted) stops it within the first sequences (capture.sanity_gate). A larger data.num_sequences or
+capture.num_sequences extends a finished cache: full shards are kept.
 
     distill-pretrain capture distill.yaml
+    distill-pretrain capture distill.yaml --dry-run
     torchrun --nproc-per-node=2 -m distill_pretrain capture distill.yaml
     distill-pretrain capture distill.yaml capture.sets='{rs: {num_draws: 50}, top: {sampler: topk, num_draws: 12}}'
 """
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this verb."""
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what would be captured, from which teacher and how large it will be; load no weights",
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="with --dry-run: as if so many processes had been started (default: those that were)",
+    )
 
 
 def run(recipe: Recipe, args: argparse.Namespace) -> None:
@@ -46,39 +68,117 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
     require(recipe, "capture", "data", "teacher", "capture")
     assert recipe.data and recipe.capture
     from distill_pretrain.data.sources import require_one_source
-    from distill_pretrain.dist.process import on_first_rank
-    from distill_pretrain.teacher.capture import (
-        capture_shards,
-        finish_capture,
-        make_plans,
-        pending_shards,
-    )
+
+    require_one_source(recipe.data, "capture", "capture.output_dir")
+    _require_codec_with_tables(recipe.capture)
+    if getattr(args, "dry_run", False):
+        from distill_pretrain.cli.capture_dry_run import dry_run
+
+        dry_run(recipe, args.processes)
+        return
+    from distill_pretrain.teacher.capture import make_plans
+    from distill_pretrain.teacher.crew import Crew, first_crew_first
+    from distill_pretrain.teacher.telemetry import Stopwatch, TimedTeacher
 
     capture = recipe.capture
-    require_one_source(recipe.data, "capture", "capture.output_dir")
-    _require_codec_with_tables(capture)
-    with open_teacher(recipe) as (sequences, engine):
+    with open_replica(recipe) as (sequences, engine):
         plans = make_plans(sequences, capture, engine.identity)
-        # Rank 0 first: it makes the tables of new caches, which the others then find.
-        on_first_rank(lambda: len(_join(plans, capture, sequences, engine)))
-        writers = _join(plans, capture, sequences, engine)
+        stopwatch = Stopwatch()
+        crew = Crew(TimedTeacher(engine, stopwatch), sequences)
+        # The first replica makes the tables of new caches, which the others then find.
+        writers = first_crew_first(crew, lambda: _join(plans, capture, crew))
         if launch_rank() == 0:
             for folder in plans:
                 dump_recipe(recipe, folder / "recipe.yaml")
-        plan = writers[0].plan
-        left = sum(plan.shard_range(shard)[1] for shard in pending_shards(writers))
-        say(f"{plan.num_sequences - left} of {plan.num_sequences} sequences are captured already")
-        first_shard = launch_rank() * plan.num_shards // launch_world_size()
-        with progress(
-            left * plan.seq_len // launch_world_size(), "capturing", unit="positions"
-        ) as bar:
-            capture_shards(
-                writers, engine, sequences, first_shard=first_shard, progress=bar.advance
-            )
         # No barrier: shards differ in length by more than a collective may wait. The last to finish publishes.
-        manifests = finish_capture(writers)
-    for folder, manifest in manifests.items():
+        manifests = crew.run(lambda: _capture(writers or [], capture, crew, stopwatch))
+    for folder, manifest in (manifests or {}).items():
         _summarise(folder, manifest, sequences)
+
+
+def _capture(
+    writers: list[CacheWriter], capture: CaptureConfig, crew: Crew, stopwatch: Stopwatch
+) -> dict[Path, Manifest]:
+    """What the leader of a replica does; the manifests of caches that are finished by then."""
+    from distill_pretrain.teacher.capture import (
+        CaptureWatch,
+        capture_shards,
+        finish_capture,
+        pending_shards,
+    )
+    from distill_pretrain.teacher.gate import SanityGate
+    from distill_pretrain.teacher.telemetry import CaptureLog, telemetry_path
+
+    replica = crew.replica
+    plan = writers[0].plan
+    left = sum(plan.shard_range(shard)[1] for shard in pending_shards(writers))
+    is_first = replica.number == 0
+    if is_first:
+        _print(
+            f"{plan.num_sequences - left} of {plan.num_sequences} sequences are captured already"
+        )
+    log = CaptureLog(
+        telemetry_path(writers[0].folder) if capture.telemetry and left else None,
+        replica=replica.number,
+        folder=writers[0].folder,
+        plan=plan,
+        watch=stopwatch,
+        say=_print,
+    )
+    gate = SanityGate(vocab_size=plan.vocab_size, mode=capture.sanity_gate, say=_print)
+    with progress(
+        left * plan.seq_len // replica.count, "capturing", unit="positions", quiet=not is_first
+    ) as bar:
+        watch = CaptureWatch(
+            gate,
+            log=log,
+            stopwatch=stopwatch,
+            progress=lambda positions: bar.advance(positions, **_shown(log)),
+        )
+        try:
+            capture_shards(
+                writers,
+                crew,
+                first_shard=replica.number * plan.num_shards // replica.count,
+                watch=watch,
+            )
+        finally:
+            log.write()
+    return finish_capture(writers)
+
+
+def _shown(log: CaptureLog) -> dict[str, str]:
+    """Facts behind the progress line."""
+    if log.last is None:
+        return {}
+    facts = {
+        "positions/s": f"{log.last['positions_per_s']:,.0f}",
+        "entropy": f"{log.last['entropy']:.2f}",
+        "hits": f"{log.last['hit_rate'] or 0:.1%}",
+        "queue": str(log.last["queue_depth"]),
+    }
+    if log.eta_s is not None:
+        facts["whole capture"] = f"{duration(log.eta_s)} left"
+    return facts
+
+
+def _print(line: str) -> None:
+    """For the leader of a replica, which need not be the first process of the job."""
+    print(line, flush=True)
+
+
+@contextmanager
+def open_replica(recipe: Recipe) -> Iterator[tuple[SequenceData, TeacherEngine]]:
+    """As `open_teacher`, for a teacher that several processes may hold together."""
+    assert recipe.data and recipe.teacher and recipe.capture
+    from distill_pretrain.data.sources import open_sequences
+    from distill_pretrain.dist.process import process_group, set_cpu_threads
+    from distill_pretrain.teacher.engines import teacher_groups
+
+    set_cpu_threads(recipe.capture.threads)
+    with process_group(), teacher_groups(recipe.teacher):
+        sequences = open_sequences(recipe.data)
+        yield sequences, load_replica(recipe.teacher, sequences, recipe.data.tokens)
 
 
 @contextmanager
@@ -99,12 +199,7 @@ def open_teacher(recipe: Recipe) -> Iterator[tuple[SequenceData, LogitsEngine]]:
         yield sequences, load_teacher(recipe.teacher, sequences, recipe.data.tokens)
 
 
-def _join(
-    plans: Mapping[Path, CachePlan],
-    capture: CaptureConfig,
-    sequences: SequenceData,
-    engine: LogitsEngine,
-) -> list[CacheWriter]:
+def _join(plans: Mapping[Path, CachePlan], capture: CaptureConfig, crew: Crew) -> list[CacheWriter]:
     """Start the caches, or join those that are there."""
     from distill_pretrain.formats.cache_writer import CacheWriter
     from distill_pretrain.formats.codec_files import read_tables
@@ -114,13 +209,13 @@ def _join(
         (folder, plan), *_ = plans.items()
         given = read_tables(capture.codec_tables, plan)
         plans = {folder: plan.with_tables(given.sha256)}
-    make_tables = _tables_of_new_caches(plans, capture, sequences, engine, given)
+    make_tables = _tables_of_new_caches(plans, capture, crew, given)
     return [
         CacheWriter.create_or_resume(
             folder,
             plan,
             make_tables=make_tables(folder),
-            labels_of=lambda sequence: sequences.plan.read([sequence])[1][0],
+            labels_of=lambda sequence: crew.sequences.plan.read([sequence])[1][0],
         )
         for folder, plan in plans.items()
     ]
@@ -129,8 +224,7 @@ def _join(
 def _tables_of_new_caches(
     plans: Mapping[Path, CachePlan],
     capture: CaptureConfig,
-    sequences: SequenceData,
-    engine: LogitsEngine,
+    crew: Crew,
     given: HcTables | None,
 ) -> Callable[[Path], Callable[[], HcTables]]:
     """Folder -> what makes the tables of its cache: the given ones, or those of one pilot for all that need any."""
@@ -143,11 +237,11 @@ def _tables_of_new_caches(
         if given is not None:
             return given
         if folder not in made:
-            say("scoring a pilot for the codec's tables")
+            _print("scoring a pilot for the codec's tables")
             # One that another process starts meanwhile gets tables in vain, and its own are used.
             new = [path for path in plans if not (path / PLAN_NAME).exists() or path == folder]
             tables = pilot_tables(
-                engine, sequences, [plans[path] for path in new], num_tokens=capture.pilot_tokens
+                crew.score, [plans[path] for path in new], num_tokens=capture.pilot_tokens
             )
             made.update(zip(new, tables, strict=True))
         return made[folder]

@@ -22,17 +22,24 @@ class Progress:
     """Counts work done; a context manager.
 
     On a terminal one line is rewritten in place; elsewhere a plain line comes every few seconds and at the end.
-    Only the first process prints.
+    Only the first process prints, unless told otherwise.
 
     Args:
         total: amount of work; None where it is unknown.
         desc: what is being done, such as "tokenising".
         unit: what is counted, such as "documents".
         stream: where to write; None means standard error.
+        quiet: print nothing; None means on all but the first process.
     """
 
     def __init__(
-        self, total: int | None, desc: str, *, unit: str = "", stream: TextIO | None = None
+        self,
+        total: int | None,
+        desc: str,
+        *,
+        unit: str = "",
+        stream: TextIO | None = None,
+        quiet: bool | None = None,
     ) -> None:
         self.total = total
         self.desc = desc
@@ -41,7 +48,7 @@ class Progress:
         self._facts: dict[str, object] = {}
         self._stream = sys.stderr if stream is None else stream
         self._on_terminal = self._stream.isatty()
-        self._quiet = launch_rank() != 0
+        self._quiet = launch_rank() != 0 if quiet is None else quiet
         self._started = time.monotonic()
         self._printed = self._started
         self._width = 0
@@ -77,9 +84,9 @@ class Progress:
         else:
             share = f"{self.done:,}{unit}"
         parts = [f"{self.desc}: {share}", *(f"{k} {v}" for k, v in self._facts.items())]
-        parts.append(_duration(seconds))
+        parts.append(duration(seconds))
         if self.total and 0 < self.done < self.total:
-            parts.append(f"{_duration(seconds * (self.total - self.done) / self.done)} left")
+            parts.append(f"{duration(seconds * (self.total - self.done) / self.done)} left")
         return ", ".join(parts)
 
     def _print(self) -> None:
@@ -94,12 +101,15 @@ class Progress:
             print(line, file=self._stream, flush=True)
 
 
-def progress(total: int | None, desc: str, *, unit: str = "") -> Progress:
+def progress(
+    total: int | None, desc: str, *, unit: str = "", quiet: bool | None = None
+) -> Progress:
     """Progress on standard error; use it in a `with` and call `advance`."""
-    return Progress(total, desc, unit=unit)
+    return Progress(total, desc, unit=unit, quiet=quiet)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Such as 2h05m, 3m07s or 9s."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from distill_pretrain.cli.console import say
 
 if TYPE_CHECKING:
-    from distill_pretrain.contracts import LogitsEngine
+    from distill_pretrain.contracts import LogitsEngine, TeacherEngine
     from distill_pretrain.data.sources import SequenceData
     from distill_pretrain.teacher.config import TeacherConfig
 
@@ -28,8 +28,7 @@ def load_teacher(teacher: TeacherConfig, sequences: SequenceData, tokens: Path) 
     """
     from distill_pretrain.teacher.engines import open_engine
 
-    if teacher.kind == "hf":
-        _require_own_tokenizer(teacher.path, tokens)
+    require_own_tokenizer(teacher, tokens)
     engine = open_engine(
         teacher.kind,
         teacher.path,
@@ -38,22 +37,50 @@ def load_teacher(teacher: TeacherConfig, sequences: SequenceData, tokens: Path) 
         seq_len=sequences.plan.seq_len,
         tokenizer_sha256=sequences.tokenizer_sha256,
     )
-    if teacher.kind == "hf":
-        width = json.loads((teacher.path / "config.json").read_text()).get("vocab_size", 0)
-        if width > sequences.vocab_size:
-            say(
-                f"the teacher's columns {sequences.vocab_size} to {width - 1} are padding: "
-                "no ids of the corpus, left out of its softmax"
-            )
+    _name_padding(teacher, sequences)
     return engine
 
 
-def _require_own_tokenizer(model: Path, tokens: Path) -> None:
-    """Refuse a corpus made with another Hugging Face tokenizer than the one beside the teacher's weights."""
+def load_replica(teacher: TeacherConfig, sequences: SequenceData, tokens: Path) -> TeacherEngine:
+    """As `load_teacher`, for capture: this rank's share of a teacher that several processes may hold together.
+
+    It needs the groups of `teacher.engines.teacher_groups`.
+    """
+    from distill_pretrain.teacher.engines import open_teacher_engine
+
+    require_own_tokenizer(teacher, tokens)
+    engine = open_teacher_engine(
+        teacher,
+        vocab_size=sequences.vocab_size,
+        seq_len=sequences.plan.seq_len,
+        tokenizer_sha256=sequences.tokenizer_sha256,
+    )
+    _name_padding(teacher, sequences)
+    return engine
+
+
+def _name_padding(teacher: TeacherConfig, sequences: SequenceData) -> None:
+    if not (teacher.path / "config.json").is_file():
+        return
+    width = json.loads((teacher.path / "config.json").read_text()).get("vocab_size", 0)
+    if width > sequences.vocab_size:
+        say(
+            f"the teacher's columns {sequences.vocab_size} to {width - 1} are padding: "
+            "no ids of the corpus, left out of its softmax"
+        )
+
+
+def require_own_tokenizer(teacher: TeacherConfig, tokens: Path) -> None:
+    """Refuse a corpus made with another Hugging Face tokenizer than the one beside the teacher's weights.
+
+    Raises:
+        TokenizerMismatch: the two differ.
+    """
     from distill_pretrain.corpus.tokenizers import HF_FILES, tokenizer_sha256
     from distill_pretrain.errors import TokenizerMismatch
     from distill_pretrain.formats import TokensRecord
 
+    model = teacher.path
     record = TokensRecord.beside(tokens)
     has_tokenizer = any((model / name).is_file() for name in HF_FILES)
     if record is None or record.tokenizer["kind"] != "hf" or not has_tokenizer:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -79,14 +80,14 @@ def measure_canary(plan: SequenceSource, cache: TargetSource, *, num_sequences: 
     """
     wanted = min(num_sequences, max(MOST_SEQUENCES, 2 * DECISIVE_POSITIONS // plan.seq_len))
     size = min(plan.seq_len, MOST_POSITIONS // wanted)
-    columns: list[tuple[npt.NDArray[np.float64], ...]] = []
+    columns: list[TargetColumns] = []
     for place, sequence in enumerate((np.arange(wanted) * num_sequences // wanted).tolist()):
         tokens, labels = (array[0] for array in plan.read(np.array([sequence])))
         start = place * (plan.seq_len - size) // max(1, wanted - 1)
         targets = cache.read(sequence, tokens, start, start + size)
-        columns.append(_per_position(targets, labels[start : start + size]))
-    positions = np.array([len(column[0]) for column in columns])
-    hits, mass, entropy, uniform, top = map(np.concatenate, zip(*columns, strict=True))
+        columns.append(target_columns(targets, labels[start : start + size]))
+    positions = np.array([len(column.hits) for column in columns])
+    _, hits, mass, entropy, uniform, top = map(np.concatenate, zip(*columns, strict=True))
     _, counts = np.unique(top, return_counts=True)
     return Canary(
         hits=hits,
@@ -198,10 +199,29 @@ def run_canary(
     say(f"canary of {where}: {canary}" + (f"; {doubt}" if doubt else ""))
 
 
-def _per_position(
-    targets: RaggedTargets, labels: npt.NDArray[np.int32]
-) -> tuple[npt.NDArray[np.float64], ...]:
-    """Hits [T, 3], mass [T, 3], entropy [T], uniform [T], likeliest id [T] of the usable positions of a sequence."""
+class TargetColumns(NamedTuple):
+    """What the targets of a sequence say of its text, at the n usable of its T positions.
+
+    Usable are those with targets, a next token, and neighbours that have one.
+
+    Attributes:
+        usable: bool[T].
+        hits, mass: float64[n, 3], see `Canary`.
+        entropy: float64[n], of the stored targets, nats.
+        uniform: float64[n], 1 where several ids are almost equally probable.
+        likeliest: float64[n], the likeliest id.
+    """
+
+    usable: npt.NDArray[np.bool_]
+    hits: npt.NDArray[np.float64]
+    mass: npt.NDArray[np.float64]
+    entropy: npt.NDArray[np.float64]
+    uniform: npt.NDArray[np.float64]
+    likeliest: npt.NDArray[np.float64]
+
+
+def target_columns(targets: RaggedTargets, labels: npt.NDArray[np.int32]) -> TargetColumns:
+    """Compare the targets of a sequence with its labels int32[T]."""
     lengths = targets.entries_per_token
     rows = np.repeat(np.arange(len(lengths)), lengths)
     probs = targets.probs().astype(np.float64)
@@ -226,7 +246,14 @@ def _per_position(
     ends = np.cumsum(lengths)[usable]
     last, first = by_prob[ends - 1], by_prob[ends - lengths[usable]]
     uniform = (lengths[usable] > 1) & (probs[last] <= 1.5 * probs[first])
-    return hits, mass, entropy[usable], uniform.astype(np.float64), targets.ids[last].astype(float)
+    return TargetColumns(
+        usable=usable,
+        hits=hits,
+        mass=mass,
+        entropy=entropy[usable],
+        uniform=uniform.astype(np.float64),
+        likeliest=targets.ids[last].astype(np.float64),
+    )
 
 
 def _lead(mass: npt.NDArray[np.float64], other: int) -> float:

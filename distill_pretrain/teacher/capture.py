@@ -1,8 +1,8 @@
 """The capture job: teacher over the plan's sequences, sampled, into one cache or several.
 
-Any number of processes, started together or not, work on the caches: each takes shards that nobody owns. What a
-shard holds depends on its plan alone, so the bytes are the same whoever writes it, however often it was killed, and
-whichever other caches are written from the same pass of the teacher.
+Any number of replicas of the teacher, in one job or in several, started together or not, work on the caches: the leader
+of each takes shards that nobody owns. What a shard holds depends on its plan alone, so the bytes are the same whoever
+writes it, however often it was killed, and whichever other caches are written from the same pass of the teacher.
 
 Shapes: B sequences, L positions, V vocabulary.
 """
@@ -10,15 +10,19 @@ Shapes: B sequences, L positions, V vocabulary.
 from __future__ import annotations
 
 import platform
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from distill_pretrain import __version__
-from distill_pretrain.contracts import LogitsEngine
 from distill_pretrain.data.sources import SequenceData
 from distill_pretrain.formats.cache_plan import CachePlan
 from distill_pretrain.formats.cache_writer import CacheWriter, ShardWriter
@@ -26,10 +30,53 @@ from distill_pretrain.formats.codecs import codec_number
 from distill_pretrain.formats.manifest import Manifest
 from distill_pretrain.sampling import RNG_NAME
 from distill_pretrain.teacher.config import CaptureConfig, TargetSetConfig
-from distill_pretrain.teacher.scoring import ScoredBatch, score
+from distill_pretrain.teacher.crew import Crew
+from distill_pretrain.teacher.gate import BatchFigures, SanityGate
+from distill_pretrain.teacher.scoring import SampledBatch
+from distill_pretrain.teacher.telemetry import CaptureLog, Stopwatch, Written
 
-Progress = Callable[[int], None]
-"""Called with the number of positions just written."""
+QUEUED_BATCHES = 2
+"""Most batches that wait to be written."""
+
+
+class CaptureWatch:
+    """What looks on while a replica's leader captures.
+
+    Args:
+        gate: judges the teacher.
+        log: telemetry, or None.
+        stopwatch: seconds by stage.
+        progress: told of positions written.
+    """
+
+    def __init__(
+        self,
+        gate: SanityGate,
+        *,
+        log: CaptureLog | None = None,
+        stopwatch: Stopwatch | None = None,
+        progress: Callable[[int], None] = lambda positions: None,
+    ) -> None:
+        self.stopwatch = stopwatch or Stopwatch()
+        self._gate = gate
+        self._log = log
+        self._progress = progress
+
+    def look(
+        self, plans: Sequence[CachePlan], batch: SampledBatch, labels: npt.NDArray[np.int32]
+    ) -> BatchFigures:
+        """Judge a batch by the plan whose targets say most; see `SanityGate.look`."""
+        index = max(
+            range(len(plans)), key=lambda i: (plans[i].kind == "counts", plans[i].num_draws)
+        )
+        with self.stopwatch.running("judging"):
+            return self._gate.look(batch, index, labels)
+
+    def wrote(self, written: Written, queue_depth: int) -> None:
+        """Count a batch."""
+        if self._log is not None:
+            self._log.add(written, queue_depth)
+        self._progress(written.positions)
 
 
 def software_versions(engine_kind: str) -> dict[str, str]:
@@ -55,7 +102,7 @@ def make_plans(
             num_sequences=min(wanted, sequences.plan.num_sequences),
             sampler=_described(targets),
             teacher=teacher_identity,
-            micro_batch_size=capture.micro_batch_size,
+            micro_batch_size=capture.sequences_per_pass(sequences.plan.seq_len),
             block_tokens=capture.block_tokens,
             shard_sequences=capture.shard_sequences,
             codec=codec_number(capture.codec, targets.sampler),
@@ -87,24 +134,19 @@ def pending_shards(writers: Sequence[CacheWriter]) -> dict[int, list[CacheWriter
 
 
 def capture_shards(
-    writers: Sequence[CacheWriter],
-    engine: LogitsEngine,
-    sequences: SequenceData,
-    *,
-    first_shard: int,
-    progress: Progress,
+    writers: Sequence[CacheWriter], crew: Crew, *, first_shard: int, watch: CaptureWatch
 ) -> None:
-    """Write every shard that no other process owns, until a pass finds none.
+    """Write every shard that no other process owns, until a pass finds none; on the replica's leader.
 
     Args:
         writers: the caches; their plans differ in sampler and codec only.
-        engine: the teacher.
-        sequences: what it scores.
-        first_shard: where this process starts looking, so that processes started together spread out.
-        progress: told of positions scored and written.
+        crew: the replica.
+        first_shard: where this replica starts looking, so that replicas started together spread out.
+        watch: looks at every batch before it is written, and is told of what was.
 
     Raises:
-        TeacherError: NaN or infinite logits, naming the sequences; shards written so far are kept.
+        TeacherError: NaN or infinite logits, naming the sequences, or a teacher that cannot be sound; shards written
+            so far are kept.
     """
     worked = True
     while worked:
@@ -115,9 +157,10 @@ def capture_shards(
                 claimed = _claim(pending[shard], shard, owned)
                 if not claimed:
                     continue
-                _fill_shards(claimed, engine, sequences, progress)
-                for mine in claimed:
-                    mine.shard.finish()
+                _fill_shards(claimed, crew, watch)
+                with watch.stopwatch.running("writing"):
+                    for mine in claimed:
+                        mine.shard.finish()
             worked = True
 
 
@@ -152,19 +195,16 @@ def _claim(lacking: Sequence[CacheWriter], shard: int, owned: ExitStack) -> list
     return claimed
 
 
-def _fill_shards(
-    claimed: Sequence[_Claimed], engine: LogitsEngine, sequences: SequenceData, progress: Progress
-) -> None:
+def _fill_shards(claimed: Sequence[_Claimed], crew: Crew, watch: CaptureWatch) -> None:
     """Score and append the blocks that are missing from one shard of every cache.
 
     Micro-batches start at fixed sequences of the shard, so a resumed shard sees the batch shapes of an unbroken
-    one: float rounding depends on them. Sampling, coding and writing one batch overlap the teacher's next.
+    one: float rounding depends on them. Coding and writing overlap the teacher's next batches.
 
     Args:
         claimed: shards of one number in different caches.
-        engine: the teacher.
-        sequences: what it scores.
-        progress: told of positions scored and written.
+        crew: the replica.
+        watch: see `capture_shards`.
     """
     plan, shard = claimed[0]
     first, count = plan.shard_range(shard.shard)
@@ -173,32 +213,96 @@ def _fill_shards(
     starts = range(
         done // plan.micro_batch_size * plan.micro_batch_size, count, plan.micro_batch_size
     )
-    with ThreadPoolExecutor(1, "cache writer") as worker:
-        before: Future[None] | None = None
-        try:
-            for start in starts:
-                size = min(plan.micro_batch_size, count - start)
-                batch = score(engine, sequences, first + start, size)
-                if before is not None:
-                    before.result()
-                before = worker.submit(_append_batch, claimed, batch, progress)
-        finally:
-            if before is not None:
-                before.result()
+    with _Queue() as queue:
+        for start in starts:
+            size = min(plan.micro_batch_size, count - start)
+            with watch.stopwatch.running("scoring"):
+                batch = crew.score(first + start, size, [mine.plan for mine in claimed])
+            labels = crew.sequences.plan.read(np.arange(batch.first, batch.stop))[1]
+            with watch.stopwatch.running("waiting"):
+                queue.put(partial(_append_batch, claimed, batch, labels, watch, queue))
 
 
-def _append_batch(claimed: Sequence[_Claimed], batch: ScoredBatch, progress: Progress) -> None:
+def _append_batch(
+    claimed: Sequence[_Claimed],
+    batch: SampledBatch,
+    labels: npt.NDArray[np.int32],
+    watch: CaptureWatch,
+    queue: _Queue,
+) -> None:
     """Append a batch's blocks, each where it is the next one: resumed shards may be at different blocks."""
+    figures = watch.look([mine.plan for mine in claimed], batch, labels)
     shard = claimed[0].shard
-    while True:
-        block = min(mine.shard.next_block for mine in claimed)
-        if block == shard.num_blocks:
+    positions, before = 0, sum(mine.shard.size for mine in claimed)
+    with watch.stopwatch.running("writing"):
+        while True:
+            block = min(mine.shard.next_block for mine in claimed)
+            if block == shard.num_blocks:
+                break
+            sequence, offset, length = shard.place(block)
+            if sequence >= batch.stop:
+                break
+            assert sequence >= batch.first, (sequence, batch.first)
+            tokens = batch.tokens[sequence - batch.first, offset : offset + length]
+            for index, mine in enumerate(claimed):
+                if mine.shard.next_block == block:
+                    mine.shard.append(batch.targets(index, sequence, offset, length), tokens)
+            positions += length
+    watch.wrote(
+        Written(
+            shard=shard.shard,
+            first=batch.first,
+            sequences=len(labels),
+            positions=positions,
+            measured=figures.positions,
+            hits=figures.hits,
+            entropy=figures.entropy,
+            size=sum(mine.shard.size for mine in claimed) - before,
+        ),
+        queue.depth,
+    )
+
+
+class _Queue:
+    """Batches on their way to the disk, in order, by one thread; few, so that a slow disk holds the teacher back.
+
+    After an error nothing more is done: a block may only follow the one before it.
+    """
+
+    def __init__(self) -> None:
+        self._worker = ThreadPoolExecutor(1, "cache writer")
+        self._waiting: deque[Future[None]] = deque()
+        self._failed = False
+
+    def __enter__(self) -> _Queue:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Waits for what is on its way; its error is raised unless there is one already."""
+        with self._worker:
+            try:
+                while self._waiting:
+                    self._waiting.popleft().result()
+            except Exception:
+                if kind is None:
+                    raise
+
+    def put(self, action: Callable[[], None]) -> None:
+        """Queue an action, once there is room; raises what an earlier one raised."""
+        while len(self._waiting) >= QUEUED_BATCHES or (self._waiting and self._waiting[0].done()):
+            self._waiting.popleft().result()
+        self._waiting.append(self._worker.submit(self._do, action))
+
+    def _do(self, action: Callable[[], None]) -> None:
+        if self._failed:
             return
-        sequence, offset, length = shard.place(block)
-        if sequence >= batch.stop:
-            return
-        due = [mine for mine in claimed if mine.shard.next_block == block]
-        targets, tokens = batch.sample([mine.plan for mine in due], sequence, offset, length)
-        for mine, its_targets in zip(due, targets, strict=True):
-            mine.shard.append(its_targets, tokens)
-        progress(length)
+        try:
+            action()
+        except BaseException:
+            self._failed = True
+            raise
+
+    @property
+    def depth(self) -> int:
+        """Actions not done."""
+        return sum(not future.done() for future in tuple(self._waiting))

@@ -9,19 +9,73 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from distill_pretrain.config import Section
+from distill_pretrain.errors import ConfigError
 
+DEFAULT_MICRO_BATCH_SIZE = 8
 _SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+_FOREIGN = {
+    "megatron": {
+        "fsdp": "it is split by tensor and pipeline",
+        "zero": "it is split by tensor and pipeline",
+        "offload": "its weights stay on the device; raise tensor or pipeline",
+    },
+    "hf": {
+        "pipeline": "it is split by tensor or fsdp; a pipeline takes kind=megatron",
+        "zero": "it is split by tensor or fsdp; ZeRO-3 takes kind=deepspeed",
+        "offload": "its weights stay on the device; offloading takes kind=deepspeed",
+    },
+    "deepspeed": {
+        "tensor": "ZeRO-3 splits the weights alone; tensor takes kind=hf or megatron",
+        "pipeline": "ZeRO-3 splits the weights alone; a pipeline takes kind=megatron",
+        "fsdp": "set zero",
+    },
+}
+"""Kind -> fields that mean nothing to it, and why."""
 
 
 class TeacherConfig(Section):
     """Whose next-token distribution is cached."""
 
-    kind: Literal["megatron", "hf"] = "megatron"
-    """`megatron`: a checkpoint trained by this project; `hf`: any causal LM in a local folder."""
+    kind: Literal["megatron", "hf", "deepspeed"] = "megatron"
+    """`megatron`: a checkpoint trained by this project, or a Hugging Face folder of an architecture it knows; `hf`: any
+    causal LM in a local folder; `deepspeed`: the same under ZeRO-3."""
     path: Path
-    """Run folder or checkpoint folder (megatron), or model folder (hf)."""
+    """Run folder or checkpoint folder (megatron), or model folder."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the forward pass; the softmax is always taken in fp32."""
+    tensor: int = Field(default=1, ge=1)
+    """Processes that split every layer between them (megatron, hf)."""
+    pipeline: int = Field(default=1, ge=1)
+    """Processes, or groups of `tensor` of them, that hold the layers in turn (megatron)."""
+    fsdp: int = Field(default=1, ge=1)
+    """Processes that store the weights between them and fetch a layer when it is its turn (hf)."""
+    zero: int = Field(default=1, ge=1)
+    """Processes of the ZeRO-3 group (deepspeed): all that the job has."""
+    offload: bool = False
+    """Keep the weights of `zero` in the memory of the host (deepspeed)."""
+    head_chunk_tokens: int = Field(default=1024, ge=1)
+    """Positions whose logits exist at once in a capture; part of the cache's identity (it moves float rounding)."""
+
+    @model_validator(mode="after")
+    def _only_what_the_engine_has(self) -> TeacherConfig:
+        fields = type(self).model_fields
+        for name, reason in _FOREIGN[self.kind].items():
+            if getattr(self, name) != fields[name].default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} given with kind={self.kind}; {reason}"
+                )
+        if self.tensor > 1 and self.fsdp > 1:
+            raise ValueError(
+                f"tensor={self.tensor} and fsdp={self.fsdp} are both given; an hf teacher is split in one of these ways"
+            )
+        return self
+
+    @property
+    def processes(self) -> int:
+        """How many hold one copy together."""
+        return self.tensor * self.pipeline * self.fsdp * self.zero
 
 
 class TargetsConfig(Section):
@@ -64,8 +118,11 @@ class CaptureConfig(TargetsConfig):
     """Seed of the draws."""
     num_sequences: int | None = Field(default=None, ge=1)
     """Capture only the first so many sequences of the plan; null captures all."""
-    micro_batch_size: int = Field(default=8, ge=1)
-    """Sequences per teacher forward pass; part of the cache's identity (it moves float rounding)."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Sequences per teacher forward pass; part of the cache's identity (it moves float rounding). Null takes what
+    micro_batch_tokens gives, or else 8."""
+    micro_batch_tokens: int | None = Field(default=None, ge=1)
+    """Instead of micro_batch_size: the most positions per forward pass, at least one sequence of data.seq_len."""
     shard_sequences: int = Field(default=512, ge=1)
     """Sequences per shard file."""
     block_tokens: int = Field(default=1024, ge=16, le=65536)
@@ -78,6 +135,10 @@ class CaptureConfig(TargetsConfig):
     """Tables of another cache (its codec-*.bin) instead of a pilot; caches to be merged need the same tables."""
     threads: int = Field(default=1, ge=1)
     """CPU threads per capture process (fixed, so that results do not depend on the machine)."""
+    sanity_gate: Literal["refuse", "warn", "off"] = "refuse"
+    """What `capture` does when the teacher cannot be sound (frozen, uniform, shifted, hardly ever right)."""
+    telemetry: bool = True
+    """Write figures of speed and progress to .telemetry/HOST-PID-TIME.jsonl in the (first) cache, every ten seconds."""
 
     @field_validator("sets")
     @classmethod
@@ -105,6 +166,32 @@ class CaptureConfig(TargetsConfig):
         if self.codec_tables is not None:
             raise ValueError("codec_tables given beside sets; tables suit one kind of targets only")
         return self
+
+    @model_validator(mode="after")
+    def _one_size_of_micro_batches(self) -> CaptureConfig:
+        if self.micro_batch_size is not None and self.micro_batch_tokens is not None:
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size} and micro_batch_tokens={self.micro_batch_tokens} are both "
+                "given; set one of them to null"
+            )
+        return self
+
+    def sequences_per_pass(self, seq_len: int) -> int:
+        """Sequences of `seq_len` positions per forward pass of the teacher.
+
+        Raises:
+            ConfigError: not even one fits micro_batch_tokens.
+        """
+        if self.micro_batch_tokens is None:
+            return self.micro_batch_size or DEFAULT_MICRO_BATCH_SIZE
+        if self.micro_batch_tokens < seq_len:
+            raise ConfigError(
+                "a micro-batch of so few positions holds no sequence",
+                where="capture.micro_batch_tokens, data.seq_len",
+                found=f"{self.micro_batch_tokens} positions, sequences of {seq_len}",
+                expected=f"at least {seq_len}",
+            )
+        return self.micro_batch_tokens // seq_len
 
     @property
     def targets(self) -> dict[Path, TargetSetConfig]:

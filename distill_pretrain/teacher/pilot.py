@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from distill_pretrain.contracts import LogitsEngine, RaggedTargets
-from distill_pretrain.data.sources import SequenceData
+from distill_pretrain.contracts import RaggedTargets
 from distill_pretrain.formats.cache_plan import CachePlan
 from distill_pretrain.formats.hc_build import build_tables
 from distill_pretrain.formats.hc_tables import HcTables
-from distill_pretrain.teacher.scoring import score
+from distill_pretrain.teacher.scoring import SampledBatch
+
+Score = Callable[[int, int, Sequence[CachePlan]], SampledBatch]
+"""(first sequence, how many, plans) -> their targets."""
 
 
-def pilot_tables(
-    engine: LogitsEngine,
-    sequences: SequenceData,
-    plans: Sequence[CachePlan],
-    *,
-    num_tokens: int,
-) -> list[HcTables]:
+def pilot_tables(score: Score, plans: Sequence[CachePlan], *, num_tokens: int) -> list[HcTables]:
     """Codec tables for each of some plans, fitted to targets that one pass of the teacher gives.
 
     Args:
-        engine: the teacher.
-        sequences: what it scores.
+        score: the teacher.
         plans: of the caches; they differ in sampler and codec only.
         num_tokens: positions wanted; at most an eighth of the plan's sequences are used, and at least one
             micro-batch.
@@ -35,12 +30,10 @@ def pilot_tables(
     for number in range(batches):
         first = number * plan.micro_batch_size
         size = min(plan.micro_batch_size, plan.num_sequences - first)
-        batch = score(engine, sequences, first, size)
+        batch = score(first, size, plans)
         for sequence in range(first, batch.stop):
-            for pilot, targets in zip(
-                pilots, batch.sample(plans, sequence, 0, plan.seq_len)[0], strict=True
-            ):
-                pilot.append(targets)
+            for index, pilot in enumerate(pilots):
+                pilot.append(batch.targets(index, sequence, 0, plan.seq_len))
     return [
         build_tables(pilot, kind=p.kind, num_draws=p.num_draws, vocab_size=p.vocab_size)
         for pilot, p in zip(pilots, plans, strict=True)

@@ -374,17 +374,19 @@ def test_a_second_cache_takes_the_tables_of_the_first(job, capsys, tmp_path):
 def test_nan_logits_stop_the_capture_and_name_the_sequence(job, tmp_path, monkeypatch, capsys):
     from distill_pretrain.teacher.engines.megatron import MegatronEngine
 
-    sound = MegatronEngine.logits
+    sound = MegatronEngine.chunks
     calls = []
 
     def failing(self, tokens):
-        logits = sound(self, tokens)
         calls.append(1)
-        if len(calls) == 6:  # after the pilot: shard 1, its second micro-batch, sequences 14 to 17
-            logits[1, 7, 3] = float("nan")
-        return logits
+        for chunk in sound(self, tokens):
+            if (
+                len(calls) == 6
+            ):  # after the pilot: shard 1, its second micro-batch, sequences 14 to 17
+                chunk.logits[1 * SEQ_LEN + 7, 3] = float("nan")
+            yield chunk
 
-    monkeypatch.setattr(MegatronEngine, "logits", failing)
+    monkeypatch.setattr(MegatronEngine, "chunks", failing)
     error = refused(job, capsys, f"capture.output_dir={tmp_path}", verb="capture")
     assert "sequence 15" in error and "finite" in error
     monkeypatch.undo()

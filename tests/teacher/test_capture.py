@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,22 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from distill_pretrain.contracts import RaggedTargets
+from distill_pretrain.contracts import LogitsChunk, RaggedTargets, Replica
 from distill_pretrain.data.config import DataConfig
 from distill_pretrain.data.sources import SequenceData, open_sequences
-from distill_pretrain.errors import CacheCorrupt, CacheError, TeacherError
+from distill_pretrain.errors import CacheCorrupt, CacheError, ConfigError, TeacherError
 from distill_pretrain.formats import CachePlan, CacheWriter
+from distill_pretrain.formats.cache_writer import ShardWriter
 from distill_pretrain.formats.codec_files import read_tables
-from distill_pretrain.teacher.capture import capture_shards, finish_capture, make_plans
+from distill_pretrain.teacher.capture import (
+    CaptureWatch,
+    capture_shards,
+    finish_capture,
+    make_plans,
+)
 from distill_pretrain.teacher.config import CaptureConfig, TargetSetConfig
+from distill_pretrain.teacher.crew import Crew
+from distill_pretrain.teacher.gate import SanityGate
 from distill_pretrain.teacher.pilot import pilot_tables
 from tests.support.small_corpus import SEQ_LEN, VOCAB_SIZE, write_small_corpus
 
@@ -29,6 +39,7 @@ class BatchSensitive:
 
     vocab_size = VOCAB_SIZE
     device = torch.device("cpu")
+    replica = Replica()
 
     def __init__(self, calls_until_killed: int | None = None) -> None:
         self.identity: dict[str, Any] = {"kind": "megatron"}
@@ -43,6 +54,25 @@ class BatchSensitive:
             self.calls_left -= 1
         g = torch.Generator().manual_seed(int(tokens.sum()) + 1000 * tokens.size(0))
         return torch.randn(*tokens.shape, VOCAB_SIZE, generator=g) * 3
+
+    def chunks(self, tokens: torch.Tensor) -> Iterator[LogitsChunk]:
+        """Two, which part within a sequence."""
+        logits = self.logits(tokens).flatten(0, 1)
+        half = len(logits) // 2 - 3
+        yield LogitsChunk(first=0, first_id=0, logits=logits[:half])
+        yield LogitsChunk(first=half, first_id=0, logits=logits[half:])
+
+
+def watching(mode: Any = "refuse", **settings: Any) -> CaptureWatch:
+    return CaptureWatch(SanityGate(vocab_size=VOCAB_SIZE, mode=mode, say=print), **settings)
+
+
+def tables_of(sequences: SequenceData, plans: list[CachePlan], engine: Any = None) -> list[Any]:
+    """Of a pilot on 100 positions."""
+    crew = Crew(engine or BatchSensitive(), sequences)
+    tables = crew.run(lambda: pilot_tables(crew.score, plans, num_tokens=100))
+    assert tables is not None
+    return tables
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +100,13 @@ def capture(
         CacheWriter.create_or_resume(
             path,
             plan,
-            make_tables=lambda plan=plan: pilot_tables(
-                BatchSensitive(), sequences, [plan], num_tokens=100
-            )[0],
+            make_tables=lambda plan=plan: tables_of(sequences, [plan])[0],
             labels_of=lambda sequence: sequences.plan.read([sequence])[1][0],
             sync_every=1,
         )
         for path, plan in plans.items()
     ]
-    capture_shards(writers, engine, sequences, first_shard=0, progress=lambda positions: None)
+    capture_shards(writers, Crew(engine, sequences), first_shard=0, watch=watching("off"))
     assert set(finish_capture(writers)) == set(plans)
     return contents(folder)
 
@@ -134,11 +162,67 @@ def test_tables_of_several_sets_from_one_pilot_are_those_of_pilots_of_their_own(
     config = CaptureConfig(output_dir=Path("x"), **LAYOUT, sets=SETS)
     plans = list(make_plans(sequences, config, BatchSensitive().identity).values())
     engine = BatchSensitive()
-    together = pilot_tables(engine, sequences, plans, num_tokens=100)
+    together = tables_of(sequences, plans, engine)
     assert engine.calls == 1
     for tables, plan in zip(together, plans, strict=True):
-        (own,) = pilot_tables(BatchSensitive(), sequences, [plan], num_tokens=100)
+        (own,) = tables_of(sequences, [plan])
         assert tables.to_bytes() == own.to_bytes()
+
+
+def test_after_a_failed_write_no_later_batch_is_appended(sequences, tmp_path, monkeypatch):
+    """The teacher is ahead of the disk: its later batches may not fill the gap."""
+    expected = capture(tmp_path / "whole", sequences, BatchSensitive())
+    sound, calls = ShardWriter.append, []
+
+    def failing(self: ShardWriter, *arguments: Any) -> None:
+        calls.append(1)
+        time.sleep(0.02)
+        if len(calls) == 4:  # the second of two blocks of a sequence
+            raise TeacherError("no distribution")
+        sound(self, *arguments)
+
+    monkeypatch.setattr(ShardWriter, "append", failing)
+    with pytest.raises(TeacherError, match="no distribution"):
+        capture(tmp_path / "broken", sequences, BatchSensitive())
+    assert len(calls) == 4
+    monkeypatch.undo()
+    assert capture(tmp_path / "broken", sequences, BatchSensitive()) == expected
+
+
+def test_a_faulty_teacher_keeps_shards_and_publishes_nothing(sequences, tmp_path, monkeypatch):
+    class Frozen(BatchSensitive):
+        def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(*tokens.shape, VOCAB_SIZE)
+
+    monkeypatch.setattr("distill_pretrain.teacher.gate.STRETCH_POSITIONS", 40)
+    monkeypatch.setattr("distill_pretrain.teacher.gate.FEWEST_STRETCHES", 4)
+    monkeypatch.setattr("distill_pretrain.teacher.gate.FEWEST_SEQUENCES", 10)
+    monkeypatch.setattr("distill_pretrain.teacher.gate.UNIFORM_MASS", 30.0)
+    config = CaptureConfig(output_dir=tmp_path, codec="raw", **LAYOUT)
+    ((_, plan),) = make_plans(sequences, config, Frozen().identity).items()
+    writer = CacheWriter.create_or_resume(tmp_path, plan)
+    crew = Crew(Frozen(), sequences)
+
+    def refused() -> None:
+        with pytest.raises(TeacherError, match="uniform"):
+            capture_shards([writer], crew, first_shard=0, watch=watching())
+
+    refused()
+    assert writer.pending() == [1] and (tmp_path / "s-000000.dpt").exists()
+    assert not (tmp_path / "manifest.json").exists()
+    with pytest.raises(CacheError, match="not finished"):
+        writer.publish_manifest()
+
+
+def test_micro_batches_are_given_in_sequences_or_in_positions():
+    def size(**settings: Any) -> int:
+        return CaptureConfig(output_dir=Path("x"), **settings).sequences_per_pass(256)
+
+    assert size() == 8 and size(micro_batch_size=3) == 3
+    assert size(micro_batch_tokens=1024) == 4 and size(micro_batch_tokens=1023) == 3
+    assert "are both" in settings_error(micro_batch_size=1, micro_batch_tokens=512)
+    with pytest.raises(ConfigError, match="255 positions, sequences of 256"):
+        size(micro_batch_tokens=255)
 
 
 @pytest.mark.parametrize("calls", [1, 3, 4])
@@ -171,14 +255,15 @@ def test_a_shard_owned_in_the_first_set_is_left_alone_in_all(sequences, tmp_path
     engine = BatchSensitive()
     plans = make_plans(sequences, config, engine.identity)
     writers = [CacheWriter.create_or_resume(path, plan) for path, plan in plans.items()]
-    options: dict[str, Any] = {"first_shard": 0, "progress": lambda positions: None}
+    crew = Crew(engine, sequences)
+    options: dict[str, Any] = {"first_shard": 0, "watch": watching("off")}
     with writers[0].claim(0) as _, writers[2].claim(1) as _:
-        capture_shards(writers, engine, sequences, **options)
+        capture_shards(writers, crew, **options)
         last = len(shard_sizes(sequences))
         assert [writer.pending() for writer in writers] == [[0], [0], [0, 1], [0]]
         assert engine.calls == sum(-(-size // 3) for size in shard_sizes(sequences)[1:])
     assert finish_capture(writers) == {}
-    capture_shards(writers, engine, sequences, **options)
+    capture_shards(writers, crew, **options)
     assert len(finish_capture(writers)) == len(writers)
     assert last >= 2
 
@@ -273,7 +358,7 @@ def test_logits_that_are_no_distribution_are_refused(sequences, tmp_path, sample
             logits[0, 2, 1] = bad
             return logits
 
-    with pytest.raises(TeacherError, match=r"sequence 0, .*rows 2"):
+    with pytest.raises(TeacherError, match=r"sequences? \[?0\b"):
         capture(tmp_path, sequences, Broken(), codec="raw", **SETS[sampler])
 
 
@@ -299,7 +384,7 @@ def test_likeliest_ids_that_are_no_distribution_are_never_written(
     writer = CacheWriter.create_or_resume(
         tmp_path,
         plan,
-        make_tables=lambda: pilot_tables(BatchSensitive(), sequences, [plan], num_tokens=9)[0],
+        make_tables=lambda: tables_of(sequences, [plan])[0],
     )
     with writer.claim(0) as shard:
         size = shard.place(0)[2]
@@ -321,7 +406,7 @@ def test_damaged_tables_are_reported_with_their_path(sequences, tmp_path):
     settings = CaptureConfig(output_dir=tmp_path)
     (plan,) = make_plans(sequences, settings, BatchSensitive().identity).values()
     path = tmp_path / "codec-a.bin"
-    data = pilot_tables(BatchSensitive(), sequences, [plan], num_tokens=100)[0].to_bytes()
+    data = tables_of(sequences, [plan])[0].to_bytes()
     path.write_bytes(data)
     assert read_tables(path, plan).to_bytes() == data
     path.write_bytes(data[:-1])
