@@ -1,27 +1,33 @@
-# Build: docker build -t distill-pretrain .
-# Run:   docker run --gpus all --ipc=host -v "$PWD/runs:/runs" distill-pretrain train recipe.yaml
+# Build:  docker build -t distill-pretrain:0.1.0 .
+# Verb:   docker run --gpus all --ipc=host -v "$PWD/runs:/runs" distill-pretrain:0.1.0 doctor
+# Node:   docker run --gpus all --ipc=host --network=host -v /data:/data --entrypoint launch/torchrun_single.sh \
+#             distill-pretrain:0.1.0 train launch/recipes/cluster/student_300m_from_3b_8gpu.yaml
+# --ipc=host: NCCL and the loaders share memory between processes; 64 MB of /dev/shm is too little.
+#
+# Linted, never built. The base has CUDA, cuDNN, NCCL and the compiler that builds the cache's coder.
 FROM pytorch/pytorch:2.8.0-cuda12.8-cudnn9-devel
 
-# The image's torch stays: it is listed as a constraint, so that no dependency replaces it.
 ENV PYTHONUNBUFFERED=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
-    PIP_NO_CACHE_DIR=1
+    PIP_NO_CACHE_DIR=1 \
+    VENV=none
 
 RUN useradd --create-home --uid 1000 distill \
     && mkdir /runs \
     && chown distill /runs
 
 WORKDIR /opt/distill-pretrain
+# The image's own torch stays: it is a constraint, so that nothing replaces it; launch/constraints.txt pins the rest.
+COPY launch/constraints.txt /tmp/pins.txt
 COPY setup.py pyproject.toml README.md ./
 COPY distill_pretrain ./distill_pretrain
 COPY launch ./launch
-
 RUN python -c 'import torch; print(f"torch=={torch.__version__}")' > /tmp/constraints.txt \
+    && cat /tmp/pins.txt >> /tmp/constraints.txt \
     && python -m pip install --constraint /tmp/constraints.txt ".[hf,eval]" \
-    && rm /tmp/constraints.txt
+    && rm /tmp/constraints.txt /tmp/pins.txt
 
 USER 1000
-WORKDIR /runs
-HEALTHCHECK --interval=5m --timeout=60s --start-period=30s --retries=3 CMD ["distill-pretrain", "doctor"]
+HEALTHCHECK --interval=5m --timeout=60s --start-period=60s --retries=3 CMD ["distill-pretrain", "doctor"]
 ENTRYPOINT ["distill-pretrain"]
 CMD ["--help"]

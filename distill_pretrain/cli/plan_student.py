@@ -1,0 +1,321 @@
+"""A student's job as the planner sees it, from a recipe: sizes, layout and memory. Loads neither torch nor weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from distill_pretrain.cli.recipe import Recipe
+from distill_pretrain.errors import ConfigError, LayoutError
+from distill_pretrain.mcore.config import ParallelConfig
+from distill_pretrain.mcore.layout import check_layout
+from distill_pretrain.planning.config import PlanConfig
+from distill_pretrain.planning.costs import hf_parameters
+from distill_pretrain.planning.figures import Figure, Part, Table, quantity
+from distill_pretrain.planning.memory import RankMemory, StudentJob, fullest_rank
+from distill_pretrain.planning.parameters import num_parameters
+
+TENSOR_SIZES = (1, 2, 4, 8)
+PIPELINE_SIZES = (1, 2, 4, 8)
+MOST_LAYOUTS = 10
+DEFAULT_ENTRIES = 50
+GB = 1e9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """What of a corpus decides sizes.
+
+    Attributes:
+        vocab_size: V.
+        seq_len: L.
+        num_sequences: that the recipe uses.
+    """
+
+    vocab_size: int
+    seq_len: int
+    num_sequences: int
+
+
+def plan_settings(recipe: Recipe) -> PlanConfig:
+    """The section plan, or its defaults."""
+    return recipe.plan or PlanConfig()
+
+
+def corpus_of(recipe: Recipe) -> Corpus:
+    """Sizes from the section data, or from tokens.json beside the corpus.
+
+    Raises:
+        ConfigError: neither says them.
+    """
+    assert recipe.data
+    vocab_size, num_sequences = recipe.data.vocab_size, recipe.data.num_sequences
+    if vocab_size is None or num_sequences is None:
+        from distill_pretrain.formats.tokens_record import TokensRecord
+
+        tokens = recipe.data.tokens
+        record = TokensRecord.beside(tokens)
+        counts = record.corpora.get(tokens.name) if record else None
+        if vocab_size is None and record is not None:
+            vocab_size = record.vocab_size
+        if num_sequences is None and counts is not None:
+            num_sequences = -(-int(counts["num_tokens"]) // recipe.data.seq_len)
+    sizes = {"data.vocab_size": vocab_size, "data.num_sequences": num_sequences}
+    unknown = [key for key, value in sizes.items() if value is None]
+    if vocab_size is None or num_sequences is None:
+        raise ConfigError(
+            "the size of the corpus is unknown",
+            where=", ".join(unknown),
+            expected=f"numbers, or tokens.json beside {recipe.data.tokens}",
+            remedy="set them: corpus tokens / data.seq_len is the number of sequences",
+        )
+    return Corpus(vocab_size=vocab_size, seq_len=recipe.data.seq_len, num_sequences=num_sequences)
+
+
+def student_job(recipe: Recipe, corpus: Corpus, *, world_size: int | None) -> StudentJob:
+    """The job of the sections model, parallel, optimizer, objective and train.
+
+    Args:
+        recipe: has them.
+        corpus: what it trains on.
+        world_size: processes; None takes the launcher's.
+
+    Raises:
+        LayoutError: the layout does not fit.
+    """
+    from distill_pretrain.dist.env import launch_world_size
+
+    assert recipe.model and recipe.train
+    data_parallel = check_layout(
+        recipe.model,
+        recipe.parallel,
+        world_size=world_size or launch_world_size(),
+        micro_batch_size=recipe.train.micro_batch_size,
+        global_batch_size=recipe.train.global_batch_size,
+        seq_len=corpus.seq_len,
+        optimizer=recipe.optimizer,
+    )
+    per_pass = recipe.train.micro_batch_size * data_parallel
+    return StudentJob(
+        model=recipe.model,
+        parallel=recipe.parallel,
+        optimizer=recipe.optimizer,
+        vocab_size=corpus.vocab_size,
+        seq_len=corpus.seq_len,
+        precision=recipe.train.precision,
+        micro_batch_size=recipe.train.micro_batch_size,
+        num_micro_batches=recipe.train.global_batch_size // per_pass,
+        data_parallel=data_parallel,
+        entries=_most_entries(recipe),
+    )
+
+
+def _most_entries(recipe: Recipe) -> int:
+    """K: the N of the cache, of what the recipe captures, or a default; 0 where the loss reads no cache."""
+    assert recipe.data
+    objective = recipe.objective
+    if objective.peak_kd_weight == 0 or objective.target == "teacher":
+        return 0
+    caches = [source.cache for source in recipe.data.sources if source.cache]
+    local = [path for path in map(Path, caches) if (path / "plan.json").is_file()]
+    if local:
+        from distill_pretrain.formats.cache_reader import load_plan
+        from distill_pretrain.formats.storage import open_storage
+
+        return max(load_plan(open_storage(path)).max_entries_per_token for path in local)
+    if recipe.capture:
+        return max(kept.num_draws for kept in recipe.capture.targets.values())
+    return DEFAULT_ENTRIES
+
+
+def online_teacher_bytes(recipe: Recipe, corpus: Corpus) -> int | None:
+    """Weights and logits of objective.target=teacher in every last-stage process; 0 without, None where unknown.
+
+    Weights, and three fp32 buffers [T, V]: logits, and what the dense divergence makes of them (an estimate).
+    """
+    if recipe.objective.target != "teacher":
+        return 0
+    assert recipe.teacher and recipe.train
+    parameters = plan_settings(recipe).teacher_parameters or hf_parameters(recipe.teacher.path)
+    if parameters is None:
+        return None
+    positions = recipe.train.micro_batch_size * corpus.seq_len
+    weight = 2 if recipe.teacher.dtype == "bf16" else 4
+    return round(weight * parameters) + 3 * 4 * positions * corpus.vocab_size
+
+
+def memory_part(job: StudentJob, settings: PlanConfig, beside: int | None) -> Part:
+    """Memory of the fullest rank under the recipe's layout, and under others."""
+    fullest = fullest_rank(job)
+    whole = num_parameters(job.model, vocab_size=job.vocab_size, seq_len=job.seq_len)
+    room = settings.gpu_memory_gb * GB
+    needed = needed_bytes(fullest, settings, beside)
+    dp = job.data_parallel
+    figures = [
+        Figure(
+            name="parameters",
+            value=whole,
+            unit="parameters",
+            basis="exact",
+            how="whole model, padding of the vocabulary included",
+        ),
+        Figure(
+            name="layout",
+            value=layout_text(job),
+            basis="exact",
+            how=f"data parallel {dp}, {job.num_micro_batches} micro-batches per step; fullest stage {fullest.stage}",
+        ),
+        *memory_figures(job, fullest),
+        Figure(
+            name="online teacher",
+            value=beside,
+            unit="B",
+            basis="estimate",
+            how="weights and three fp32 buffers [T, V] (objective.target=teacher)",
+        ),
+        Figure(
+            name="needed of a GPU",
+            value=needed,
+            unit="B",
+            basis="estimate",
+            how=f"peak + online teacher + {settings.gpu_reserve_gb:g} GB reserve (plan.gpu_reserve_gb), of "
+            f"{quantity(room, 'B')}: {'fits' if needed <= room else 'DOES NOT FIT'}",
+        ),
+    ]
+    return Part(
+        title="Memory of a student's rank",
+        figures=[f for f in figures if f.name != "online teacher" or beside != 0],
+        tables=[_layouts(job, settings, beside)],
+    )
+
+
+def needed_bytes(memory: RankMemory, settings: PlanConfig, beside: int | None) -> float:
+    """Peak, an online teacher, and the reserve."""
+    return memory.total + (beside or 0) + settings.gpu_reserve_gb * GB
+
+
+def memory_figures(job: StudentJob, memory: RankMemory) -> list[Figure]:
+    """The terms of a rank's memory, and their sum."""
+    sharded = " / data-parallel size" if job.parallel.distributed_optimizer else ""
+    deepspeed = job.optimizer.backend == "deepspeed"
+    states = "estimate" if deepspeed else "exact"
+    how = {
+        "weights": f"{job.bytes_per_activation} B per parameter of the rank",
+        "gradients": "4 B per parameter (fp32 buffer)",
+        "optimizer": f"8 B per parameter (moments){'' if job.precision == 'fp32' else ' + 4 B (masters)'}{sharded}",
+        "batch": "tokens, labels and targets of every micro-batch of a step",
+        "activations": "what autograd keeps of the layers in flight (planning/memory.py); no recomputation",
+        "loss": "exponentials [T, V/tp] in fp32, kept for the gradient",
+        "temporaries": "logits and their copies, or the gradients inside a feed-forward block",
+        "step_temporaries": "4 B per updated parameter; activations are gone by then",
+    }
+    figures = [
+        Figure(
+            name=name.replace("_", " "),
+            value=getattr(memory, name),
+            unit="B",
+            basis=states  # type: ignore[arg-type]
+            if name in ("weights", "gradients", "optimizer")
+            else "estimate",
+            how=text,
+        )
+        for name, text in how.items()
+    ]
+    return [
+        *figures,
+        Figure(
+            name="peak",
+            value=memory.total,
+            unit="B",
+            basis="estimate",
+            how="weights + gradients + optimizer + batch + max(activations + loss + temporaries, step temporaries)",
+        ),
+    ]
+
+
+def layout_text(job: StudentJob) -> str:
+    """Such as tensor 2 + sequence, pipeline 4, distributed optimizer."""
+    parallel = job.parallel
+    parts = [f"tensor {parallel.tensor}" + (" + sequence" if parallel.sequence_parallel else "")]
+    if parallel.pipeline > 1:
+        virtual = parallel.virtual_pipeline
+        parts.append(f"pipeline {parallel.pipeline}" + (f" x {virtual}" if virtual > 1 else ""))
+    if parallel.distributed_optimizer:
+        parts.append("distributed optimizer")
+    if job.optimizer.backend == "deepspeed":
+        parts.append(f"ZeRO-{job.optimizer.zero_stage or 1}")
+    return ", ".join(parts)
+
+
+def _layouts(job: StudentJob, settings: PlanConfig, beside: int | None) -> Table:
+    """The recipe's layout and others on as many GPUs, the smallest first."""
+    others = sorted(_other_jobs(job), key=lambda other: fullest_rank(other).total)
+    rows = [_row(other, settings, beside) for other in [job, *others[:MOST_LAYOUTS]]]
+    return Table(
+        columns=(
+            "layout",
+            "dp",
+            "micro-batches",
+            "weights",
+            "gradients",
+            "optimizer",
+            "activations",
+            "loss",
+            "peak",
+            "fits",
+        ),
+        rows=tuple(rows),
+        how="fullest stage, estimates; first the recipe's layout, then others on as many GPUs with the same batches, "
+        "least memory first: more splitting means less memory and more communication",
+    )
+
+
+def _other_jobs(job: StudentJob) -> list[StudentJob]:
+    world = job.data_parallel * job.parallel.tensor * job.parallel.pipeline
+    if job.optimizer.backend == "deepspeed":
+        return []
+    batch = job.micro_batch_size * job.num_micro_batches * job.data_parallel
+    jobs = []
+    for tensor in TENSOR_SIZES:
+        for pipeline in PIPELINE_SIZES:
+            for distributed in (False, True):
+                parallel = ParallelConfig(
+                    tensor=tensor,
+                    pipeline=pipeline,
+                    sequence_parallel=tensor > 1,
+                    distributed_optimizer=distributed,
+                )
+                try:
+                    data_parallel = check_layout(
+                        job.model,
+                        parallel,
+                        world_size=world,
+                        micro_batch_size=job.micro_batch_size,
+                        global_batch_size=batch,
+                        seq_len=job.seq_len,
+                    )
+                except LayoutError:
+                    continue
+                if parallel != job.parallel:
+                    jobs.append(
+                        replace(
+                            job,
+                            parallel=parallel,
+                            data_parallel=data_parallel,
+                            num_micro_batches=batch // (job.micro_batch_size * data_parallel),
+                        )
+                    )
+    return jobs
+
+
+def _row(job: StudentJob, settings: PlanConfig, beside: int | None) -> tuple[str, ...]:
+    memory = fullest_rank(job)
+    terms = ("weights", "gradients", "optimizer", "activations", "loss", "total")
+    fits = needed_bytes(memory, settings, beside) <= settings.gpu_memory_gb * GB
+    return (
+        layout_text(job),
+        str(job.data_parallel),
+        str(job.num_micro_batches),
+        *(quantity(getattr(memory, term), "B") for term in terms),
+        "yes" if fits else "no",
+    )

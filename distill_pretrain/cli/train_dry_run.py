@@ -1,0 +1,153 @@
+"""`distill-pretrain train --dry-run`: everything about a job that can be known without weights and without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from distill_pretrain.cli.console import say
+from distill_pretrain.cli.plan_student import (
+    GB,
+    Corpus,
+    corpus_of,
+    layout_text,
+    memory_figures,
+    needed_bytes,
+    online_teacher_bytes,
+    plan_settings,
+    student_job,
+)
+from distill_pretrain.cli.recipe import Recipe
+from distill_pretrain.dist.env import launch_world_size
+from distill_pretrain.errors import ConfigError, LayoutError
+from distill_pretrain.planning.figures import quantity
+from distill_pretrain.planning.memory import StudentJob, fullest_rank
+from distill_pretrain.planning.parameters import num_parameters, rank_shapes
+
+
+def dry_run(recipe: Recipe, world_size: int | None) -> None:
+    """Check a training job and say what it would be.
+
+    Args:
+        recipe: with data, model and train.
+        world_size: processes; None takes the launcher's, or plan.gpus where there is no launcher.
+
+    Raises:
+        LayoutError: the layout does not fit the processes, or the job the GPUs.
+        ConfigError: settings contradict each other, or the corpus's size is unknown.
+        DistillPretrainError: corpus or cache are there and do not fit.
+    """
+    assert recipe.data and recipe.model and recipe.train
+    if world_size is not None and world_size < 1:
+        raise ConfigError("a job has at least one process", where="--world-size", found=world_size)
+    if world_size is None and launch_world_size() == 1:
+        world_size = plan_settings(recipe).gpus
+    processes = world_size or launch_world_size()
+    corpus = corpus_of(recipe)
+    job = student_job(recipe, corpus, world_size=processes)
+    _require_caches(recipe)
+    say(f"dry run: {recipe.train.output_dir}, {processes} processes")
+    for name, text in _facts(recipe, corpus, job):
+        say(f"  {name:<22}{text}")
+    _require_room(recipe, corpus, job)
+    say("nothing was loaded or written")
+
+
+def _require_caches(recipe: Recipe) -> None:
+    from distill_pretrain.data.sources import require_caches
+
+    assert recipe.data
+    online = recipe.objective.target == "teacher"
+    require_caches(recipe.data, 0.0 if online else recipe.objective.peak_kd_weight)
+
+
+def _facts(recipe: Recipe, corpus: Corpus, job: StudentJob) -> Iterator[tuple[str, str]]:
+    assert recipe.data and recipe.train
+    train = recipe.train
+    yield "layout", f"{layout_text(job)}, data parallel {job.data_parallel}"
+    whole = num_parameters(job.model, vocab_size=job.vocab_size, seq_len=job.seq_len)
+    shares = [_share(job, stage) for stage in range(job.parallel.pipeline)]
+    per_rank = f"{min(shares):,}" + (f" to {max(shares):,}" if min(shares) != max(shares) else "")
+    yield "parameters", f"{whole:,}; per rank {per_rank}"
+    tokens_per_step = train.global_batch_size * corpus.seq_len
+    yield (
+        "a step",
+        f"{train.global_batch_size} sequences, {tokens_per_step:,} tokens, {job.num_micro_batches} micro-batches of "
+        f"{train.micro_batch_size} per replica",
+    )
+    visited = train.steps * train.global_batch_size
+    available = sum(_sequences(recipe, corpus))
+    yield (
+        "the run",
+        f"{train.steps:,} steps, {quantity(train.steps * tokens_per_step, 'tokens')}, "
+        f"{visited / available:.3g} epochs of {available:,} sequences",
+    )
+    memory = fullest_rank(job)
+    for figure in memory_figures(job, memory):
+        yield figure.name, f"{figure.shown} ({figure.basis})"
+    yield from _data(recipe)
+
+
+def _share(job: StudentJob, stage: int) -> int:
+    from math import prod
+
+    shapes = rank_shapes(
+        job.model, job.parallel, vocab_size=job.vocab_size, seq_len=job.seq_len, stage=stage
+    )
+    return sum(map(prod, shapes))
+
+
+def _sequences(recipe: Recipe, corpus: Corpus) -> Iterator[int]:
+    """Sequences of every corpus of the blend; those of the others only where the recipe says."""
+    assert recipe.data
+    yield corpus.num_sequences
+    for source in recipe.data.blend:
+        yield source.num_sequences or 0
+
+
+def _data(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Corpora and caches: opened and compared where they are there."""
+    assert recipe.data
+    uses_cache = recipe.objective.target == "cache" and recipe.objective.peak_kd_weight > 0
+    for source in recipe.data.sources:
+        index = source.tokens.with_name(f"{source.tokens.name}.idx")
+        if not index.is_file():
+            yield "corpus", f"{source.tokens}: not here, not checked"
+            if uses_cache:
+                yield "cache", f"{source.cache}: not checked, for want of its corpus"
+            continue
+        from distill_pretrain.data.sources import open_cache, open_sequences
+
+        sequences = open_sequences(source)
+        yield "corpus", f"{source.tokens}: {sequences.num_sequences:,} sequences, ids in range"
+        if not uses_cache or source.cache is None:
+            continue
+        if "://" not in source.cache and not Path(source.cache).exists():
+            yield "cache", f"{source.cache}: not here, not checked"
+            continue
+        with open_cache(source.cache, sequences) as cache:
+            totals = cache.manifest.totals
+        yield (
+            "cache",
+            f"{source.cache}: belongs to the corpus, {totals['entries_per_token']} entries and "
+            f"{totals['bytes_per_token']} bytes per position",
+        )
+
+
+def _require_room(recipe: Recipe, corpus: Corpus, job: StudentJob) -> None:
+    """Raise LayoutError where the estimate is above plan.gpu_memory_gb."""
+    beside = online_teacher_bytes(recipe, corpus)
+    memory = fullest_rank(job)
+    settings = plan_settings(recipe)
+    needed = needed_bytes(memory, settings, beside)
+    room = settings.gpu_memory_gb * GB
+    if needed > room:
+        raise LayoutError(
+            "by the planner's estimate the job does not fit its GPUs",
+            where="parallel, train.micro_batch_size",
+            found=f"{quantity(needed, 'B')} on a rank of stage {memory.stage}, {settings.gpu_reserve_gb:g} GB of it "
+            "reserve",
+            expected=f"at most {quantity(room, 'B')} (plan.gpu_memory_gb)",
+            remedy="a smaller train.micro_batch_size, more tensor or pipeline parallelism, or "
+            "parallel.distributed_optimizer; `distill-pretrain plan` compares layouts",
+        )

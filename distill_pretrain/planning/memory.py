@@ -1,0 +1,269 @@
+"""Memory of one rank of a student's job, by formula.
+
+Weights, gradients and optimizer state follow from the code and are exact up to a few hundred bytes per tensor. The rest
+is an estimate of what autograd keeps and of the largest temporaries, for the layers of `mcore` (SDPA attention, norms
+composed of plain operations, no fused kernels, no recomputation) and the PyTorch loss; fused kernels need less.
+
+Shapes: T positions of a micro-batch, H hidden, F feed-forward, n heads and g key/value groups of width d, V vocabulary,
+K target entries of a position, t tensor-parallel size, e bytes of an activation.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from distill_pretrain.mcore.config import ModelConfig, OptimizerConfig, ParallelConfig
+from distill_pretrain.mcore.layout import padded_vocab_size
+from distill_pretrain.planning.parameters import head_width, rank_shapes, stages
+
+ACTIVATION_BYTES = {"fp32": 4, "bf16": 2}
+MOMENT_BYTES = 8
+MASTER_BYTES = 4
+GRADIENT_BYTES = 4
+PARAMETER_ALIGNMENT = 64
+"""Elements at whose multiples megatron-core's distributed optimizer starts each parameter."""
+BUCKET_ALIGNMENT = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentJob:
+    """What decides the memory of a rank.
+
+    Attributes:
+        model: architecture.
+        parallel: layout.
+        optimizer: whose state is counted.
+        vocab_size: V, real vocabulary.
+        seq_len: positions of a sequence.
+        precision: "fp32" or "bf16".
+        micro_batch_size: sequences per forward pass.
+        num_micro_batches: forward passes per step and data-parallel rank.
+        data_parallel: replicas.
+        entries: K, the most target entries of a position; 0 without targets.
+    """
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    optimizer: OptimizerConfig
+    vocab_size: int
+    seq_len: int
+    precision: str
+    micro_batch_size: int
+    num_micro_batches: int
+    data_parallel: int
+    entries: int = 0
+
+    @property
+    def positions(self) -> int:
+        """T."""
+        return self.micro_batch_size * self.seq_len
+
+    @property
+    def bytes_per_activation(self) -> int:
+        """Bytes of an activation, e."""
+        return ACTIVATION_BYTES[self.precision]
+
+    @property
+    def sequence_split(self) -> int:
+        """Ranks over which activations between tensor-parallel regions are divided."""
+        return self.parallel.tensor if self.parallel.sequence_parallel else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankMemory:
+    """Bytes on one rank of a pipeline stage at the moment of a step when they are most.
+
+    Attributes:
+        stage: pipeline rank.
+        weights: in the precision of the model.
+        gradients: megatron-core's fp32 buffer.
+        optimizer: moments, and fp32 master weights beside bf16 ones.
+        batch: tokens, labels and targets of a whole step, on the device at once.
+        activations: of all micro-batches in flight.
+        loss: what the loss keeps of the logits, on the last stage.
+        temporaries: the largest on top of these.
+        step_temporaries: of the update, when activations are gone.
+    """
+
+    stage: int
+    weights: int
+    gradients: int
+    optimizer: int
+    batch: int
+    activations: int
+    loss: int
+    temporaries: int
+    step_temporaries: int
+
+    @property
+    def states(self) -> int:
+        """Weights, gradients and optimizer state."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        passing = self.activations + self.loss + self.temporaries
+        return self.states + self.batch + max(passing, self.step_temporaries)
+
+
+def rank_memory(job: StudentJob, stage: int) -> RankMemory:
+    """Memory of a rank of a pipeline stage."""
+    numels = _numels(job, stage)
+    weights, gradients, optimizer = _states(job, numels)
+    is_last = stage == job.parallel.pipeline - 1
+    loss, at_loss = _loss(job) if is_last else (0, 0)
+    activations = round(_layers_in_flight(job, stage) * layer_bytes(job) * job.positions)
+    if is_last:
+        activations += _head_bytes(job) * job.positions
+    local = sum(numels) // (job.data_parallel if _shards_optimizer(job) else 1)
+    return RankMemory(
+        stage=stage,
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        batch=_batch(job, with_targets=is_last),
+        activations=activations,
+        loss=loss,
+        temporaries=max(at_loss, _layer_temporaries(job)),
+        step_temporaries=0 if job.optimizer.offload else MASTER_BYTES * local,
+    )
+
+
+def fullest_rank(job: StudentJob) -> RankMemory:
+    """The pipeline stage that needs most."""
+    return max((rank_memory(job, stage) for stage in stages(job.parallel)), key=lambda r: r.total)
+
+
+def _numels(job: StudentJob, stage: int) -> list[int]:
+    shapes = rank_shapes(
+        job.model, job.parallel, vocab_size=job.vocab_size, seq_len=job.seq_len, stage=stage
+    )
+    return [math.prod(shape) for shape in shapes]
+
+
+def _shards_optimizer(job: StudentJob) -> bool:
+    return job.parallel.distributed_optimizer or job.optimizer.backend == "deepspeed"
+
+
+def _states(job: StudentJob, numels: list[int]) -> tuple[int, int, int]:
+    """Bytes of weights, gradients, and optimizer state.
+
+    megatron-core: e, 4, and 8 (moments) + 4 (masters, bf16 only) bytes per parameter, the last divided by the
+    data-parallel size under the distributed optimizer, whose buffers align each parameter. DeepSpeed (an estimate):
+    the same with masters in fp32 too, gradients divided from ZeRO-2 on and weights under ZeRO-3.
+    """
+    total = sum(numels)
+    weight, state = job.bytes_per_activation, MOMENT_BYTES
+    if job.optimizer.backend == "deepspeed":
+        stage, dp = job.optimizer.zero_stage or 1, job.data_parallel
+        state = 0 if job.optimizer.offload else MOMENT_BYTES + MASTER_BYTES
+        return (
+            weight * total // (dp if stage == 3 else 1),
+            GRADIENT_BYTES * total // (dp if stage >= 2 else 1),
+            state * total // dp,
+        )
+    if job.precision != "fp32":
+        state += MASTER_BYTES
+    if not job.parallel.distributed_optimizer:
+        return weight * total, GRADIENT_BYTES * total, state * total
+    padded = _round_up(
+        sum(_round_up(numel, PARAMETER_ALIGNMENT) for numel in numels),
+        math.lcm(job.data_parallel, BUCKET_ALIGNMENT),
+    )
+    return weight * padded, GRADIENT_BYTES * padded, state * padded // job.data_parallel
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _layers_in_flight(job: StudentJob, stage: int) -> float:
+    """Layers times micro-batches whose activations are kept at the fullest moment.
+
+    Plain pipeline (1F1B): a stage holds as many micro-batches as there are stages from it on. Interleaved: it runs
+    2 (pp - stage - 1) + (chunks - 1) pp passes ahead and one more, each of one chunk.
+    """
+    stages_, chunks = job.parallel.pipeline, job.parallel.virtual_pipeline
+    per_chunk = job.model.num_layers // (stages_ * chunks)
+    if chunks == 1:
+        return per_chunk * min(stages_ - stage, job.num_micro_batches)
+    ahead = 2 * (stages_ - stage - 1) + (chunks - 1) * stages_ + 1
+    return per_chunk * min(ahead, job.num_micro_batches * chunks)
+
+
+def norm_bytes(job: StudentJob, width: float) -> float:
+    """What a norm of `width` columns keeps per position, beside its output.
+
+    RMSNorm is composed of plain operations: an fp32 input, the normalised fp32 rows and a scale. LayerNorm is one
+    operation: its input, mean and scale.
+    """
+    if job.model.arch == "llama":
+        return 8 * width + 4
+    return job.bytes_per_activation * (width + 2)
+
+
+def layer_bytes(job: StudentJob) -> float:
+    """What one transformer layer keeps for its backward pass, per position."""
+    model, e, t = job.model, job.bytes_per_activation, job.parallel.tensor
+    llama, width = model.arch == "llama", head_width(job.model)
+    groups = model.num_query_groups or model.num_attention_heads
+    hidden = model.hidden_size / job.sequence_split
+    query, key = model.num_attention_heads * width / t, groups * width / t
+    mixed = query + 2 * key
+    # Grouped heads in fp32 are repeated before attention (mcore/modules.py).
+    repeated = job.precision == "fp32" and groups != model.num_attention_heads
+    if repeated:
+        kept = 3 * query + (0 if llama and not model.qk_norm else mixed - query)
+    else:
+        kept = mixed + (query + key if llama else 0)
+    attention = e * (hidden + kept + query) + 4 * model.num_attention_heads / t
+    if model.qk_norm:
+        attention += norm_bytes(job, query) + norm_bytes(job, key)
+    feed_forward = e * (hidden + (5 if llama else 2) * model.ffn_hidden_size / t)
+    dropout = 2 * e * hidden if model.dropout else 0.0
+    return 2 * norm_bytes(job, hidden) + attention + feed_forward + dropout
+
+
+def _head_bytes(job: StudentJob) -> int:
+    """Final norm and the input of the LM head, per position."""
+    hidden = job.model.hidden_size / job.sequence_split
+    norm = norm_bytes(job, hidden) if job.model.norm_placement == "pre" else 0.0
+    return round(norm + job.bytes_per_activation * hidden)
+
+
+def _loss(job: StudentJob) -> tuple[int, int]:
+    """Bytes the loss keeps of the logits [T, V/t], and the largest temporaries beside them.
+
+    Kept: exponentials in fp32, which become the gradient in place, and some numbers per entry. Forward: the logits and,
+    below fp32, their fp32 copy. Backward: the gradient with padding columns, and in the logits' own precision.
+    """
+    e, t = job.bytes_per_activation, job.parallel.tensor
+    padded = padded_vocab_size(job.vocab_size, job.model.vocab_divisor, t) // t
+    # Padding columns are all on the last tensor-parallel ranks, the others hold `padded` real ones.
+    real = min(padded, job.vocab_size)
+    has_padding = padded * t != job.vocab_size
+    picks = 1 + job.entries
+    kept = 4 * real + (8 + 1 + 4) * picks + 4 * (4 + picks) + 12
+    forward = e * padded + (4 * real if e < 4 else 0) + 24 * job.entries
+    backward = (4 * padded if has_padding else 0) + (e * padded if e < 4 else 0)
+    head_gradient = e * padded * job.model.hidden_size
+    return job.positions * kept, max(
+        job.positions * forward, job.positions * backward, head_gradient
+    )
+
+
+def _layer_temporaries(job: StudentJob) -> int:
+    """Gradients inside a feed-forward block while most activations are still there (a rough bound)."""
+    inner = (
+        (4 if job.model.arch == "llama" else 2) * job.model.ffn_hidden_size / job.parallel.tensor
+    )
+    hidden = 2 * job.model.hidden_size
+    return round(job.bytes_per_activation * (inner + hidden) * job.positions)
+
+
+def _batch(job: StudentJob, *, with_targets: bool) -> int:
+    """Tokens and labels of 8 bytes, target ids of 8 and probabilities of 4, for every micro-batch of a step."""
+    per_position = 16 + (12 * job.entries if with_targets else 0)
+    return job.positions * job.num_micro_batches * per_position

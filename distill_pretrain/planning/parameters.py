@@ -1,0 +1,88 @@
+"""Every parameter that a rank holds under a layout, by formula: what mcore builds, without building it.
+
+Shapes: H hidden, F feed-forward, V_pad padded vocabulary, L positions; heads and columns are divided by the
+tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from distill_pretrain.mcore.config import ModelConfig, ParallelConfig
+from distill_pretrain.mcore.layout import padded_vocab_size
+
+Shape = tuple[int, ...]
+
+
+def head_width(model: ModelConfig) -> int:
+    """Channels of one attention head."""
+    return model.kv_channels or model.hidden_size // model.num_attention_heads
+
+
+def layer_shapes(model: ModelConfig, tensor: int) -> list[Shape]:
+    """Parameters of one transformer layer on a tensor-parallel rank."""
+    llama = model.arch == "llama"
+    width, hidden = head_width(model), model.hidden_size
+    groups = model.num_query_groups or model.num_attention_heads
+    heads = model.num_attention_heads * width // tensor
+    qkv = heads + 2 * groups * width // tensor
+    ffn = model.ffn_hidden_size // tensor
+    inner = 2 * ffn if llama else ffn
+    norm: list[Shape] = [(hidden,)] if llama else [(hidden,), (hidden,)]
+    shapes: list[Shape] = [
+        *norm,
+        *norm,
+        (hidden, heads),
+        (qkv, hidden),
+        (inner, hidden),
+        (hidden, ffn),
+    ]
+    if not llama:
+        shapes += [(hidden,), (qkv,), (inner,), (hidden,)]
+    if model.qkv_bias:
+        shapes.append((qkv,))
+    if model.qk_norm:
+        shapes += [(width,), (width,)]
+    return shapes
+
+
+def rank_shapes(
+    model: ModelConfig, parallel: ParallelConfig, *, vocab_size: int, seq_len: int, stage: int
+) -> list[Shape]:
+    """Parameters of a rank of a pipeline stage, over all its model chunks.
+
+    Args:
+        model: architecture.
+        parallel: layout; must fit the model (`mcore.layout.check_layout`).
+        vocab_size: V, real vocabulary.
+        seq_len: L; the number of learned positions of a gpt2 model.
+        stage: pipeline rank.
+    """
+    tensor = parallel.tensor
+    rows = padded_vocab_size(vocab_size, model.vocab_divisor, tensor) // tensor
+    vocabulary = (rows, model.hidden_size)
+    is_first, is_last = stage == 0, stage == parallel.pipeline - 1
+    shapes = layer_shapes(model, tensor) * (model.num_layers // parallel.pipeline)
+    if is_first:
+        shapes.append(vocabulary)
+        if model.arch == "gpt2":
+            shapes.append((seq_len, model.hidden_size))
+    if is_last:
+        if model.norm_placement == "pre":
+            shapes += [(model.hidden_size,)] * (1 if model.arch == "llama" else 2)
+        # A tied head on a stage of its own has a copy of the embedding.
+        if not (model.tie_embeddings and is_first):
+            shapes.append(vocabulary)
+    return shapes
+
+
+def num_parameters(model: ModelConfig, *, vocab_size: int, seq_len: int, tensor: int = 1) -> int:
+    """Parameters of the whole model, padding of the vocabulary included."""
+    whole = rank_shapes(model, ParallelConfig(), vocab_size=vocab_size, seq_len=seq_len, stage=0)
+    return sum(map(math.prod, whole))
+
+
+def stages(parallel: ParallelConfig) -> Iterator[int]:
+    """Pipeline stages that differ in memory: the first, one between, the last."""
+    yield from sorted({0, min(1, parallel.pipeline - 1), parallel.pipeline - 1})
