@@ -4,17 +4,20 @@ checkpoints/
   step-00000400/     weights and optimizer (megatron-core dist_checkpointing), rng-*.pt
     checkpoint.json  step, identity, sha256 of every other file; written last
   step-00000800.tmp/ a save that did not finish; ignored and replaced
+  step-00000600.bad/ set aside: found damaged when a run was to go on from it
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ from distill_pretrain.formats.atomic import (
 
 RECORD = "checkpoint.json"
 SHARED_FOLDER_WAIT_S = 10.0
+_STEP_FOLDER = re.compile(r"step-\d{8,}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,7 @@ class Checkpoint:
         folder: where it is.
         step: optimizer steps done.
         identity: what a run must share with it to go on from it.
+        progress: of the run besides its steps, JSON-able; what it holds is the trainer's.
         files: sha256 of every file by name.
         sha256: of the record, and so of everything in the folder.
     """
@@ -49,6 +54,7 @@ class Checkpoint:
     folder: Path
     step: int
     identity: dict[str, Any]
+    progress: dict[str, Any]
     files: dict[str, str]
     sha256: str
 
@@ -62,6 +68,7 @@ class Checkpoint:
                 folder=folder,
                 step=int(raw["step"]),
                 identity=dict(raw["identity"]),
+                progress=dict(raw.get("progress", {})),
                 files=dict(raw["files"]),
                 sha256=sha256_file(path),
             )
@@ -77,21 +84,28 @@ class Checkpoint:
                 "the checkpoint's record is damaged", where=path, found=error
             ) from None
 
-    def verify(self) -> None:
-        """Compare every file with its hash; raises CheckpointError naming the first that differs.
-
-        In a job every rank calls it.
-        """
+    def damage(self) -> CheckpointError | None:
+        """The first file that is not what was saved, or None. In a job every rank calls it and gets the same."""
         found = hash_files(self.folder, sorted(self.files))
         for name, expected in self.files.items():
             if found[name] != expected:
-                raise CheckpointError(
+                return CheckpointError(
                     "a checkpoint file is not what was saved",
                     where=self.folder / name,
                     found=found[name],
                     expected=expected,
                     remedy="remove this step's folder to go on from the one before",
                 )
+        return None
+
+    def verify(self) -> None:
+        """Compare every file with its hash; raises CheckpointError naming the first that differs.
+
+        In a job every rank calls it.
+        """
+        damage = self.damage()
+        if damage is not None:
+            raise damage
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
@@ -168,8 +182,8 @@ class CheckpointStore:
 
     def complete(self) -> list[Path]:
         """Folders of complete checkpoints, oldest first."""
-        found = [p for p in self.root.glob("step-*") if (p / RECORD).exists()]
-        return sorted(p for p in found if p.suffix != ".tmp")
+        found = [p for p in self.root.glob("step-*") if _STEP_FOLDER.fullmatch(p.name)]
+        return sorted(p for p in found if (p / RECORD).exists())
 
     def newest(self) -> Checkpoint | None:
         """The complete checkpoint of the highest step."""
@@ -177,7 +191,13 @@ class CheckpointStore:
         return Checkpoint.open(folders[-1]) if folders else None
 
     def save(
-        self, step: int, identity: dict[str, Any], write: Callable[[Path], None], *, keep: int
+        self,
+        step: int,
+        identity: dict[str, Any],
+        write: Callable[[Path], None],
+        *,
+        keep: int,
+        progress: dict[str, Any] | None = None,
     ) -> None:
         """Publish a checkpoint and drop all but the newest `keep`. Every rank calls it.
 
@@ -186,6 +206,7 @@ class CheckpointStore:
             identity: recorded beside it.
             write: puts this rank's files into the given empty folder.
             keep: checkpoints to keep, this one included.
+            progress: see `Checkpoint`.
         """
         final = self.root / f"step-{step:08d}"
         temporary = final.with_suffix(".tmp")
@@ -198,6 +219,7 @@ class CheckpointStore:
             record = {
                 "step": step,
                 "identity": identity,
+                "progress": progress or {},
                 "files": files,
                 "code_version": __version__,
             }
@@ -215,20 +237,56 @@ class CheckpointStore:
         files = hash_files(temporary, names, durable=True)
         on_first_rank(publish)
 
-    def find(self, identity: dict[str, Any]) -> Checkpoint | None:
-        """The newest checkpoint, if it belongs to this run. Every rank calls it and gets rank 0's answer.
+    def find(
+        self, identity: dict[str, Any], say: Callable[[str], None] = print
+    ) -> Checkpoint | None:
+        """The newest sound checkpoint, if it belongs to this run; None where there is none yet.
+
+        Every file is compared with its hash. A damaged checkpoint is set aside under another name, and the one
+        before is taken. Every rank calls it and gets the same answer.
+
+        Args:
+            identity: what the checkpoint must share with this run.
+            say: prints one line, on rank 0.
 
         Raises:
-            CheckpointError: it belongs to another run, or its record is damaged.
+            CheckpointError: it belongs to another run, or every checkpoint is damaged.
         """
+        while True:
+            newest = on_first_rank(lambda: self._newest_readable(identity, say))
+            damage = newest.damage() if newest is not None else None
+            if newest is None or damage is None:
+                return newest
+            on_first_rank(partial(self._set_aside, newest.folder, damage, say))
 
-        def check() -> Checkpoint | None:
-            newest = self.newest()
-            if newest is not None:
-                require_same_run(newest, identity)
+    def _newest_readable(
+        self, identity: dict[str, Any], say: Callable[[str], None]
+    ) -> Checkpoint | None:
+        """The newest whose record can be read, required to be of this run."""
+        for folder in reversed(self.complete()):
+            try:
+                newest = Checkpoint.open(folder)
+            except CheckpointError as error:
+                self._set_aside(folder, error, say)
+                continue
+            require_same_run(newest, identity)
             return newest
+        damaged = sorted(p.name for p in self.root.glob("step-*.bad"))
+        if damaged:
+            raise CheckpointError(
+                "no sound checkpoint is left",
+                where=self.root,
+                found=", ".join(damaged),
+                remedy="restore one from a copy, or remove these folders to train from the start",
+            )
+        return None
 
-        return on_first_rank(check)
+    def _set_aside(self, folder: Path, why: CheckpointError, say: Callable[[str], None]) -> None:
+        aside = folder.with_suffix(".bad")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(folder, aside)
+        fsync_path(self.root)
+        say(f"WARNING: {why}\n  set aside as {aside.name}; going on from the checkpoint before it")
 
 
 def require_same_run(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:

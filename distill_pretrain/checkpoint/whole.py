@@ -1,4 +1,4 @@
-"""A trained model of this project, whole in one process."""
+"""A trained model of this project for scoring: whole in one process, or in parts."""
 
 from __future__ import annotations
 
@@ -6,28 +6,40 @@ import torch
 
 from distill_pretrain.checkpoint.store import Checkpoint
 from distill_pretrain.mcore.config import ModelConfig, ParallelConfig
+from distill_pretrain.mcore.deep import require_residual
 
 
 def load_whole_model(checkpoint: Checkpoint, *, precision: str) -> torch.nn.Module:
     """The model without dropout; (tokens, positions, None) -> logits [B, L, V_pad] in its own arithmetic.
 
+    See `load_model_part`; each process is alone.
+    """
+    return load_model_part(checkpoint, ParallelConfig(), precision=precision)
+
+
+def load_model_part(
+    checkpoint: Checkpoint, parallel: ParallelConfig, *, precision: str
+) -> torch.nn.Module:
+    """This rank's part of the model without dropout, under any layout without virtual stages.
+
     Args:
-        checkpoint: of a training run; checked in full before it is read.
+        checkpoint: of a training run, under any layout; checked in full before it is read.
+        parallel: layout; needs its process groups, of `mcore.parallel.model_parallel`.
         precision: "fp32" or "bf16".
 
     Raises:
-        CheckpointError: it is damaged.
-
-    Needs the process groups of `mcore.parallel.model_parallel`, each of one process.
+        CheckpointError: it is damaged, or its residual scaling is not this version's.
     """
     from distill_pretrain.mcore.model import build_model_chunks
     from distill_pretrain.mcore.state import load_weights
 
     trained = checkpoint.identity
+    model = ModelConfig(**trained["model"])
+    require_residual(trained, model, checkpoint.folder)
     checkpoint.verify()
     chunks = build_model_chunks(
-        ModelConfig(**trained["model"]),
-        ParallelConfig(),
+        model,
+        parallel,
         vocab_size=trained["vocab_size"],
         seq_len=trained["seq_len"],
         precision=precision,

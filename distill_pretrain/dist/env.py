@@ -26,3 +26,8 @@ def launch_local_rank() -> int:
 def launch_local_world_size() -> int:
     """Processes of this job on this node, 1 without a launcher."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", str(launch_world_size())))
+
+
+def publish_local_rank() -> None:
+    """Set LOCAL_RANK where no launcher did, for packages that read it themselves."""
+    os.environ.setdefault("LOCAL_RANK", str(launch_local_rank()))

@@ -10,6 +10,27 @@ from pydantic import Field
 from distill_pretrain.config import Section
 
 
+class BadStepsConfig(Section):
+    """What becomes of a step whose loss or gradient is not finite, or whose loss jumps.
+
+    `skip`: the batch is passed over and the weights stay; `rollback`: training goes back to the newest checkpoint and
+    on with the batches after the bad one; `stop`: the job ends, its checkpoints kept.
+    """
+
+    nonfinite: Literal["skip", "rollback", "stop"] = "skip"
+    """For a loss or gradient norm that is NaN or infinite."""
+    spike: Literal["off", "skip", "rollback", "stop"] = "off"
+    """For a loss above the rolling mean by `spike_deviations` standard deviations."""
+    spike_deviations: float = Field(default=8.0, gt=0)
+    """How far a loss must jump to be a spike."""
+    window: int = Field(default=64, ge=2)
+    """Applied steps in the rolling statistics; no step is a spike before they are full."""
+    most_in_a_row: int = Field(default=10, ge=0)
+    """Bad steps in a row that are put up with; one more stops the job."""
+    most_rollbacks: int = Field(default=3, ge=0)
+    """Rollbacks of one job that are put up with."""
+
+
 class TrainConfig(Section):
     """Length, batch, precision, logging and checkpoints of a training run."""
 
@@ -31,5 +52,12 @@ class TrainConfig(Section):
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints kept."""
+    export_interval: int | None = Field(default=None, ge=1)
+    """Steps between exports to output_dir/hf/step-N for transformers, the last step's included; null means none."""
+    bad_steps: BadStepsConfig = BadStepsConfig()
+    """What becomes of a step with NaN, infinity or a jump of the loss."""
+    stuck_after_s: float | None = Field(default=1800.0, gt=0)
+    """Seconds without a new step, save or read after which a job of several processes names the ranks it waits for and
+    ends with exit code 75, for the launcher to start it again; null waits for the collective's own timeout."""
     threads: int = Field(default=0, ge=0)
     """CPU threads per process; 0 divides the cores among the processes of a node."""

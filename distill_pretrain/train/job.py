@@ -32,8 +32,10 @@ from distill_pretrain.losses.dense_kd import TeacherObjective
 from distill_pretrain.losses.sparse_kd import DistillationObjective, require_entries_fit
 from distill_pretrain.losses.terms import Objective
 from distill_pretrain.mcore.config import ModelConfig, OptimizerConfig, ParallelConfig
-from distill_pretrain.mcore.layout import check_layout
+from distill_pretrain.mcore.deep import residual_identity
+from distill_pretrain.mcore.layout import check_layout, require_backend
 from distill_pretrain.train.config import TrainConfig
+from distill_pretrain.train.exports import RunExports
 from distill_pretrain.train.metrics import MetricsLog
 
 OpenTeacher = Callable[[SequenceData], LogitsEngine]
@@ -54,7 +56,8 @@ def run_identity(
     Megatron-core restores the learning-rate schedule and Adam's settings from the checkpoint, so a changed recipe
     would be ignored without a word; and the distributed optimizer's state has a layout of its own.
     """
-    schedule = optimizer.model_dump(mode="json")
+    # Not what shards it: any backend goes on from the state of another.
+    schedule = optimizer.model_dump(mode="json", exclude={"backend", "zero_stage", "offload"})
     if optimizer.decay_style != "constant":
         schedule["decay_steps"] = optimizer.decay_steps or train.steps
     first = sources[0].sequences
@@ -66,6 +69,7 @@ def run_identity(
         "vocab_size": first.vocab_size,
         "tokenizer_sha256": first.tokenizer_sha256,
         "model": model.model_dump(mode="json"),
+        **residual_identity(model),
         "objective": objective.model_dump(mode="json"),
         "precision": train.precision,
         "seed": train.seed,
@@ -165,15 +169,18 @@ def train_student(
         micro_batch_size=train.micro_batch_size,
         global_batch_size=train.global_batch_size,
         seq_len=data.seq_len,
+        optimizer=optimizer,
     )
+    require_backend(optimizer)
     cached_weight = objective.peak_kd_weight if open_teacher is None else 0.0
     require_caches(data, cached_weight)
     set_cpu_threads(train.threads)
     with process_group(), open_sources(data, kd_weight=cached_weight) as sources:
         teacher = _open_whole(open_teacher, sources[0].sequences) if open_teacher else None
         identity = run_identity(sources, model, parallel, optimizer, objective, train, teacher)
+        exports = RunExports(train, identity, data.tokens, zero_stage=optimizer.zero_stage)
         checkpoints = CheckpointStore(train.output_dir / "checkpoints")
-        newest = checkpoints.find(identity)
+        newest = checkpoints.find(identity, say)
         if newest is not None and newest.step >= train.steps:
             say(f"already trained: {newest.folder}")
             return
@@ -186,7 +193,7 @@ def train_student(
         from distill_pretrain.mcore.parallel import model_parallel
 
         with model_parallel(parallel, seed=train.seed) as groups:
-            from distill_pretrain.mcore.schedule import Student
+            from distill_pretrain.mcore.schedule import build_student
             from distill_pretrain.train.trainer import Trainer
 
             batches = StudentBatches(
@@ -207,7 +214,7 @@ def train_student(
                 tensor_group=groups.tensor,
             )
             teacher = None
-            student = Student(
+            student = build_student(
                 model=model,
                 parallel=parallel,
                 optimizer=optimizer,
@@ -227,6 +234,7 @@ def train_student(
                 batches=batches,
                 prefetch_steps=data.prefetch_steps,
                 checkpoints=checkpoints,
+                exports=exports,
                 resume_from=newest,
                 identity=identity,
                 config=train,

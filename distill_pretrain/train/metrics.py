@@ -11,7 +11,7 @@ from distill_pretrain.formats.atomic import publish_bytes
 
 
 class MetricsLog:
-    """Appends records; only rank 0 owns one.
+    """Appends records; only rank 0 owns one. A `with` block closes it.
 
     Args:
         path: the JSONL file.
@@ -30,6 +30,12 @@ class MetricsLog:
                     kept.append(line + "\n")
         publish_bytes(path, "".join(kept).encode())
         self._file = path.open("a", buffering=1)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record."""

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 from distill_pretrain.checkpoint.store import Checkpoint, CheckpointStore
 from distill_pretrain.data.batches import StudentBatches
 from distill_pretrain.data.prefetch import PrefetchedBatches
+from distill_pretrain.dist.watchdog import watchdog
+from distill_pretrain.errors import TrainingStopped
 from distill_pretrain.losses.terms import Objective
 from distill_pretrain.mcore.schedule import StepResult, Student
 from distill_pretrain.mcore.state import load_student, save_student
 from distill_pretrain.train.config import TrainConfig
+from distill_pretrain.train.exports import RunExports
+from distill_pretrain.train.guard import StepGuard, Verdict
 from distill_pretrain.train.metrics import MetricsLog
+from distill_pretrain.train.stopping import StopRequest, stop_on_sigterm
+
+STOPPED_EXIT_CODE = 143  # 128 + SIGTERM, as a shell reports it
 
 
 class Trainer:
@@ -24,6 +34,7 @@ class Trainer:
         batches: this rank's data.
         prefetch_steps: steps read and decoded ahead, in a background thread.
         checkpoints: where to save.
+        exports: told after each step, before it is saved.
         resume_from: checkpoint to go on from, of this run; None starts at step 0.
         identity: what a checkpoint must share with this run.
         config: length and intervals.
@@ -40,6 +51,7 @@ class Trainer:
         batches: StudentBatches,
         prefetch_steps: int,
         checkpoints: CheckpointStore,
+        exports: RunExports,
         resume_from: Checkpoint | None,
         identity: dict[str, Any],
         config: TrainConfig,
@@ -52,6 +64,7 @@ class Trainer:
         self.batches = batches
         self.prefetch_steps = prefetch_steps
         self.checkpoints = checkpoints
+        self.exports = exports
         self.resume_from = resume_from
         self.identity = identity
         self.config = config
@@ -59,47 +72,111 @@ class Trainer:
         self.objective = objective
         self.has_targets = has_targets
         self.say = say
+        self.guard = StepGuard(config.bad_steps)
+        self._verdict = Verdict.APPLY
+        # Batches that rollbacks left out: step n trains on batch n + passed_over.
+        self._passed_over = 0
 
     def fit(self) -> None:
-        """Train to the last step."""
+        """Train to the last step, or to the step at which the job is asked to stop.
+
+        Raises:
+            TrainingStopped: a bad step, and the recipe says stop.
+            SystemExit: after SIGTERM, once a checkpoint is saved.
+        """
         done = self._resume()
-        metrics = self.open_metrics(done)
-        with PrefetchedBatches(
-            self.batches,
-            steps=range(done, self.config.steps),
-            depth=self.prefetch_steps,
-            with_targets=self.student.is_last_stage,
-        ) as prefetched:
+        device = self.batches.device
+        with stop_on_sigterm(device) as stop, watchdog(self.config.stuck_after_s) as doing:
             while done < self.config.steps:
+                done = self._train_from(done, stop, doing)
+
+    def _train_from(self, done: int, stop: StopRequest, doing: Callable[[str], None]) -> int:
+        """Train until the last step or a rollback; the steps done."""
+        metrics = self.open_metrics(done)
+        batches = range(done + self._passed_over, self.config.steps + self._passed_over)
+        with (
+            metrics or nullcontext(),
+            PrefetchedBatches(
+                self.batches,
+                steps=batches,
+                depth=self.prefetch_steps,
+                with_targets=self.student.is_last_stage,
+            ) as prefetched,
+        ):
+            for batch in batches:
                 started = time.perf_counter()
-                micro_batches = prefetched.step_batches(done)
+                doing(f"step {done + 1}: reading")
+                micro_batches = prefetched.step_batches(batch)
                 waited = time.perf_counter() - started
+                doing(f"step {done + 1}: computing")
                 self.objective.begin_step(done + 1)
-                result = self.student.step([iter(micro_batches) for _ in self.student.chunks])
+                iterators = [iter(micro_batches) for _ in self.student.chunks]
+                result = self.student.step(iterators, partial(self._accepts, done + 1))
+                if self._verdict is Verdict.ROLL_BACK:
+                    return self._roll_back(done + 1)
                 done += 1
-                record = self._record(done, result, time.perf_counter() - started, waited)
-                if metrics is not None:
-                    metrics.write(record)
-                if done % self.config.log_interval == 0 or done == self.config.steps:
-                    self._print(record)
-                if done % self.config.checkpoint_interval == 0 or done == self.config.steps:
+                self._report(done, result, metrics, time.perf_counter() - started, waited)
+                doing(f"step {done}: saving")
+                self.exports.after_step(done, self.student.chunks)
+                stopping = stop.anywhere() and done < self.config.steps
+                if stopping or done % self.config.checkpoint_interval == 0 or batch == batches[-1]:
                     if metrics is not None:
                         metrics.sync()
                     self._save(done)
+                if stopping:
+                    self.say(f"asked to stop: saved step {done}; start it again to go on")
+                    raise SystemExit(STOPPED_EXIT_CODE)
+        return done
+
+    def _accepts(self, step: int, seen: StepResult) -> bool:
+        """Whether a step may change the weights. Every rank comes to the same verdict."""
+        self._verdict = self.guard.judge(step, seen.terms[0].item(), seen.grad_norm)
+        if self.guard.reason is not None:
+            self.say(f"WARNING: bad step {step}: {self.guard.reason} ({self._verdict.value})")
+        return self._verdict is Verdict.APPLY
+
+    def _roll_back(self, bad_step: int) -> int:
+        """Restore the newest checkpoint, to go on with the batches after that of the bad step; the steps done."""
+        checkpoint = self.checkpoints.find(self.identity, self.say)
+        if checkpoint is None:
+            raise TrainingStopped(
+                "there is no checkpoint to go back to",
+                where=f"step {bad_step}, train.bad_steps",
+                found=self.guard.reason,
+                remedy="lower train.checkpoint_interval, or set the policy to skip",
+            )
+        self._passed_over += bad_step - checkpoint.step
+        load_student(self.student, checkpoint.folder)
+        self.guard.go_back(checkpoint.progress["recent_losses"])
+        self.say(f"back at step {checkpoint.step}; {self._passed_over} batches are passed over")
+        return checkpoint.step
+
+    def _report(
+        self,
+        step: int,
+        result: StepResult,
+        metrics: MetricsLog | None,
+        seconds: float,
+        waited: float,
+    ) -> None:
+        record = self._record(step, result, seconds, waited)
         if metrics is not None:
-            metrics.close()
+            metrics.write(record)
+        if step % self.config.log_interval == 0 or step == self.config.steps:
+            self._print(record)
 
     def _record(
         self, step: int, result: StepResult, seconds: float, waited: float
     ) -> dict[str, Any]:
         tokens_per_step = self.batches.global_batch_size * self.batches.seq_len
-        terms = dict(zip(self.objective.term_names, result.terms.tolist(), strict=True))
+        values = [value if math.isfinite(value) else None for value in result.terms.tolist()]
+        terms = dict(zip(self.objective.term_names, values, strict=True))
         if not self.has_targets:
             terms["kl"] = None
         return {
             "step": step,
             **terms,
-            "grad_norm": result.grad_norm,
+            "grad_norm": result.grad_norm if math.isfinite(result.grad_norm) else None,
             "lr": result.learning_rate,
             "tokens": step * tokens_per_step,
             "tokens_per_second": round(tokens_per_step / seconds, 1),
@@ -109,17 +186,21 @@ class Trainer:
         }
 
     def _print(self, record: dict[str, Any]) -> None:
-        kl = "" if record["kl"] is None else f"  kl {record['kl']:.4f}"
+        names = {"loss": "loss", "ce": "ce", "kl": "kl", "grad_norm": "grad norm"}
+        figures = [
+            f"{name} {record[key]:.4f}" for key, name in names.items() if record[key] is not None
+        ]
         self.say(
-            f"step {record['step']}/{self.config.steps}  loss {record['loss']:.4f}  "
-            f"ce {record['ce']:.4f}{kl}  grad norm {record['grad_norm']:.3f}  "
+            f"step {record['step']}/{self.config.steps}  {'  '.join(figures)}  "
             f"lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tokens/s"
         )
 
     def _resume(self) -> int:
         if self.resume_from is None:
             return 0
-        self.resume_from.verify()
+        progress = self.resume_from.progress
+        self._passed_over = progress["passed_over"]
+        self.guard.go_back(progress["recent_losses"])
         if not load_student(self.student, self.resume_from.folder):
             self.say("the layout has changed: dropout streams start anew")
         self.say(f"resumed at step {self.resume_from.step}")
@@ -131,4 +212,5 @@ class Trainer:
             self.identity,
             lambda folder: save_student(self.student, folder),
             keep=self.config.keep_checkpoints,
+            progress={"passed_over": self._passed_over, "recent_losses": self.guard.recent},
         )

@@ -73,11 +73,36 @@ def test_a_damaged_file_is_named(tmp_path, group, damage):
         checkpoints.newest().verify()
 
 
-def test_a_damaged_record_is_an_error_not_a_fresh_start(tmp_path, group):
+@pytest.mark.parametrize("damage", ["a bit", "a missing file", "the record"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, group, damage):
     checkpoints = CheckpointStore(tmp_path)
-    checkpoints.save(5, {}, write(""), keep=1)
-    (checkpoints.complete()[0] / store.RECORD).write_text("{")
-    with pytest.raises(CheckpointError, match="record is damaged"):
+    for step in (5, 10):
+        checkpoints.save(step, {}, write(f"at {step}"), keep=2)
+    newest = checkpoints.newest().folder
+    if damage == "a bit":
+        (newest / "weights").write_bytes(b"at 11")
+    elif damage == "a missing file":
+        (newest / "weights").unlink()
+    else:
+        (newest / store.RECORD).write_text("{")
+    said: list[str] = []
+    found = checkpoints.find({}, said.append)
+    assert found.step == 5 and (found.folder / "weights").read_text() == "at 5"
+    (line,) = said
+    assert "WARNING" in line and newest.name in line and f"{newest.name}.bad" in line
+    # Set aside, it is in the way of nothing: neither of later saves nor of what is kept.
+    checkpoints.save(10, {}, write("again at 10"), keep=2)
+    assert [p.name for p in checkpoints.complete()] == ["step-00000005", "step-00000010"]
+    assert (checkpoints.find({}).folder / "weights").read_text() == "again at 10"
+
+
+def test_damage_to_all_is_an_error_not_a_fresh_start(tmp_path, group):
+    checkpoints = CheckpointStore(tmp_path)
+    for step in (5, 10):
+        checkpoints.save(step, {}, write(""), keep=2)
+    for folder in checkpoints.complete():
+        (folder / store.RECORD).write_text("{")
+    with pytest.raises(CheckpointError, match="no sound checkpoint is left"):
         checkpoints.find({})
     with pytest.raises(CheckpointError, match="not a checkpoint"):
         Checkpoint.open(tmp_path)

@@ -1,0 +1,167 @@
+"""Names the process that a job waits for, and ends the job, where a collective would wait in silence."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from json import dumps, loads
+from typing import Any
+
+import torch.distributed as dist
+
+STUCK_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: worth another try
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beat:
+    """What a rank last said of itself.
+
+    Attributes:
+        rank: global.
+        host: its machine.
+        pid: its process.
+        doing: such as "step 12: reading".
+        since: seconds in that when it said so.
+        beats: how often it has spoken.
+    """
+
+    rank: int
+    host: str
+    pid: int
+    doing: str
+    since: float
+    beats: int
+
+
+class Watchdog:
+    """Publishes what this rank is doing; ends the process when nothing has moved for too long.
+
+    Args:
+        store: key-value store of the job, this thread's own client.
+        timeout: seconds in one activity after which the job counts as stuck.
+        end: ends the process.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store,
+        timeout: float,
+        end: Callable[[int], None] = os._exit,
+    ) -> None:
+        self._store = store
+        self._timeout = timeout
+        self._end = end
+        self._interval = min(10.0, timeout / 4)
+        self._doing = "starting"
+        self._changed = time.monotonic()
+        self._beats = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def doing(self, what: str) -> None:
+        """Say what this rank does from now on."""
+        self._doing = what
+        self._changed = time.monotonic()
+
+    def start(self) -> None:
+        """Start watching."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._stop.set()
+        self._thread.join(timeout=self._interval + 5)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._interval):
+            self._publish()
+            if time.monotonic() - self._changed > self._timeout:
+                before = self._heard()
+                # The others may be waiting here too, and must go on being heard.
+                for _ in range(3):
+                    if self._stop.wait(self._interval):
+                        return
+                    self._publish()
+                print(self._report(before, self._heard()), file=sys.stderr, flush=True)
+                self._end(STUCK_EXIT_CODE)
+                return
+
+    def _publish(self) -> None:
+        self._beats += 1
+        beat = Beat(
+            rank=dist.get_rank(),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            doing=self._doing,
+            since=time.monotonic() - self._changed,
+            beats=self._beats,
+        )
+        self._store.set(f"beat/{beat.rank}", dumps(asdict(beat)))
+
+    def _heard(self) -> dict[int, Beat]:
+        keys = {rank: f"beat/{rank}" for rank in range(dist.get_world_size())}
+        there = {rank: key for rank, key in keys.items() if self._store.check([key])}
+        return {rank: Beat(**loads(self._store.get(key))) for rank, key in there.items()}
+
+    def _report(self, before: dict[int, Beat], now: dict[int, Beat]) -> str:
+        """Who is silent, and who does something else than the others.
+
+        A rank that lives has spoken between the two looks; one that waits in a collective says the same as most.
+        """
+        own = dist.get_rank()
+        silent = [
+            rank
+            for rank in range(dist.get_world_size())
+            if rank != own and (rank not in now or now[rank] == before.get(rank))
+        ]
+        live = [beat for rank, beat in sorted(now.items()) if rank not in silent]
+        lines = [
+            f'error: no progress for {self._timeout:.0f} s; rank {own} is at "{self._doing}" and ends its process'
+        ]
+        for rank in silent:
+            last = now.get(rank)
+            known = (
+                f'pid {last.pid} on {last.host}, last at "{last.doing}"'
+                if last
+                else "never heard of"
+            )
+            lines.append(f"  rank {rank} is silent: dead, stopped, or cut off ({known})")
+        most = max((b.doing for b in live), key=[b.doing for b in live].count)
+        for beat in live:
+            if beat.doing != most:
+                lines.append(
+                    f'  rank {beat.rank} (pid {beat.pid} on {beat.host}) is at "{beat.doing}" for '
+                    f'{beat.since:.0f} s; most ranks are at "{most}"'
+                )
+        if len(lines) == 1:
+            lines.append(
+                f'  all ranks are live and at "{most}": look at the network, or raise train.stuck_after_s'
+            )
+        return "\n".join(lines)
+
+
+@contextmanager
+def watchdog(timeout: float | None) -> Iterator[Callable[[str], None]]:
+    """Watches the block; yields what to call with each new activity.
+
+    Args:
+        timeout: seconds without a new activity after which the process reports the ranks it waits for and ends, with
+            STUCK_EXIT_CODE; None, or a job of one process, watches nothing.
+    """
+    if timeout is None or dist.get_world_size() == 1:
+        yield lambda what: None
+        return
+    store: Any = dist.distributed_c10d._get_default_store()
+    # A client of its own, so that no wait of the main thread keeps this one from speaking.
+    dog = Watchdog(store.clone() if hasattr(store, "clone") else store, timeout)
+    dog.start()
+    try:
+        yield dog.doing
+    finally:
+        dog.close()

@@ -1,0 +1,61 @@
+"""A job that waits for a process in silence names that process and ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import torch
+import torch.distributed as dist
+
+from distill_pretrain.dist.process import process_group
+from distill_pretrain.dist.watchdog import STUCK_EXIT_CODE, Watchdog
+from tests.support.distributed import run_distributed
+
+
+def reports(kind: str) -> str:
+    """What rank 0's watchdog prints while rank 1 keeps it waiting."""
+    import contextlib
+    import io
+
+    with process_group():
+        store = dist.distributed_c10d._get_default_store()
+        said, codes = io.StringIO(), []
+        dog = Watchdog(store.clone(), 2.0, end=codes.append)
+        with contextlib.redirect_stderr(said):
+            dog.start()
+            dog.doing("step 7: computing")
+            if dist.get_rank() == 1:
+                pid = os.getpid()
+                store.set("pid", str(pid))
+                if kind == "stopped":
+                    # A child wakes it, so that the test ends.
+                    if os.fork() == 0:
+                        time.sleep(10)
+                        os.kill(pid, signal.SIGCONT)
+                        os._exit(0)
+                    while not store.check(["beat/1"]):
+                        time.sleep(0.05)
+                    os.kill(pid, signal.SIGSTOP)
+                else:
+                    for _ in range(16):
+                        dog.doing("step 7: reading")
+                        time.sleep(0.5)
+            dist.all_reduce(torch.zeros(1))
+            dog.close()
+        if dist.get_rank() == 0:
+            assert codes == [STUCK_EXIT_CODE], codes
+            return said.getvalue() + "pid of rank 1: " + store.get("pid").decode()
+        return ""
+
+
+def test_a_stopped_process_is_named():
+    text = run_distributed(reports, 2, kind="stopped")
+    pid = text.rpartition(" ")[2]
+    assert "rank 1 is silent" in text and f"pid {pid}" in text and "step 7: computing" in text
+
+
+def test_a_process_that_does_something_else_is_named():
+    text = run_distributed(reports, 2, kind="reading")
+    assert "rank 1" in text and 'is at "step 7: reading"' in text and "silent" not in text
