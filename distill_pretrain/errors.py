@@ -89,6 +89,10 @@ class CheckpointError(DistillPretrainError):
     """A checkpoint is missing, damaged or of another model."""
 
 
+class TrainingStopped(DistillPretrainError):
+    """Training ended before its last step, as its recipe says it should."""
+
+
 class TeacherError(DistillPretrainError):
     """The teacher cannot be loaded or produced unusable logits."""
 

@@ -108,7 +108,7 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
 
 def _check_before_hours_of_work(plan: ComparisonPlan) -> None:
     """What the last stages need, and what every student would refuse."""
-    from distill_pretrain.mcore.layout import check_layout
+    from distill_pretrain.mcore.layout import check_layout, require_backend
 
     for recipe in filter(None, (plan.teacher, plan.runs[0].recipe)):
         assert recipe.data and recipe.model and recipe.train
@@ -119,7 +119,9 @@ def _check_before_hours_of_work(plan: ComparisonPlan) -> None:
             micro_batch_size=recipe.train.micro_batch_size,
             global_batch_size=recipe.train.global_batch_size,
             seq_len=recipe.data.seq_len,
+            optimizer=recipe.optimizer,
         )
+        require_backend(recipe.optimizer)
     assert plan.recipe.data
     if plan.recipe.data.held_out_tokens is None:
         raise ConfigError(

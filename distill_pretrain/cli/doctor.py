@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import errno
-import fcntl
-import importlib
 import importlib.util
 import os
 import platform
 import shutil
-import subprocess
 import sys
-import tempfile
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from distill_pretrain.cli import doctor_machine
+from distill_pretrain.cli.doctor_finding import Finding, try_import, version_of
 from distill_pretrain.errors import DistillPretrainError
 
 if TYPE_CHECKING:
@@ -29,8 +23,9 @@ SECTIONS = ()
 
 HELP = """
 Checks this machine: one line for each package and device, what was found, and what it is for; for anything missing or
-unusable, the line that installs it. Also checks that files can be locked in FOLDER, which `capture` needs where several
-processes write one cache; name the folder your caches go to, if it is on another file system.
+unusable, the line that installs it. Also checks the file system of FOLDER: locks, which `capture` needs where several
+processes write one cache, the replacing of files, and space. Name the folder your caches and checkpoints go to, if it
+is on another file system.
 
 Exit status 2 if something required is missing, else 0.
 
@@ -39,48 +34,10 @@ Example
 """
 
 _MEGATRON = "0.16"
-_MOST_DETAIL = 200
-_CHILD_LOCK = """
-import fcntl, sys
-with open(sys.argv[1], "r+b") as file:
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        sys.exit(7)
-"""
 
 
 class MachineNotReady(DistillPretrainError):
     """Something required is missing."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One line of the table.
-
-    Attributes:
-        name: what was looked for.
-        found: version, or "missing", or what is wrong with it.
-        usable: whether it can be used.
-        required: whether nothing works without it.
-        enables: what it is for.
-        install: what to do where it is not usable.
-    """
-
-    name: str
-    found: str
-    usable: bool = True
-    required: bool = False
-    enables: str
-    install: str = ""
-
-    def lines(self, width: int) -> list[str]:
-        """The finding as text."""
-        mark = "ok" if self.usable else ("MISSING" if self.required else "-")
-        lines = [f"{mark:<8}{self.name:<{width}}  {self.found}  ({self.enables})"]
-        if not self.usable and self.install:
-            lines.append(f"{'':<8}{'':<{width}}  -> {self.install}")
-        return lines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -121,6 +78,8 @@ def examine(folder: Path) -> list[Finding]:
         _python(),
         _torch(),
         *_accelerator(),
+        doctor_machine.cuda_driver(_torch_cuda()),
+        doctor_machine.nvrtc(),
         _megatron(),
         _transformer_engine(),
         _apex(),
@@ -131,6 +90,7 @@ def examine(folder: Path) -> list[Finding]:
                 ("pydantic", "pydantic", "recipes"),
                 ("pyyaml", "yaml", "recipes"),
                 ("psutil", "psutil", "saving checkpoints"),
+                ("safetensors", "safetensors", "weights of Hugging Face models"),
                 ("sentencepiece", "sentencepiece", "training and loading tokenizers"),
             )
         ],
@@ -146,8 +106,18 @@ def examine(folder: Path) -> list[Finding]:
             enables="the report's picture",
             install="pip install 'distill-pretrain[eval]'",
         ),
+        _package(
+            "lm-eval",
+            "lm_eval",
+            enables="zero-shot tasks (eval.tasks)",
+            install="pip install 'distill-pretrain[tasks]'",
+        ),
+        _deepspeed(),
+        _remote_stores(),
         _fast_coder(),
-        _locks(folder),
+        doctor_machine.shared_memory(),
+        doctor_machine.open_files(),
+        *doctor_machine.file_system(folder),
     ]
 
 
@@ -164,7 +134,7 @@ def _python() -> Finding:
 
 
 def _torch() -> Finding:
-    module, problem = _import("torch")
+    module, problem = try_import("torch")
     if module is None:
         return Finding(
             name="torch",
@@ -191,9 +161,15 @@ def _torch() -> Finding:
     )
 
 
+def _torch_cuda() -> str | None:
+    """CUDA version of the torch build."""
+    module, _ = try_import("torch")
+    return None if module is None else module.version.cuda
+
+
 def _accelerator() -> list[Finding]:
     """GPUs as torch sees them, and NCCL."""
-    module, _ = _import("torch")
+    module, _ = try_import("torch")
     enables = "training and capture at speed; without one the CPU is used"
     if module is None or not module.cuda.is_available():
         driver = shutil.which("nvidia-smi") is not None or Path("/dev/nvidiactl").exists()
@@ -236,11 +212,11 @@ def _transformer_engine() -> Finding:
         "pip install --no-build-isolation 'transformer_engine[pytorch]' (needs a GPU toolchain)"
     )
     enables = "fused GPU layers and FP8; optional"
-    module, problem = _import("transformer_engine.pytorch", top="transformer_engine")
+    module, problem = try_import("transformer_engine.pytorch", top="transformer_engine")
     if module is not None:
         return Finding(
             name="Transformer Engine",
-            found=_version("transformer-engine", "transformer_engine"),
+            found=version_of("transformer-engine", "transformer_engine"),
             enables=enables,
         )
     if "RuntimeError" in problem:
@@ -259,25 +235,23 @@ def _apex() -> Finding:
         return Finding(name="apex", found="missing", usable=False, enables=enables, install=install)
     places = list(spec.submodule_search_locations or [])
     if not any(Path(place, "optimizers").is_dir() for place in places):
-        found = (
-            f"{_version('apex')}: not NVIDIA's apex, but the unrelated package of that name on PyPI"
-        )
+        found = f"{version_of('apex')}: not NVIDIA's apex, but the unrelated package of that name on PyPI"
         install = f"pip uninstall apex; {install}"
         return Finding(name="apex", found=found, usable=False, enables=enables, install=install)
-    module, problem = _import("amp_C") if _import("torch")[0] else (None, "needs torch")
+    module, problem = try_import("amp_C") if try_import("torch")[0] else (None, "needs torch")
     if module is None:
-        found = f"{_version('apex')}, without its CUDA extension amp_C ({problem})"
+        found = f"{version_of('apex')}, without its CUDA extension amp_C ({problem})"
         return Finding(name="apex", found=found, usable=False, enables=enables, install=install)
-    return Finding(name="apex", found=_version("apex"), enables=enables)
+    return Finding(name="apex", found=version_of("apex"), enables=enables)
 
 
 def _package(
     name: str, module: str, *, enables: str, install: str, required: bool = False
 ) -> Finding:
-    loaded, problem = _import(module)
+    loaded, problem = try_import(module)
     return Finding(
         name=name,
-        found=problem or _version(name),
+        found=problem or version_of(name),
         usable=loaded is not None,
         required=required,
         enables=enables,
@@ -285,9 +259,37 @@ def _package(
     )
 
 
+def _deepspeed() -> Finding:
+    """DeepSpeed compiles its ops when they are first used."""
+    finding = _package(
+        "deepspeed",
+        "deepspeed",
+        enables="optimizer.backend=deepspeed: ZeRO 1 to 3, optimizer state in host memory",
+        install="pip install 'distill-pretrain[deepspeed]'",
+    )
+    if not finding.usable:
+        return finding
+    ops = f"its own ops, which this package does not use, need compilers: {doctor_machine.compilers()}"
+    return replace(finding, found=f"{finding.found}; {ops}")
+
+
+def _remote_stores() -> Finding:
+    """fsspec, and what it needs for the stores of the three large clouds."""
+    finding = _package(
+        "fsspec", "fsspec", enables="caches read from URLs", install="pip install fsspec"
+    )
+    stores = (("s3", "s3fs"), ("gcs", "gcsfs"), ("azure", "adlfs"))
+    lacking = [store for store, module in stores if importlib.util.find_spec(module) is None]
+    if not finding.usable or not lacking:
+        return finding
+    install = " or ".join(f"pip install 'distill-pretrain[{store}]'" for store in lacking)
+    found = f"{finding.found}, without {', '.join(lacking)} ({install})"
+    return replace(finding, found=found)
+
+
 def _fast_coder() -> Finding:
     """The C part of this package, which pip leaves out without an error where it cannot compile it."""
-    module, problem = _import("distill_pretrain.formats.hc_native", top="distill_pretrain")
+    module, problem = try_import("distill_pretrain.formats.hc_native", top="distill_pretrain")
     install = "pip install -e . with a C compiler (such as gcc) on PATH"
     if module is not None:
         try:
@@ -301,56 +303,3 @@ def _fast_coder() -> Finding:
         enables="entropy-coded caches at speed; without it they are hundreds of times slower",
         install=install,
     )
-
-
-def _locks(folder: Path) -> Finding:
-    """Whether a lock taken here keeps another process out."""
-
-    def finding(found: str, usable: bool) -> Finding:
-        return Finding(
-            name="file locks",
-            found=f"{found} in {folder.absolute()}",
-            usable=usable,
-            enables="several capture processes on one cache",
-            install="use a folder on a file system with POSIX locks (on NFS: mount without nolock)",
-        )
-
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            command = [sys.executable, "-S", "-c", _CHILD_LOCK, file.name]
-            status = subprocess.run(command, capture_output=True, timeout=60).returncode
-    except OSError as error:
-        unsupported = error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
-        return finding("not supported" if unsupported else f"{error.strerror}", False)
-    return finding("work" if status == 7 else "do not keep other processes out", status == 7)
-
-
-def _import(module: str, *, top: str | None = None) -> tuple[Any, str]:
-    """(module, "") or (None, what is wrong); a broken package raises nearly anything when imported."""
-    try:
-        if importlib.util.find_spec(top or module.partition(".")[0]) is None:
-            return None, "missing"
-        return _quietly(lambda: importlib.import_module(module)), ""
-    except ModuleNotFoundError as error:
-        if error.name and (module == error.name or module.startswith(f"{error.name}.")):
-            return None, "missing"
-        return None, f"needs {error.name}" if error.name else f"{error}"
-    except Exception as error:
-        text = " ".join(str(error).split())[:_MOST_DETAIL]
-        return None, f"cannot be imported: {type(error).__name__}: {text}"
-
-
-def _quietly(action: Callable[[], Any]) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return action()
-
-
-def _version(*distributions: str) -> str:
-    for name in distributions:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return "version unknown"

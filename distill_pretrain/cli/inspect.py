@@ -33,9 +33,15 @@ With --estimators PATH is a recipe with the sections data, teacher and capture. 
 teacher says of the first sequences: its error and bias against the teacher's softmax, unique ids and bytes per
 position, and how much less variance systematic sampling has than multinomial. Nothing is captured.
 
+With --signal PATH is a recipe with the sections data and model (and parallel, train.seed). The model's signal is
+measured on a few sequences, before training or from --checkpoint, layer by layer: variance, correlation between tokens,
+and gradients, beside what theory predicts for its initial weights. Tensor x pipeline parallel under torchrun, which
+wants the longer name --signal-propagation: it has options of its own that begin with --signal.
+
 Examples
   distill-pretrain inspect runs/cache
   distill-pretrain inspect --estimators capture.yaml teacher.path=runs/teacher --output estimators.json
+  distill-pretrain inspect --signal student.yaml model.init=deepscale model.num_layers=96 --picture signal.png
 """
 
 FIRST_TOKENS = 48
@@ -46,20 +52,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "path",
         metavar="PATH",
-        help="cache folder or URL, token prefix, run folder or checkpoint folder; a recipe with --estimators",
+        help="cache folder or URL, token prefix, run or checkpoint folder; a recipe with --estimators or --signal",
     )
     parser.add_argument(
         "overrides",
         metavar="section.key=value",
         nargs="*",
-        help="with --estimators: settings that win over the recipe's",
+        help="with --estimators or --signal: settings that win over the recipe's",
     )
     parser.add_argument(
         "--estimators", action="store_true", help="measure the samplers on a recipe's teacher"
     )
-    from distill_pretrain.cli import inspect_estimators
+    parser.add_argument(
+        "--signal",
+        "--signal-propagation",
+        action="store_true",
+        help="measure signal propagation in a recipe's model",
+    )
+    from distill_pretrain.cli import inspect_estimators, inspect_signal
 
     inspect_estimators.add_arguments(parser)
+    inspect_signal.add_arguments(parser)
 
 
 def run(recipe: Recipe | None, args: argparse.Namespace) -> None:
@@ -69,11 +82,16 @@ def run(recipe: Recipe | None, args: argparse.Namespace) -> None:
 
         show_estimators(args)
         return
+    if args.signal:
+        from distill_pretrain.cli.inspect_signal import show_signal
+
+        show_signal(args)
+        return
     if args.overrides:
         raise ConfigError(
-            "settings of a recipe belong to --estimators",
+            "settings of a recipe belong to --estimators and --signal",
             found=" ".join(args.overrides),
-            remedy="leave them out, or add --estimators",
+            remedy="leave them out, or add one of these",
         )
     if launch_rank() != 0:
         return

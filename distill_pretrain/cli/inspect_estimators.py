@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_pretrain.cli.capture import open_teacher
+from distill_pretrain.cli.capture import open_replica
 from distill_pretrain.cli.console import say
 from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.config import load_recipe, require
@@ -71,8 +71,8 @@ def show_estimators(args: argparse.Namespace) -> None:
 
     require_one_source(recipe.data, "inspect --estimators", "capture.output_dir")
     samplers = _samplers(args.draws, args.top_p, recipe.capture.seed)
-    size = recipe.capture.micro_batch_size
-    with open_teacher(recipe) as (sequences, engine):
+    size = recipe.capture.sequences_per_pass(recipe.data.seq_len)
+    with open_replica(recipe) as (sequences, engine):
         study = study_estimators(
             engine, sequences, samplers, num_sequences=args.sequences, micro_batch_size=size
         )

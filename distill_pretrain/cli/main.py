@@ -32,11 +32,13 @@ RECIPE_VERBS = {
     "train": "train a model on the text, from a cache, or both",
     "eval": "held-out figures of trained models",
     "report": "markdown report that compares runs",
+    "plan": "what a capture and its students will take: bytes, hours, memory",
     "compare": "several kinds of targets, several seeds: capture, train, eval and report",
 }
 OTHER_VERBS = {
     "recompress": "copy a cache with another coding of the same targets",
     "merge": "make one cache of shards captured in several places",
+    "export": "write a trained model as a Hugging Face folder",
     "inspect": "say what a cache, a tokenised corpus, a run or a checkpoint contains",
     "doctor": "check this machine and the installed packages",
 }

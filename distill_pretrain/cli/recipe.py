@@ -9,6 +9,7 @@ from distill_pretrain.eval.comparison_config import CompareConfig
 from distill_pretrain.eval.config import EvalConfig, ReportConfig
 from distill_pretrain.losses.config import ObjectiveConfig
 from distill_pretrain.mcore.config import ModelConfig, OptimizerConfig, ParallelConfig
+from distill_pretrain.planning.config import PlanConfig
 from distill_pretrain.teacher.config import CaptureConfig, TeacherConfig
 from distill_pretrain.train.config import TrainConfig
 
@@ -42,3 +43,5 @@ class Recipe(Section):
     """Comparison of runs (report)."""
     compare: CompareConfig | None = None
     """Students of several targets and seeds (compare)."""
+    plan: PlanConfig | None = None
+    """Machines, speeds and pilot for forecasts (plan, train --dry-run)."""

@@ -9,12 +9,13 @@ from distill_pretrain.cli.console import say
 from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.cli.teachers import load_teacher
 from distill_pretrain.config import dump_recipe, require
+from distill_pretrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from distill_pretrain.contracts import LogitsEngine
     from distill_pretrain.data.sources import SequenceData
 
-SECTIONS = ("data", "model", "parallel", "optimizer", "objective", "teacher", "train")
+SECTIONS = ("data", "model", "parallel", "optimizer", "objective", "teacher", "train", "plan")
 HELP = """
 Trains a model with megatron-core: on the text alone (a teacher, or a baseline), from a cache of sparse teacher
 logits, from a teacher that runs in the same job, or on a mix of text and teacher, as the section `objective` says.
@@ -27,8 +28,24 @@ Started again with the same recipe it goes on from the newest checkpoint, under 
 layout. What may not change on the way is compared, and a difference is named.
 
     distill-pretrain train student.yaml
+    distill-pretrain train student.yaml --dry-run --world-size 64
     torchrun --nproc-per-node=2 -m distill_pretrain train student.yaml parallel.tensor=2
 """
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of this verb."""
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check the recipe, its layout, memory (an estimate) and data; load no weights, write nothing",
+    )
+    parser.add_argument(
+        "--world-size",
+        type=int,
+        metavar="N",
+        help="with --dry-run: as if so many processes had been started (default: those that were, or plan.gpus)",
+    )
 
 
 def run(recipe: Recipe, args: argparse.Namespace) -> None:
@@ -36,6 +53,18 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
     online = recipe.objective.target == "teacher"
     require(recipe, "train", "data", "model", "train", *(["teacher"] if online else []))
     assert recipe.data and recipe.model and recipe.train
+    if getattr(args, "dry_run", False):
+        from distill_pretrain.cli.train_dry_run import dry_run
+
+        dry_run(recipe, args.world_size)
+        return
+    if getattr(args, "world_size", None) is not None:
+        raise ConfigError(
+            "the launcher decides how many processes train",
+            where="--world-size",
+            found=args.world_size,
+            remedy="add --dry-run, or start torchrun with as many processes",
+        )
     from distill_pretrain.train.job import train_student
 
     output_dir = recipe.train.output_dir

@@ -14,7 +14,7 @@ from distill_pretrain.errors import DistillPretrainError
 
 FILE_NAME = "metrics.jsonl"
 FIELDS = ("step", "loss", "ce", "kl", "grad_norm", "lr", "tokens", "tokens_per_second", "seconds")
-_MAY_BE_NULL = {"ce", "kl", "grad_norm"}
+_MAY_BE_NULL = {"loss", "ce", "kl", "grad_norm"}
 
 
 class RunLogError(DistillPretrainError):

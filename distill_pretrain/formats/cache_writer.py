@@ -205,6 +205,7 @@ class CacheWriter:
         path = self.folder / MANIFEST_NAME
         data = manifest.to_json_bytes()
         with _io_errors(path), _publishing(self.folder):
+            self._remove_stale_parts()
             published = path.read_bytes() if path.exists() else b""
             larger = self._larger_manifest(published)
             if larger is not None:
@@ -212,6 +213,16 @@ class CacheWriter:
             if published != data:
                 publish_bytes(path, data)
         return manifest
+
+    def _remove_stale_parts(self) -> None:
+        """Remove the lock files that processes killed at the wrong moment left beside finished shards."""
+        for shard in range(self.plan.num_shards):
+            part = self._path(shard, ".part")
+            owner = _Ownership.take(part) if part.exists() else None
+            if owner is not None:
+                if owner.is_current():
+                    part.unlink()
+                owner.release()
 
     def _larger_manifest(self, published: bytes) -> Manifest | None:
         try:
@@ -341,6 +352,11 @@ class ShardWriter(Closing):
     def place(self, block: int) -> tuple[int, int, int]:
         """(sequence, offset of the first position, positions) of a block."""
         return self._spec.plan.block_place(self.shard, block)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file so far."""
+        return self._end
 
     def append(self, targets: RaggedTargets, tokens: npt.NDArray[np.int32]) -> None:
         """Write the next block.

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import struct
-import warnings
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy.typing as npt
 
 from distill_pretrain.errors import TokenDataError, TokenizerMismatch
 from distill_pretrain.formats.atomic import canonical_json, publish_bytes, sha256_file
+from distill_pretrain.importing import importing_megatron
 
 _IDX_MAGIC = b"MMIDIDX\x00\x00"
 _IDX_HEADER = struct.Struct("<9sQBQQ")
@@ -159,9 +159,8 @@ def with_suffix(prefix: Path, suffix: str) -> Path:
 
 
 def import_indexed_dataset() -> Any:
-    """megatron-core's indexed_dataset module; its import-time warnings concern other modules."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    """megatron-core's indexed_dataset module."""
+    with importing_megatron():
         from megatron.core.datasets import indexed_dataset
     return indexed_dataset
 

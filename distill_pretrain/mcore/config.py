@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from distill_pretrain.config import Section
 
@@ -28,16 +28,68 @@ class ModelConfig(Section):
     """Width of a head; null means hidden_size / num_attention_heads."""
     rotary_base: int = Field(default=10000, ge=1)
     """RoPE base (llama)."""
+    rope_scaling_factor: float | None = Field(default=None, gt=0)
+    """Llama 3's RoPE scaling for contexts beyond 8192 positions by this factor (llama); null means none."""
+    qkv_bias: bool = False
+    """Biases on the query, key and value projections, as in Qwen2 (llama)."""
+    qk_norm: bool = False
+    """RMSNorm over each head's query and key, as in Qwen3 (llama)."""
     norm_epsilon: float = Field(default=1e-5, gt=0)
     """Epsilon of the norms."""
     tie_embeddings: bool = False
     """Share the input embedding with the LM head."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Hidden and attention dropout."""
+    init: Literal["megatron", "xavier", "fan_in", "deepscale", "completep", "deepnorm"] = "megatron"
+    """Weights, residual scaling: deepscale (arXiv 2403.09635), completep (2505.01618), deepnorm (post; 2203.00555)."""
     init_std: float = Field(default=0.02, gt=0)
-    """Standard deviation of the initial weights; output projections use init_std / sqrt(2 num_layers)."""
+    """Standard deviation of init: megatron; output projections use init_std / sqrt(2 num_layers)."""
+    norm_placement: Literal["pre", "post"] = "pre"
+    """`pre`: norms at the branches' inputs; `post` (experimental): after the sum, as in the first transformers."""
+    residual_k: float = Field(default=1.0, gt=0)
+    """init: deepscale gives a branch the share beta^2 = residual_k / (2 num_layers) of the stream's variance."""
+    base_num_layers: int = Field(default=1, ge=1)
+    """init: completep multiplies branches by base_num_layers / num_layers; the depth the optimizer was tuned at."""
+    base_hidden_size: int | None = Field(default=None, ge=1)
+    """init: completep: the width the optimizer was tuned at; null means hidden_size."""
     vocab_divisor: int = Field(default=128, ge=1)
     """The vocabulary is padded to a multiple of this (and of the tensor-parallel size)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        llama_only = {
+            "rope_scaling_factor": self.rope_scaling_factor is not None,
+            "qkv_bias": self.qkv_bias,
+            "qk_norm": self.qk_norm,
+        }
+        used = [name for name, is_set in llama_only.items() if is_set]
+        if self.arch != "llama" and used:
+            raise ValueError(f"{', '.join(used)}: only for arch: llama, not {self.arch}")
+        self._check_init()
+        return self
+
+    def _check_init(self) -> None:
+        if self.init == "deepscale" and self.residual_k >= 2 * self.num_layers:
+            raise ValueError(
+                f"residual_k: {self.residual_k:g} gives beta^2 = residual_k / (2 num_layers) = "
+                f"{self.residual_k / (2 * self.num_layers):g}; it must be below 1, "
+                f"so residual_k below {2 * self.num_layers}"
+            )
+        only = {"completep": "pre", "deepnorm": "post"}.get(self.init)
+        if only not in (None, self.norm_placement):
+            raise ValueError(
+                f"init: {self.init} is derived for norm_placement: {only}, not {self.norm_placement}"
+            )
+        if self.tie_embeddings and self.init == "completep":
+            raise ValueError(
+                "init: completep gives the LM head rules of its own; set tie_embeddings: false"
+            )
+        gained = self.tie_embeddings and self.init in ("fan_in", "deepscale", "deepnorm")
+        if gained and self.norm_placement == "post":
+            raise ValueError(
+                f"init: {self.init} makes tied logits of unit variance by the gain of the final norm, which "
+                "norm_placement: post does not have; set tie_embeddings: false"
+            )
 
 
 class ParallelConfig(Section):
@@ -78,3 +130,17 @@ class OptimizerConfig(Section):
     """Adam's epsilon."""
     clip_grad: float = Field(default=1.0, ge=0)
     """Gradient-norm clip; 0 turns it off."""
+    backend: Literal["megatron", "deepspeed"] = "megatron"
+    """What shards and updates the weights; a checkpoint of one resumes under the other."""
+    zero_stage: Literal[1, 2, 3] | None = None
+    """ZeRO (deepspeed): data-parallel ranks share out optimizer state (1, null), gradients too (2), weights too (3)."""
+    offload: bool = False
+    """Keep optimizer state and master weights in host memory and update them there (deepspeed)."""
+
+    @model_validator(mode="after")
+    def _zero_is_deepspeed(self) -> OptimizerConfig:
+        wanted = {"zero_stage": self.zero_stage is not None, "offload": self.offload}
+        used = [name for name, is_set in wanted.items() if is_set]
+        if self.backend != "deepspeed" and used:
+            raise ValueError(f"{', '.join(used)}: only for backend: deepspeed, not {self.backend}")
+        return self

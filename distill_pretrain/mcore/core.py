@@ -10,11 +10,16 @@ from __future__ import annotations
 import logging
 import warnings
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
+from distill_pretrain.importing import importing_megatron
+
+with importing_megatron():
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
     from megatron.core import optimizer as megatron_optimizer
-    from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, is_main_replica
+    from megatron.core.dist_checkpointing.optimizer import (
+        make_sharded_optimizer_tensor,
+        optim_state_to_sharding_state,
+    )
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -22,7 +27,15 @@ with warnings.catch_warnings():
     )
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
-    from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, get_megatron_optimizer
+    from megatron.core.optimizer import (
+        OptimizerConfig,
+        ParamKey,
+        _get_param_groups,
+        distrib_optimizer,
+        get_megatron_optimizer,
+    )
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+    from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import random as megatron_random
@@ -32,6 +45,7 @@ with warnings.catch_warnings():
         get_num_layers_to_build,
     )
     from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_layer import TransformerLayer
 
 
 _CHATTER = (
@@ -72,9 +86,14 @@ __all__ = [
     "MegatronModule",
     "OptimizerConfig",
     "OptimizerParamScheduler",
+    "ParamKey",
+    "ParamWithNamePredicate",
     "ShardedObject",
     "TransformerBlockSubmodules",
     "TransformerConfig",
+    "TransformerLayer",
+    "_get_param_groups",
+    "clip_grad_by_total_norm_fp32",
     "dist_checkpointing",
     "distrib_optimizer",
     "finalize_model_grads",
@@ -82,8 +101,11 @@ __all__ = [
     "get_gpt_layer_local_spec",
     "get_megatron_optimizer",
     "get_num_layers_to_build",
+    "is_main_replica",
+    "make_sharded_optimizer_tensor",
     "megatron_optimizer",
     "megatron_random",
+    "optim_state_to_sharding_state",
     "parallel_state",
     "silence_chatter",
     "tensor_parallel",

@@ -5,7 +5,7 @@ megatron-core 0.16 calls `torch.cuda.current_device()`, hard-codes `device="cuda
 of `torch.cuda` functions, enters one `TorchFunctionMode` that redirects devices, and mends megatron-core's RNG
 tracker, whose private CUDA hook would otherwise silently do nothing. Where CUDA exists it does nothing at all.
 
-This is the only file of the project that knows about the difference.
+This is the only file of the project that knows about the difference, but for `importing.py`.
 """
 
 from __future__ import annotations

@@ -8,15 +8,15 @@ name) and then sliced, so that any TP x PP x VPP layout starts, and can be compa
 from __future__ import annotations
 
 import hashlib
-import math
 
 import torch
 
 from distill_pretrain.mcore.config import ModelConfig
 from distill_pretrain.mcore.core import GPTModel, parallel_state
+from distill_pretrain.mcore.deep import initial_stds, row_stds
 
 
-def _global_name(gpt: GPTModel, name: str) -> str:
+def global_name(gpt: GPTModel, name: str) -> str:
     """Parameter name with the layer's number in the whole model, tied head under the embedding's name."""
     if gpt.share_embeddings_and_output_weights and name == "output_layer.weight":
         return "embedding.word_embeddings.weight"
@@ -32,29 +32,34 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
 
 
+def _column_of_stds(runs: list[tuple[int, float]], num_rows: int) -> torch.Tensor:
+    """Runs of rows of one std each, repeated over a matrix: float32[num_rows, 1]."""
+    stds = torch.cat([torch.full((rows, 1), std) for rows, std in runs])
+    return stds.repeat(num_rows // len(stds), 1)
+
+
 @torch.no_grad()
 def initialize_weights(gpt: GPTModel, model: ModelConfig, *, vocab_size: int, seed: int) -> None:
-    """Draw every matrix N(0, std^2) in place; norms stay 1, biases 0, vocabulary padding rows 0.
+    """Draw every matrix N(0, std^2) in place, with the stds of `deep.initial_stds`.
 
-    std is init_std, and init_std / sqrt(2 num_layers) for the matrices that write to the residual stream
-    (GPT-2, Megatron-LM).
+    Norms stay 1 (but for the final gain), biases 0, vocabulary padding rows 0.
     """
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
     for name, parameter in gpt.named_parameters():
         if parameter.dim() < 2:
+            if name == "decoder.final_layernorm.weight":
+                parameter.fill_(initial_stds(model).final_gain)
             continue
-        writes_residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
-        std = model.init_std / (math.sqrt(2 * model.num_layers) if writes_residual else 1.0)
+        whole_name = global_name(gpt, name)
         shape = list(parameter.shape)
         dim = parameter.partition_dim if parameter.tensor_model_parallel else -1
         if dim >= 0:
             shape[dim] *= size
         is_vocabulary = name.endswith(("word_embeddings.weight", "output_layer.weight"))
         drawn_shape = [vocab_size, *shape[1:]] if is_vocabulary else shape
-        full = torch.empty(drawn_shape).normal_(
-            0.0, std, generator=_generator(seed, _global_name(gpt, name))
-        )
+        full = torch.empty(drawn_shape).normal_(generator=_generator(seed, whole_name))
+        full *= _column_of_stds(row_stds(model, whole_name), len(full))
         if is_vocabulary:
             full = torch.cat((full, full.new_zeros(shape[0] - vocab_size, *shape[1:])))
         if dim >= 0 and size > 1:

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from distill_pretrain.errors import LayoutError
-from distill_pretrain.mcore.config import ModelConfig, ParallelConfig
+import importlib.util
+import math
+
+from distill_pretrain.errors import LayoutError, MissingDependency
+from distill_pretrain.mcore.config import ModelConfig, OptimizerConfig, ParallelConfig
+
+
+def padded_vocab_size(vocab_size: int, divisor: int, tensor_parallel_size: int) -> int:
+    """The least multiple of `divisor` and of the tensor-parallel size that holds the vocabulary."""
+    multiple = math.lcm(divisor, tensor_parallel_size)
+    return -(-vocab_size // multiple) * multiple
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
@@ -20,6 +29,28 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     return world_size // model_size
 
 
+def require_backend(optimizer: OptimizerConfig) -> None:
+    """Raise MissingDependency where the package of `optimizer.backend` is not installed."""
+    if optimizer.backend == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        raise MissingDependency(
+            "deepspeed", extra="deepspeed", needed_for="optimizer.backend = deepspeed"
+        )
+
+
+def deepspeed_misfits(parallel: ParallelConfig) -> list[str]:
+    """What of a layout DeepSpeed cannot train, each with the reason."""
+    reasons = {
+        "pipeline": "its engine runs no pipeline schedule of megatron-core",
+        "virtual_pipeline": "its engine runs no pipeline schedule of megatron-core",
+        "distributed_optimizer": "ZeRO shards the optimizer state already (optimizer.zero_stage)",
+    }
+    return [
+        f"parallel.{name} = {getattr(parallel, name)} does not work with optimizer.backend = deepspeed: {reason}"
+        for name, reason in reasons.items()
+        if getattr(parallel, name) != getattr(ParallelConfig(), name)
+    ]
+
+
 def check_layout(
     model: ModelConfig,
     parallel: ParallelConfig,
@@ -28,9 +59,22 @@ def check_layout(
     micro_batch_size: int,
     global_batch_size: int,
     seq_len: int,
+    optimizer: OptimizerConfig | None = None,
 ) -> int:
-    """Raise one LayoutError that lists every misfit; return the data-parallel size."""
+    """Raise one LayoutError that lists every misfit; return the data-parallel size.
+
+    Args:
+        model: architecture.
+        parallel: layout.
+        world_size: processes.
+        micro_batch_size: sequences per forward pass.
+        global_batch_size: sequences per optimizer step.
+        seq_len: L.
+        optimizer: of a model that is trained.
+    """
     problems: list[str] = []
+    if optimizer is not None and optimizer.backend == "deepspeed":
+        problems += deepspeed_misfits(parallel)
 
     def must_divide(divisor: int, value: int, divisor_name: str, value_name: str) -> None:
         if value % divisor:

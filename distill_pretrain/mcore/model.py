@@ -5,8 +5,7 @@ Shapes: B sequences, L positions, V vocabulary; megatron-core's logits are seque
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +21,9 @@ from distill_pretrain.mcore.core import (
     parallel_state,
     tensor_parallel,
 )
-from distill_pretrain.mcore.init import initialize_weights
+from distill_pretrain.mcore.deep import residual_scaling
+from distill_pretrain.mcore.init import global_name, initialize_weights
+from distill_pretrain.mcore.layout import padded_vocab_size
 from distill_pretrain.mcore.modules import block_submodules
 
 LossFunction = Callable[[torch.Tensor, TokenBatch], torch.Tensor]
@@ -31,12 +32,6 @@ LossFunction = Callable[[torch.Tensor, TokenBatch], torch.Tensor]
 The first term is minimised; the others are reported."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def padded_vocab_size(vocab_size: int, divisor: int, tensor_parallel_size: int) -> int:
-    """The least multiple of `divisor` and of the tensor-parallel size that holds the vocabulary."""
-    multiple = math.lcm(divisor, tensor_parallel_size)
-    return -(-vocab_size // multiple) * multiple
 
 
 class DistillGPT(GPTModel):
@@ -64,6 +59,8 @@ def transformer_config(
         "num_query_groups": model.num_query_groups or model.num_attention_heads,
         "kv_channels": model.kv_channels,
         "add_bias_linear": not llama,
+        "add_qkv_bias": model.qkv_bias,
+        "qk_layernorm": model.qk_norm,
         "gated_linear_unit": llama,
         "activation_func": F.silu if llama else F.gelu,
         "normalization": "RMSNorm" if llama else "LayerNorm",
@@ -123,7 +120,7 @@ def build_model_chunks(
         vp_stage = chunk if parallel.virtual_pipeline > 1 else None
         gpt = DistillGPT(
             config,
-            block_submodules(config, vp_stage),
+            block_submodules(config, vp_stage, residual_scaling(model)),
             vocab_size=padded_vocab_size(vocab_size, model.vocab_divisor, parallel.tensor),
             max_sequence_length=seq_len,
             pre_process=parallel_state.is_pipeline_first_stage(
@@ -136,6 +133,8 @@ def build_model_chunks(
             share_embeddings_and_output_weights=model.tie_embeddings,
             position_embedding_type="rope" if model.arch == "llama" else "learned_absolute",
             rotary_base=model.rotary_base,
+            rope_scaling=model.rope_scaling_factor is not None,
+            rope_scaling_factor=model.rope_scaling_factor or 1.0,
             vp_stage=vp_stage,
         )
         gpt.loss_function = loss_function
@@ -155,3 +154,44 @@ def unwrap(module: torch.nn.Module) -> GPTModel:
     while hasattr(inner, "module"):
         inner = inner.module
     return inner
+
+
+def parameters_by_name(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.nn.Parameter]:
+    """Every parameter of this rank by its name in the whole model.
+
+    The head of a tied model that has a copy of the embedding (the last of several pipeline stages) is under the
+    embedding's name.
+    """
+    return {
+        global_name(gpt, name): parameter
+        for gpt in map(unwrap, chunks)
+        for name, parameter in gpt.named_parameters()
+    }
+
+
+def _chunk_names(chunks: Sequence[torch.nn.Module]) -> list[str]:
+    return ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
+
+
+def sharding_metadata() -> dict[str, Any]:
+    """How optimizer state is saved; inside `mcore.parallel.model_parallel`."""
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        # One rank at a time gathers a model shard's optimizer state, instead of all of them at once.
+        "distrib_optim_fully_reshardable_mem_efficient": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def sharded_chunks(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
+    """The weights as megatron-core's dist_checkpointing saves them, one entry per chunk."""
+    return {
+        name: unwrap(chunk).sharded_state_dict(metadata=sharding_metadata())
+        for name, chunk in zip(_chunk_names(chunks), chunks, strict=True)
+    }
+
+
+def load_chunks(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
+    """Restore what dist_checkpointing loaded into `sharded_chunks`."""
+    for name, chunk in zip(_chunk_names(chunks), chunks, strict=True):
+        unwrap(chunk).load_state_dict(loaded[name], strict=True)

@@ -19,6 +19,8 @@ from distill_pretrain.mcore.core import (
     get_num_layers_to_build,
     tensor_parallel,
 )
+from distill_pretrain.mcore.deep import ResidualScaling
+from distill_pretrain.mcore.deep_layers import DeepLayer, PostNormLayer
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -91,12 +93,23 @@ class SDPAttention(MegatronModule):
         return out.permute(2, 0, 1, 3).reshape(s, b, n * h)
 
 
-def block_submodules(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """The layers this pipeline stage builds, and the final norm, from the modules above."""
+def block_submodules(
+    config: TransformerConfig, vp_stage: int | None, scaling: ResidualScaling
+) -> TransformerBlockSubmodules:
+    """The layers this pipeline stage builds, and the final norm of a Pre-LN model, from the modules above."""
     norm = RMSNorm if config.normalization == "RMSNorm" else LayerNorm
     layer = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=False)
+    if config.qk_layernorm:
+        layer.submodules.self_attention.submodules.q_layernorm = norm
+        layer.submodules.self_attention.submodules.k_layernorm = norm
     layer.submodules.input_layernorm = norm
     layer.submodules.pre_mlp_layernorm = norm
     layer.submodules.self_attention.submodules.core_attention = SDPAttention
+    post = scaling.placement == "post"
+    if post or not scaling.is_plain:
+        layer.module = PostNormLayer if post else DeepLayer
+        layer.params = {"scaling": scaling}
     num_layers = get_num_layers_to_build(config, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * num_layers, layer_norm=None if post else norm
+    )

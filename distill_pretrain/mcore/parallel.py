@@ -10,6 +10,18 @@ from distill_pretrain.mcore import cpu_compat
 from distill_pretrain.mcore.config import ParallelConfig
 
 
+def current_groups() -> ParallelGroups:
+    """The process groups of the layout in use; inside `model_parallel`."""
+    from distill_pretrain.mcore.core import parallel_state as ps
+
+    return ParallelGroups(
+        tensor=ps.get_tensor_model_parallel_group(),
+        pipeline=ps.get_pipeline_model_parallel_group(),
+        data=ps.get_data_parallel_group(with_context_parallel=True),
+        pipeline_last_rank=ps.get_pipeline_model_parallel_last_rank(),
+    )
+
+
 @contextmanager
 def model_parallel(parallel: ParallelConfig, *, seed: int) -> Iterator[ParallelGroups]:
     """Process groups of this layout over the default process group, taken down at the end.
@@ -37,12 +49,7 @@ def model_parallel(parallel: ParallelConfig, *, seed: int) -> Iterator[ParallelG
         seed + 100 * ps.get_pipeline_model_parallel_rank()
     )
     try:
-        yield ParallelGroups(
-            tensor=ps.get_tensor_model_parallel_group(),
-            pipeline=ps.get_pipeline_model_parallel_group(),
-            data=ps.get_data_parallel_group(with_context_parallel=True),
-            pipeline_last_rank=ps.get_pipeline_model_parallel_last_rank(),
-        )
+        yield current_groups()
     finally:
         # Forgets the groups; no communication.
         ps.destroy_model_parallel()

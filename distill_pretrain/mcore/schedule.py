@@ -1,9 +1,14 @@
-"""One optimizer step: megatron-core's forward/backward schedule, gradient averaging, Adam, learning rate."""
+"""One optimizer step: forward and backward passes, gradient averaging, Adam, learning rate.
+
+A step is the same whatever shards the optimizer; `MegatronStudent` is megatron-core's schedule and optimizers,
+`deepspeed_student.DeepSpeedStudent` is ZeRO.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,13 +22,23 @@ from distill_pretrain.mcore.core import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     OptimizerParamScheduler,
+    clip_grad_by_total_norm_fp32,
     finalize_model_grads,
     get_forward_backward_func,
     get_megatron_optimizer,
     parallel_state,
 )
 from distill_pretrain.mcore.core import OptimizerConfig as MegatronOptimizerConfig
-from distill_pretrain.mcore.model import DTYPES, LossFunction, build_model_chunks, unwrap
+from distill_pretrain.mcore.deep_groups import config_overrides
+from distill_pretrain.mcore.model import (
+    DTYPES,
+    LossFunction,
+    build_model_chunks,
+    load_chunks,
+    sharded_chunks,
+    sharding_metadata,
+    unwrap,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +50,7 @@ class StepResult:
         num_tokens: valid tokens in the global batch.
         grad_norm: before clipping.
         learning_rate: used by this step.
-        applied: False when megatron-core skipped the update (overflow).
+        applied: False when the update was skipped.
     """
 
     terms: torch.Tensor
@@ -45,22 +60,59 @@ class StepResult:
     applied: bool
 
 
-def _reduce_terms(num_tokens: torch.Tensor, terms: torch.Tensor) -> Any:
+def reduce_terms(num_tokens: torch.Tensor, terms: torch.Tensor) -> Any:
+    """Loss terms of a micro-batch -> (the one to minimise, its valid tokens, what is reported): all sums."""
     report = torch.cat((terms.detach().double(), num_tokens.double().reshape(1)))
     # A view would not be freed by the pipeline schedule.
     return terms[0].clone(), num_tokens, {"sums": report}
 
 
+def forward_micro_batch(model: torch.nn.Module, batch: TokenBatch) -> torch.Tensor:
+    """What this rank's part of the model makes of a micro-batch: loss terms on the last pipeline stage."""
+    positions = torch.arange(batch.tokens.size(1), device=batch.tokens.device)
+    output: torch.Tensor = model(
+        batch.tokens, positions.expand_as(batch.tokens), None, labels=batch
+    )
+    return output
+
+
+def valid_tokens(batch: TokenBatch) -> torch.Tensor:
+    """Positions of a micro-batch that have a label, int32[]."""
+    return (batch.labels >= 0).sum().to(torch.int)
+
+
 def _forward_step(data_iterator: Iterator[TokenBatch], model: torch.nn.Module) -> Any:
     batch = next(data_iterator)
-    positions = torch.arange(batch.tokens.size(1), device=batch.tokens.device)
-    output = model(batch.tokens, positions.expand_as(batch.tokens), None, labels=batch)
-    num_tokens = (batch.labels >= 0).sum().to(torch.int)
-    return output, partial(_reduce_terms, num_tokens)
+    return forward_micro_batch(model, batch), partial(reduce_terms, valid_tokens(batch))
 
 
-class Student:
+def megatron_optimizer_config(
+    optimizer: OptimizerConfig, *, precision: str, distributed: bool
+) -> MegatronOptimizerConfig:
+    """Megatron-core's configuration of an optimizer section."""
+    return MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        adam_eps=optimizer.epsilon,
+        clip_grad=optimizer.clip_grad,
+        bf16=precision == "bf16",
+        params_dtype=DTYPES[precision],
+        use_distributed_optimizer=distributed,
+    )
+
+
+class Student(ABC):
     """A megatron-core model with its optimizer and schedule, on this rank.
+
+    Attributes:
+        chunks: model chunks of this rank.
+        config: megatron-core's configuration of the model.
+        optimizer: has `param_groups`, and updates them.
+        scheduler: sets their learning rate and weight decay.
 
     Args:
         model: architecture.
@@ -110,32 +162,8 @@ class Student:
             loss_function=loss_function,
         )
         self.config = unwrap(modules[0]).config
-        ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            use_distributed_optimizer=parallel.distributed_optimizer,
-            check_for_nan_in_grad=True,
-            average_in_collective=False,
-        )
-        self.chunks: list[torch.nn.Module] = [
-            DistributedDataParallel(self.config, ddp, module, disable_bucketing=index > 0)
-            for index, module in enumerate(modules)
-        ]
-        self.optimizer = get_megatron_optimizer(
-            MegatronOptimizerConfig(
-                optimizer="adam",
-                lr=optimizer.lr,
-                min_lr=optimizer.min_lr,
-                weight_decay=optimizer.weight_decay,
-                adam_beta1=optimizer.beta1,
-                adam_beta2=optimizer.beta2,
-                adam_eps=optimizer.epsilon,
-                clip_grad=optimizer.clip_grad,
-                bf16=precision == "bf16",
-                params_dtype=DTYPES[precision],
-                use_distributed_optimizer=parallel.distributed_optimizer,
-            ),
-            self.chunks,
-        )
+        self.chunks: list[torch.nn.Module] = modules
+        self.optimizer: Any = self._attach_optimizer(model, parallel, optimizer, precision)
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
@@ -149,46 +177,78 @@ class Student:
             wd_incr_steps=steps,
             wd_incr_style="constant",
         )
-        self.config.grad_scale_func = self.optimizer.scale_loss
-        self.config.finalize_model_grads_func = finalize_model_grads
-        self._forward_backward = get_forward_backward_func()
+
+    @abstractmethod
+    def _attach_optimizer(
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        optimizer: OptimizerConfig,
+        precision: str,
+    ) -> Any:
+        """Make the optimizer of the bare model chunks; may wrap the chunks."""
+
+    @abstractmethod
+    def _accumulate_gradients(
+        self, iterators: list[Iterator[TokenBatch]]
+    ) -> list[dict[str, torch.Tensor]]:
+        """Run every micro-batch forward and backward; what `reduce_terms` reports of each on the last stage."""
+
+    @abstractmethod
+    def _update_weights(self, accepts: Callable[[float], bool]) -> tuple[bool, float]:
+        """Clip and apply the gradients of this step, if their norm is accepted: (applied, norm before clipping)."""
+
+    @abstractmethod
+    def optimizer_state(self, model_state: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+        """The optimizer as megatron-core's dist_checkpointing saves it, beside what `model_state` returned.
+
+        Without the distributed optimizer it has one form, so that backends load each other's.
+        """
+
+    @abstractmethod
+    def load_optimizer_state(self, loaded: dict[str, Any]) -> None:
+        """Restore what was loaded into `optimizer_state`; after `load_model_state`."""
+
+    def model_state(self, *, is_loading: bool) -> dict[str, Any]:
+        """The weights as dist_checkpointing saves them, under any backend."""
+        return sharded_chunks(self.chunks)
+
+    def load_model_state(self, loaded: dict[str, Any]) -> None:
+        """Restore what was loaded into `model_state`."""
+        load_chunks(self.chunks, loaded)
 
     @property
     def is_last_stage(self) -> bool:
         """Whether this rank computes the loss, and so needs targets."""
         return bool(parallel_state.is_pipeline_last_stage(ignore_virtual=True))
 
-    def step(self, iterators: list[Iterator[TokenBatch]]) -> StepResult:
+    def step(
+        self,
+        iterators: list[Iterator[TokenBatch]],
+        accepts: Callable[[StepResult], bool] = lambda result: True,
+    ) -> StepResult:
         """Train on one global batch.
 
         Args:
             iterators: one per model chunk of this rank, each yielding this rank's micro-batches in order.
+            accepts: told what is known before the update; where it says no on every rank, the weights stay.
         """
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()  # type: ignore[operator]
-        self.optimizer.zero_grad()
         # The scheduler's own count is of finished steps; the first update must not run at learning rate 0.
         self.scheduler.step(increment=1)
         learning_rate = max(float(g["lr"]) for g in self.optimizer.param_groups)
-        reports = self._forward_backward(
-            forward_step_func=_forward_step,
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.chunks,
-            num_microbatches=self.num_micro_batches,
-            seq_length=self.seq_len,
-            micro_batch_size=self.micro_batch_size,
-            forward_only=False,
-        )
-        applied, grad_norm, _ = self.optimizer.step()
-        sums = self._global_sums(reports)
+        sums = self._global_sums(self._accumulate_gradients(iterators))
         num_tokens = int(sums[-1].item())
-        return StepResult(
+        seen = StepResult(
             terms=sums[:-1] / max(1, num_tokens),
             num_tokens=num_tokens,
-            grad_norm=float(grad_norm or 0.0),
+            grad_norm=0.0,
             learning_rate=learning_rate,
-            applied=bool(applied),
+            applied=False,
         )
+        applied, grad_norm = self._update_weights(
+            lambda norm: accepts(replace(seen, grad_norm=norm))
+        )
+        return replace(seen, applied=applied, grad_norm=grad_norm)
 
     def _global_sums(self, reports: list[dict[str, torch.Tensor]]) -> torch.Tensor:
         """Sum over micro-batches and data-parallel ranks, made known to every pipeline stage: fp64[terms + 1]."""
@@ -200,3 +260,87 @@ class Student:
             sums = torch.zeros(self.num_terms + 1, dtype=torch.float64, device=device)
         dist.broadcast(sums, self.groups.pipeline_last_rank, group=self.groups.pipeline)
         return sums.cpu()
+
+
+class MegatronStudent(Student):
+    """A student under megatron-core's schedules, data parallelism and optimizers."""
+
+    def _attach_optimizer(
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        optimizer: OptimizerConfig,
+        precision: str,
+    ) -> Any:
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=parallel.distributed_optimizer,
+            # The trainer judges every step before its update.
+            check_for_nan_in_grad=False,
+            average_in_collective=False,
+        )
+        self.chunks = [
+            DistributedDataParallel(self.config, ddp, module, disable_bucketing=index > 0)
+            for index, module in enumerate(self.chunks)
+        ]
+        attached = get_megatron_optimizer(
+            megatron_optimizer_config(
+                optimizer, precision=precision, distributed=parallel.distributed_optimizer
+            ),
+            self.chunks,
+            config_overrides=config_overrides(model, optimizer),
+        )
+        self.config.grad_scale_func = attached.scale_loss
+        self.config.finalize_model_grads_func = finalize_model_grads
+        self._forward_backward = get_forward_backward_func()
+        return attached
+
+    def _accumulate_gradients(
+        self, iterators: list[Iterator[TokenBatch]]
+    ) -> list[dict[str, torch.Tensor]]:
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()  # type: ignore[operator]
+        self.optimizer.zero_grad()
+        reports: list[dict[str, torch.Tensor]] = self._forward_backward(
+            forward_step_func=_forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks,
+            num_microbatches=self.num_micro_batches,
+            seq_length=self.seq_len,
+            micro_batch_size=self.micro_batch_size,
+            forward_only=False,
+        )
+        return reports
+
+    def _update_weights(self, accepts: Callable[[float], bool]) -> tuple[bool, float]:
+        """The optimizer's own `step`, with a question between the norm and the update."""
+        overflow = self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        if not accepts(norm) or overflow:
+            return False, norm
+        clip_grad = self.optimizer.config.clip_grad
+        for part in self.optimizer.chained_optimizers:
+            parameters = part.get_parameters()
+            if parameters and clip_grad > 0:
+                clip_grad_by_total_norm_fp32(parameters, max_norm=clip_grad, total_norm=norm)
+        return bool(self.optimizer.step_with_ready_grads()), norm
+
+    def optimizer_state(self, model_state: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+        """See `Student`."""
+        state: dict[str, Any] = self.optimizer.sharded_state_dict(
+            dict(model_state), is_loading=is_loading, metadata=sharding_metadata()
+        )
+        return state
+
+    def load_optimizer_state(self, loaded: dict[str, Any]) -> None:
+        """See `Student`."""
+        self.optimizer.load_state_dict(loaded)
+
+
+def build_student(*, optimizer: OptimizerConfig, **settings: Any) -> Student:
+    """The student of `optimizer.backend`; arguments are those of `Student`."""
+    if optimizer.backend == "deepspeed":
+        from distill_pretrain.mcore.deepspeed_student import DeepSpeedStudent
+
+        return DeepSpeedStudent(optimizer=optimizer, **settings)
+    return MegatronStudent(optimizer=optimizer, **settings)

@@ -12,42 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from distill_pretrain.mcore.core import dist_checkpointing, megatron_random, parallel_state
-from distill_pretrain.mcore.model import unwrap
+from distill_pretrain.mcore.core import dist_checkpointing, megatron_random
+from distill_pretrain.mcore.model import load_chunks, sharded_chunks
 from distill_pretrain.mcore.schedule import Student
 
 
-def _metadata() -> dict[str, Any]:
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        # One rank at a time gathers a model shard's optimizer state, instead of all of them at once.
-        "distrib_optim_fully_reshardable_mem_efficient": True,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
-
-
-def _chunk_names(chunks: list[torch.nn.Module]) -> list[str]:
-    return ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
-
-
-def _model_state(chunks: list[torch.nn.Module], metadata: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: unwrap(chunk).sharded_state_dict(metadata=metadata)
-        for name, chunk in zip(_chunk_names(chunks), chunks, strict=True)
-    }
-
-
-def _load_model(chunks: list[torch.nn.Module], loaded: dict[str, Any]) -> None:
-    for name, chunk in zip(_chunk_names(chunks), chunks, strict=True):
-        unwrap(chunk).load_state_dict(loaded[name], strict=True)
-
-
 def _student_state(student: Student, *, is_loading: bool) -> dict[str, Any]:
-    metadata = _metadata()
-    state = _model_state(student.chunks, metadata)
-    state["optimizer"] = student.optimizer.sharded_state_dict(
-        dict(state), is_loading=is_loading, metadata=metadata
-    )
+    state = student.model_state(is_loading=is_loading)
+    state["optimizer"] = student.optimizer_state(state, is_loading=is_loading)
     state["scheduler"] = student.scheduler.state_dict()
     return state
 
@@ -94,8 +66,10 @@ def load_student(student: Student, folder: Path) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loaded = dist_checkpointing.load(_student_state(student, is_loading=True), str(folder))
-    _load_model(student.chunks, loaded)
-    student.optimizer.load_state_dict(loaded["optimizer"])
+    student.load_model_state(loaded)
+    student.load_optimizer_state(loaded["optimizer"])
+    # Loading adds to the steps counted so far: none when a job starts, some when it goes back to a checkpoint.
+    student.scheduler.num_steps = 0
     student.scheduler.load_state_dict(loaded["scheduler"])
     path = rng_file(folder, dist.get_rank())
     saved = torch.load(path, weights_only=True) if path.exists() else None
@@ -112,5 +86,5 @@ def load_weights(chunks: list[torch.nn.Module], folder: Path) -> None:
     """Restore the weights alone, under any layout."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        loaded = dist_checkpointing.load(_model_state(chunks, _metadata()), str(folder))
-    _load_model(chunks, loaded)
+        loaded = dist_checkpointing.load(sharded_chunks(chunks), str(folder))
+    load_chunks(chunks, loaded)

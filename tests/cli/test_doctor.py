@@ -4,10 +4,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from distill_pretrain.cli import doctor
+from distill_pretrain.cli import doctor, doctor_finding, doctor_machine
 from distill_pretrain.cli.main import main
 from distill_pretrain.formats import hc_native
 
@@ -43,7 +44,24 @@ def test_every_line_says_found_or_missing_and_what_for(
     findings = [line for line in lines if "->" not in line]
     assert all(line.startswith(("ok", "-")) and line.endswith(")") for line in findings)
     text = "\n".join(findings)
-    for name in ("python", "torch", "megatron-core", "Transformer Engine", "apex", "transformers"):
+    for name in (
+        "python",
+        "torch",
+        "CUDA driver",
+        "NVRTC",
+        "megatron-core",
+        "Transformer Engine",
+        "apex",
+        "transformers",
+        "safetensors",
+        "lm-eval",
+        "deepspeed",
+        "fsspec",
+        "shared memory",
+        "open files",
+        "replacing files",
+        "free space",
+    ):
         assert f" {name} " in text
     assert f"work in {tmp_path}" in text
 
@@ -110,8 +128,8 @@ def test_a_bare_transformer_engine_is_named(
 
 
 def test_another_megatron_is_not_usable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_import", lambda *a, **k: (object(), ""))
-    monkeypatch.setattr(doctor, "_version", lambda *names: "0.17.3")
+    monkeypatch.setattr(doctor, "try_import", lambda *a, **k: (object(), ""))
+    monkeypatch.setattr(doctor, "version_of", lambda *names: "0.17.3")
     finding = doctor._megatron()
     assert not finding.usable
     assert "0.17.3, expected 0.16.x" in finding.found
@@ -125,19 +143,22 @@ def test_a_broken_package_is_not_a_missing_one(
         tmp_path, "broken_two", {"__init__.py": "raise OSError('libcudart.so.12: no file')"}
     )
     monkeypatch.syspath_prepend(tmp_path)
-    assert doctor._import("broken_one") == (None, "needs no_such_thing")
+    assert doctor_finding.try_import("broken_one") == (None, "needs no_such_thing")
     assert (
-        doctor._import("broken_two")[1] == "cannot be imported: OSError: libcudart.so.12: no file"
+        doctor_finding.try_import("broken_two")[1]
+        == "cannot be imported: OSError: libcudart.so.12: no file"
     )
-    assert doctor._import("broken_three") == (None, "missing")
+    assert doctor_finding.try_import("broken_three") == (None, "missing")
 
 
 def test_a_folder_without_locks_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "No such file" in doctor._locks(tmp_path / "nowhere").found
-    monkeypatch.setattr(doctor.fcntl, "lockf", lambda *a: None)  # as a mount with nolock does
-    finding = doctor._locks(tmp_path)
+    assert "No such file" in doctor_machine.locks(tmp_path / "nowhere").found
+    monkeypatch.setattr(
+        doctor_machine.fcntl, "lockf", lambda *a: None
+    )  # as a mount with nolock does
+    finding = doctor_machine.locks(tmp_path)
     assert not finding.usable
     assert "do not keep other processes out" in finding.found
 
@@ -149,3 +170,99 @@ def test_a_fast_coder_that_was_not_built_is_reported(monkeypatch: pytest.MonkeyP
     assert "C compiler" in finding.install
     monkeypatch.setattr(hc_native, "load", lambda: None)
     assert doctor._fast_coder().usable
+
+
+class Driver:
+    """Stands for libcuda: a driver that runs CUDA 12.4."""
+
+    def cuDriverGetVersion(self, number) -> int:
+        number._obj.value = 12040
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "usable"), [("12.8", True), ("11.8", True), ("13.0", False), (None, True)]
+)
+def test_a_driver_too_old_for_torch_is_named(
+    monkeypatch: pytest.MonkeyPatch, torch_cuda: str | None, usable: bool
+) -> None:
+    monkeypatch.setattr(doctor_machine.ctypes, "CDLL", lambda name: Driver())
+    finding = doctor_machine.cuda_driver(torch_cuda)
+    assert finding.usable == usable
+    assert "runs CUDA up to 12.4" in finding.found
+    assert "for CUDA 12" in finding.install or usable
+
+
+def test_a_run_time_compiler_that_cannot_be_loaded_is_not_a_missing_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "libnvrtc.so.12"
+    broken.write_bytes(b"no library")
+    monkeypatch.setattr(doctor_machine, "_nvrtc_libraries", lambda: iter([str(broken)]))
+    finding = doctor_machine.nvrtc()
+    assert not finding.usable
+    assert finding.found.startswith("cannot be loaded")
+    monkeypatch.setattr(doctor_machine, "_nvrtc_libraries", lambda: iter(["libnvrtc.so.none"]))
+    assert doctor_machine.nvrtc().found == "missing"
+
+
+def test_nvrtc_is_found_in_a_pip_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "nvidia/cuda_nvrtc/lib"
+    folder.mkdir(parents=True)
+    for name in ("libnvrtc.so.12", "libnvrtc-builtins.so.12.4"):
+        (folder / name).touch()
+    monkeypatch.setattr(doctor_machine.site, "getsitepackages", lambda: [str(tmp_path)])
+    ours = [library for library in doctor_machine._nvrtc_libraries() if str(tmp_path) in library]
+    assert ours == [str(folder / "libnvrtc.so.12")]
+
+
+def test_small_limits_are_named_with_what_raises_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor_machine.resource, "getrlimit", lambda which: (1024, 4096))
+    finding = doctor_machine.open_files()
+    assert not finding.usable
+    assert "1024 per process, may be raised to 4096" in finding.found
+    usage = SimpleNamespace(total=64 * 2**20, free=2**20)
+    monkeypatch.setattr(doctor_machine.shutil, "disk_usage", lambda folder: usage)
+    assert not doctor_machine.free_space(tmp_path).usable
+    shared = doctor_machine.shared_memory()
+    assert not shared.usable
+    assert "--ipc=host" in shared.install
+
+
+def test_a_file_system_that_does_not_replace_files_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert doctor_machine.publishing(tmp_path).found.startswith("works, ")
+    assert not list(tmp_path.iterdir())
+    assert "No such file" in doctor_machine.publishing(tmp_path / "nowhere").found
+    replace = os.replace
+    monkeypatch.setattr(doctor_machine.os, "replace", lambda old, new: None)
+    assert "does not replace" in doctor_machine.publishing(tmp_path).found
+
+    def copy_over(old: Path, new: Path) -> None:
+        text = old.read_bytes()
+        new.write_bytes(text)  # as a mount of an object store may do
+        replace(old, old.with_suffix(".gone"))
+
+    monkeypatch.setattr(doctor_machine.os, "replace", copy_over)
+    assert "takes the old file" in doctor_machine.publishing(tmp_path).found
+
+
+def test_remote_stores_that_lack_a_package_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "try_import", lambda name: (object(), ""))
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: name == "s3fs" or None)
+    finding = doctor._remote_stores()
+    assert finding.usable
+    assert "distill-pretrain[gcs]" in finding.found and "[s3]" not in finding.found
+
+
+def test_deepspeed_is_told_from_the_compilers_of_its_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "try_import", lambda name: (None, "missing"))
+    finding = doctor._deepspeed()
+    assert (finding.usable, finding.found) == (False, "missing")
+    assert "distill-pretrain[deepspeed]" in finding.install
+    monkeypatch.setattr(doctor, "try_import", lambda name: (object(), ""))
+    monkeypatch.setattr(doctor_machine.shutil, "which", lambda name: None)
+    assert "c++ missing, nvcc missing" in doctor._deepspeed().found

@@ -268,6 +268,15 @@ def test_killed_at_any_time_it_goes_on(tmp_path: Path, halves, whole):
     assert kills >= 6
 
 
+def test_the_lock_file_of_a_merge_killed_at_its_last_moment_goes(tmp_path: Path, halves, whole):
+    merge_caches(tmp_path / "c", halves)
+    (tmp_path / "c" / "manifest.json").unlink()
+    (tmp_path / "c" / "s-000001.dpt.part").touch()
+    (tmp_path / "c" / "s-999999.dpt.part").write_bytes(b"of a larger capture")
+    merge_caches(tmp_path / "c", halves)
+    assert [p.name for p in (tmp_path / "c").glob("*.part")] == ["s-999999.dpt.part"]
+
+
 @pytest.mark.parametrize("lost", ["s-000002.json", "s-000004-n1.json"])
 def test_a_linked_shard_whose_record_is_not_there_yet_gets_the_sources(
     tmp_path: Path, halves, whole, lost: str

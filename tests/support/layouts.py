@@ -11,7 +11,7 @@ import torch.distributed as dist
 from distill_pretrain.contracts import IGNORED_LABEL, RaggedTargets
 from distill_pretrain.data.batches import BatchSource, StudentBatches
 from distill_pretrain.dist.groups import ParallelGroups
-from distill_pretrain.dist.process import local_device, process_group
+from distill_pretrain.dist.process import local_device, process_group, released_groups
 from distill_pretrain.losses.sparse_kd import DistillationObjective
 from distill_pretrain.mcore.config import ModelConfig, OptimizerConfig, ParallelConfig
 from distill_pretrain.mcore.layout import check_layout
@@ -108,11 +108,13 @@ def make_job(
     kd: bool,
     steps: int,
     precision: str = "fp32",
+    optimizer: dict[str, Any] | None = None,
 ) -> tuple[Any, StudentBatches]:
     """A student and its batches on this rank; the process groups of the layout must exist."""
-    from distill_pretrain.mcore.schedule import Student
+    from distill_pretrain.mcore.schedule import build_student
 
     model_config = ModelConfig(**model)
+    optimizer_config = OptimizerConfig(**{"lr": 3e-3, "warmup_steps": 3, **(optimizer or {})})
     check_layout(
         model_config,
         layout,
@@ -120,6 +122,7 @@ def make_job(
         micro_batch_size=MICRO_BATCH,
         global_batch_size=GLOBAL_BATCH,
         seq_len=SEQ_LEN,
+        optimizer=optimizer_config,
     )
     plan = WalkPlan()
     cache = WalkTargets(plan) if kd else None
@@ -132,10 +135,10 @@ def make_job(
         data_size=dist.get_world_size(groups.data),
         device=local_device(),
     )
-    student = Student(
+    student = build_student(
         model=model_config,
         parallel=layout,
-        optimizer=OptimizerConfig(lr=3e-3, warmup_steps=3),
+        optimizer=optimizer_config,
         groups=groups,
         vocab_size=VOCAB_SIZE,
         seq_len=SEQ_LEN,
@@ -168,13 +171,17 @@ def train_curves(
     kd: bool,
     steps: int,
     precision: str = "fp32",
+    optimizer: dict[str, Any] | None = None,
 ) -> dict[str, list[float]]:
     """Loss, CE, KL and gradient norm of every step, on every rank."""
     from distill_pretrain.mcore.parallel import model_parallel
 
     layout = ParallelConfig(**parallel)
-    with model_parallel(layout, seed=1) as groups:
-        student, batches = make_job(model, layout, groups, kd=kd, steps=steps, precision=precision)
+    # Many layouts in one process would leave hundreds of threads of their process groups.
+    with released_groups(), model_parallel(layout, seed=1) as groups:
+        student, batches = make_job(
+            model, layout, groups, kd=kd, steps=steps, precision=precision, optimizer=optimizer
+        )
         curves: dict[str, list[float]] = {"loss": [], "ce": [], "kl": [], "grad_norm": []}
         for step in range(steps):
             result = take_step(student, batches, step)
