@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from distill_pretrain.cli.console import duration, progress
 from distill_pretrain.cli.recipe import Recipe
-from distill_pretrain.cli.teachers import load_replica, load_teacher
+from distill_pretrain.cli.teachers import load_replica
 from distill_pretrain.config import dump_recipe, require
 from distill_pretrain.dist.env import launch_rank
 
 if TYPE_CHECKING:
-    from distill_pretrain.contracts import LogitsEngine, TeacherEngine
+    from distill_pretrain.contracts import TeacherEngine
     from distill_pretrain.data.sources import SequenceData
     from distill_pretrain.formats.cache_plan import CachePlan
     from distill_pretrain.formats.cache_writer import CacheWriter
@@ -169,7 +169,10 @@ def _print(line: str) -> None:
 
 @contextmanager
 def open_replica(recipe: Recipe) -> Iterator[tuple[SequenceData, TeacherEngine]]:
-    """As `open_teacher`, for a teacher that several processes may hold together."""
+    """The sequences of a recipe and this process's part of its teacher, for as long as the block lasts.
+
+    The recipe has the sections data, teacher and capture.
+    """
     assert recipe.data and recipe.teacher and recipe.capture
     from distill_pretrain.data.sources import open_sequences
     from distill_pretrain.dist.process import process_group, set_cpu_threads
@@ -179,24 +182,6 @@ def open_replica(recipe: Recipe) -> Iterator[tuple[SequenceData, TeacherEngine]]
     with process_group(), teacher_groups(recipe.teacher):
         sequences = open_sequences(recipe.data)
         yield sequences, load_replica(recipe.teacher, sequences, recipe.data.tokens)
-
-
-@contextmanager
-def open_teacher(recipe: Recipe) -> Iterator[tuple[SequenceData, LogitsEngine]]:
-    """The sequences of a recipe and its teacher, loaded, for as long as the block lasts.
-
-    The recipe has the sections data, teacher and capture.
-    """
-    assert recipe.data and recipe.teacher and recipe.capture
-    from distill_pretrain.data.sources import open_sequences
-    from distill_pretrain.dist.process import process_group, set_cpu_threads
-    from distill_pretrain.mcore.config import ParallelConfig
-    from distill_pretrain.mcore.parallel import model_parallel
-
-    set_cpu_threads(recipe.capture.threads)
-    with process_group(), model_parallel(ParallelConfig(), seed=0):
-        sequences = open_sequences(recipe.data)
-        yield sequences, load_teacher(recipe.teacher, sequences, recipe.data.tokens)
 
 
 def _join(plans: Mapping[Path, CachePlan], capture: CaptureConfig, crew: Crew) -> list[CacheWriter]:
