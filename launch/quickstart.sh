@@ -44,4 +44,6 @@ together eval $RECIPES/report.yaml "${data[@]}" "${evaluation[@]}" "teacher.path
     "eval.models=$models" "eval.output=$RUN/eval.json"
 log "report"
 alone report $RECIPES/report.yaml "report.runs=$models" "report.eval=$RUN/eval.json" "report.output_dir=$RUN/report"
+log "export the distilled student for transformers"
+alone export "$RUN/student_kd" "$RUN/exported"
 log "done"

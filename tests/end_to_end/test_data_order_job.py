@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -57,10 +58,12 @@ def train_recorded(arguments: list[str], record: str, kill_after: int | None) ->
 
 
 def kill_job() -> None:
-    """kill -9 every process that the launcher started, helpers and other ranks included, this one last."""
+    """kill -9 every process of this job, helpers and other ranks included, this one last."""
     for process in psutil.Process(os.getppid()).children(recursive=True):
-        if process.pid != os.getpid():
-            process.kill()
+        with contextlib.suppress(psutil.Error):
+            ours = process.environ().get("MASTER_PORT") == os.environ["MASTER_PORT"]
+            if ours and process.pid != os.getpid():
+                process.kill()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
