@@ -42,7 +42,7 @@ def make_comparison(folder: Path, tokens: Path) -> Job:
             "systematic-9": {"sampler": "systematic", "num_draws": 9},
         }
     }
-    values["train"] |= {"steps": STEPS, "checkpoint_interval": 2}
+    values["train"] |= {"steps": STEPS, "checkpoint_interval": 3}
     values["compare"] = {
         "output_dir": str(folder / "compare"),
         "seeds": list(SEEDS),

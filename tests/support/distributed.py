@@ -53,44 +53,64 @@ def run_distributed(
                 }
             )
         )
-        ours = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-        _run_ranks(
-            [sys.executable, "-u", "-m", "tests.support.distributed", str(request)],
-            num_processes,
-            {**os.environ, **ours, **(environment or {})},
-            Path(folder),
+        run_ranks(
+            ["-m", "tests.support.distributed", str(request)], num_processes, environment or {}
         )
         return json.loads(answer.read_text())
 
 
-def _run_ranks(
-    command: list[str], num_processes: int, environment: dict[str, str], folder: Path
-) -> None:
-    """Run the ranks of a job as torchrun would, without the seconds that torchrun itself takes."""
+def run_ranks(
+    arguments: list[str], num_processes: int, environment: dict[str, str] | None = None
+) -> str:
+    """Run `python ...arguments` in every rank of a job as torchrun would, without the seconds that it takes itself.
+
+    Returns:
+        What the ranks printed, one after another.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    sizes = {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    logs = [folder / f"rank-{rank}.log" for rank in range(num_processes)]
-    ranks = []
-    for number, path in enumerate(logs):
-        own = {"RANK": str(number), "LOCAL_RANK": str(number)}
-        with path.open("wb") as log:
-            ranks.append(
-                subprocess.Popen(
-                    command,
-                    cwd=REPOSITORY,
-                    env={**environment, **sizes, **place, **own},
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
+    job = {
+        "PYTHONPATH": str(REPOSITORY),
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(num_processes),
+        "LOCAL_WORLD_SIZE": str(num_processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder, f"rank-{rank}.log") for rank in range(num_processes)]
+        ranks = []
+        for number, path in enumerate(logs):
+            own = {"RANK": str(number), "LOCAL_RANK": str(number)}
+            with path.open("wb") as log:
+                ranks.append(
+                    subprocess.Popen(
+                        [sys.executable, "-u", *arguments],
+                        cwd=REPOSITORY,
+                        env={**os.environ, **job, **own, **(environment or {})},
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                    )
                 )
-            )
+        _wait(ranks)
+        texts = [path.read_text() for path in logs]
+        if any(rank.returncode for rank in ranks):
+            ends = [
+                f"rank {number} ended with {rank.returncode}:\n{text[-6000:]}"
+                for number, (rank, text) in enumerate(zip(ranks, texts, strict=True))
+            ]
+            raise AssertionError("distributed run failed:\n" + "\n".join(ends))
+        return "".join(texts)
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]]) -> None:
+    """Until all have ended, or one has failed: the others would wait for it."""
     deadline = time.monotonic() + LIMIT_S
     try:
         while any(rank.poll() is None for rank in ranks):
             if any(rank.poll() for rank in ranks) or time.monotonic() > deadline:
-                # The others wait for it: give them a moment to say what they saw.
+                # A moment for the others to say what they saw.
                 time.sleep(1)
                 break
             time.sleep(0.02)
@@ -98,12 +118,6 @@ def _run_ranks(
         for rank in ranks:
             rank.kill()
             rank.wait()
-    if any(rank.returncode for rank in ranks):
-        texts = [
-            f"rank {number} ended with {rank.returncode}:\n{path.read_text()[-6000:]}"
-            for number, (rank, path) in enumerate(zip(ranks, logs, strict=True))
-        ]
-        raise AssertionError("distributed run failed:\n" + "\n".join(texts))
 
 
 def _module_name(function: Callable[..., Any]) -> str:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from distill_pretrain.cli.main import main
-from tests.support.distributed import REPOSITORY, torchrun
+from tests.support.distributed import REPOSITORY, run_ranks, torchrun
 
 SEQ_LEN = 64
 
@@ -115,6 +115,10 @@ class Job:
 
     def run(self, verb: str, *overrides: str, num_processes: int = 1) -> str:
         """Run a verb in other processes; fail the test unless it succeeds; return its output."""
+        if num_processes > 1:
+            return run_ranks(
+                ["-m", "distill_pretrain", verb, str(self.recipe), *overrides], num_processes
+            )
         process = self.start(verb, *overrides, num_processes=num_processes)
         output, errors = process.communicate(timeout=600)
         if process.returncode != 0:

@@ -44,8 +44,8 @@ SMALL_GPT2 = {**GPT2, "num_layers": 1, "ffn_hidden_size": 62}
 SEQUENCE = {"tensor": 2, "sequence_parallel": True}
 LLAMA_CASE = {"model": SMALL_LLAMA, "kd": True, "parallel": {"tensor": 2}}
 CASES: dict[str, dict[str, Any]] = {
-    "llama kd": {**LLAMA_CASE, "steps": 10},
-    "gpt2 ce": {"model": SMALL_GPT2, "kd": False, "parallel": SEQUENCE, "steps": 6},
+    "llama kd": {**LLAMA_CASE, "steps": 8},
+    "gpt2 ce": {"model": SMALL_GPT2, "kd": False, "parallel": SEQUENCE, "steps": 5},
     "bf16": {**LLAMA_CASE, "steps": 4, "precision": "bf16"},
 }
 
@@ -56,9 +56,9 @@ def zero(stage: int, *, offload: bool = False) -> dict[str, Any]:
 
 def all_curves() -> dict[str, dict[str, list[float]]]:
     optimizers = {
-        "llama kd": {"zero1": zero(1), "zero2": zero(2), "zero3": zero(3)},
-        "gpt2 ce": {"zero2 offload": zero(2, offload=True), "zero3": zero(3)},
-        "bf16": {"zero1": zero(1), "zero2": zero(2)},
+        "llama kd": {"zero1": zero(1), "zero3": zero(3)},
+        "gpt2 ce": {"zero2 offload": zero(2, offload=True)},
+        "bf16": {"zero2": zero(2)},
     }
     return {
         f"{name}/{backend}": train_curves(**case, optimizer=optimizer)
@@ -191,7 +191,7 @@ def test_curves_and_norms_equal_the_megatron_optimizers(found):
         for name, curve in curves.items()
         if not name.startswith("bf16")
     }
-    assert len(worst) == 7
+    assert len(worst) == 5
     assert max(worst.values()) < TOLERANCE, worst
 
 
