@@ -462,7 +462,7 @@ def test_windows_that_are_not_in_use_are_no_obstacle(families, tmp_path):
     ):
         raw = json.loads((families / family / "config.json").read_text())
         (tmp_path / "config.json").write_text(json.dumps({**raw, **changed}))
-        read_hf_model(tmp_path)
+        assert read_hf_model(tmp_path) == read_hf_model(families / family)
 
 
 def test_keys_that_older_folders_lack_mean_what_transformers_takes_them_for(tmp_path):
