@@ -84,11 +84,6 @@ def layer_norm(x: Moments) -> Moments:
     return Moments(0.0, 1.0, x.correlation)
 
 
-def rms_norm(x: Moments) -> Moments:
-    """Of x over the root of E[x^2]: `layer_norm`, but that a mean stays."""
-    return Moments(x.mean / math.sqrt(x.second), x.variance / x.second, x.correlation)
-
-
 def norm_gradient(gradient: float, second: float) -> float:
     """The gradient's variance over that of the norm's input (LayerNorm; over E[x^2] for RMSNorm)."""
     return gradient / second

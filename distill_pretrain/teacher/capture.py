@@ -81,8 +81,12 @@ class CaptureWatch:
 
 def software_versions(engine_kind: str) -> dict[str, str]:
     """Versions that can move a teacher's float rounding, and ours."""
-    packages = ["torch", "numpy", "transformers" if engine_kind == "hf" else "megatron-core"]
-    versions = {name: version(name) for name in packages}
+    of_engine = {
+        "megatron": ["megatron-core"],
+        "hf": ["transformers"],
+        "deepspeed": ["transformers", "deepspeed"],
+    }
+    versions = {name: version(name) for name in ["torch", "numpy", *of_engine[engine_kind]]}
     return {**versions, "distill-pretrain": __version__, "machine": platform.machine()}
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import torch
@@ -48,6 +50,21 @@ def reports(kind: str) -> str:
             assert codes == [STUCK_EXIT_CODE], codes
             return said.getvalue() + "pid of rank 1: " + store.get("pid").decode()
         return ""
+
+
+def test_the_helpers_of_a_process_end_with_it():
+    code = (
+        "import multiprocessing, sys, threading\n"
+        "from distill_pretrain.dist.watchdog import end_process\n"
+        "if __name__ == '__main__':\n"
+        "    helper = multiprocessing.get_context('spawn').Manager()\n"
+        "    threading.Thread(target=end_process, args=(75,)).start()\n"
+        "    threading.Event().wait()\n"
+    )
+    command = [sys.executable, "-c", code]
+    # Ends only when nobody holds the pipe open any more.
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 75, done.stderr
 
 
 def test_a_stopped_process_is_named():
