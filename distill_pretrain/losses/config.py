@@ -38,6 +38,11 @@ class ObjectiveConfig(Section):
     token_weighting: Literal["none", "teacher_confidence"] = "none"
     """`teacher_confidence`: a token's distillation term is multiplied by its target's largest probability."""
 
+    kernel: Literal["auto", "reference"] = "auto"
+    """`auto`: CUDA kernels on a GPU, if they can run; `reference`: plain PyTorch everywhere. The same loss."""
+    head: Literal["auto", "chunked", "full"] = "auto"
+    """`chunked`: LM head and loss by 4096 tokens, less memory; `full`: logits of all; `auto`: chunked on a GPU."""
+
     @property
     def peak_kd_weight(self) -> float:
         """The largest kd_weight of any step; 0 means that no targets are needed."""
@@ -74,6 +79,10 @@ class ObjectiveConfig(Section):
     def _check_for_teacher(self) -> None:
         if self.peak_kd_weight == 0:
             raise ValueError("target: teacher with kd_weight: 0 would run a teacher in vain")
+        if self.head == "chunked":
+            raise ValueError(
+                "head: chunked is for cached targets; target: teacher compares all logits: head: full"
+            )
         if self.residual != "drop":
             raise ValueError(
                 f"residual: {self.residual} is for cached targets; with target: teacher no mass is missing"

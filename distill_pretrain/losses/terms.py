@@ -90,6 +90,8 @@ class Objective:
     """
 
     TERMS = TERMS
+    takes_hidden = False
+    """Whether `from_hidden` is to be called, without logits."""
 
     def __init__(
         self, *, vocab_size: int, tensor_group: dist.ProcessGroup | None, **weights: Any
@@ -113,6 +115,6 @@ class Objective:
         raise NotImplementedError
 
     def summed(self, loss: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:
-        """The sums from the loss fp32[T] and all other terms fp32[3, T]."""
+        """The sums from the loss, fp32[T] or already summed, and all other terms fp32[3, T]."""
         wanted = terms[: len(self.term_names) - 1]
         return torch.cat((loss.sum().reshape(1), wanted.sum(dim=1)))

@@ -5,37 +5,27 @@ Legend: T positions, V vocabulary, N draws (the k of top-k, the cap of top-p), E
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from distill_pretrain.contracts import RaggedTargets, TargetKind
+from distill_pretrain.sampling.columns import Block, Columns, Draws, Split
 from distill_pretrain.sampling.figures import LOOK_EVERY, DistributionFigures
-from distill_pretrain.sampling.philox import Uint64Array, draws64, umul64hi
-from distill_pretrain.sampling.weights import (
-    BadLogits,
-    Scratch,
-    integer_weights,
-    largest,
-    log_sums,
-    usable_maxima,
-)
+from distill_pretrain.sampling.host import HostColumns, likeliest
+from distill_pretrain.sampling.philox import Uint64Array, umul64hi
+from distill_pretrain.sampling.weights import BadLogits, log_sums, usable_maxima
 
 SAMPLERS = ("systematic", "multinomial", "topk", "topp")
 MAX_VOCAB = 1 << 20
-_MULTINOMIAL_STREAM = 0
-_SYSTEMATIC_STREAM = 1
 # The int64 cumulative weights of a chunk of rows should stay in a 1 MiB L2 cache.
 _CHUNK_ELEMENTS = 65536
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
-PointsOf = Callable[[Uint64Array, Int64Array, int], Int64Array]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,32 +96,21 @@ def sample_sets(
     Raises:
         BadLogits: rows (numbered in `logits`) hold NaN, +inf or nothing but -inf.
     """
+    return sample_columns(HostColumns(logits), positions, samplers, valid=valid, figures=figures)
+
+
+def sample_columns(
+    columns: Columns,
+    positions: Uint64Array,
+    samplers: Sequence[Sampler],
+    *,
+    valid: npt.NDArray[np.bool_] | None = None,
+    figures: DistributionFigures | None = None,
+) -> list[RaggedTargets]:
+    """As `sample_sets`, of logits that lie wherever."""
     return sample_split(
-        logits, positions, samplers, WholeVocabulary(), valid=valid, figures=figures
+        columns, positions, samplers, WholeVocabulary(), valid=valid, figures=figures
     )
-
-
-class Split(Protocol):
-    """How the columns of the logits are spread over ranks, and what the ranks tell each other of their rows."""
-
-    first_id: int
-    """Token id of this rank's column 0."""
-
-    def rows_at_once(self, columns: int) -> int:
-        """Rows whose weights are held at once; the same on every rank."""
-        ...
-
-    def maxima(self, own: Float32Array) -> Float32Array:
-        """float32[T]: the largest of the ranks' values, none of them NaN."""
-        ...
-
-    def totals(self, own: Int64Array) -> tuple[Int64Array, Int64Array]:
-        """int64[T] each: the sums over lower ids' ranks, and over all ranks."""
-        ...
-
-    def gathered(self, own: list[npt.NDArray[Any]]) -> list[list[npt.NDArray[Any]]]:
-        """Every rank's arrays of one dimension, by ascending ids."""
-        ...
 
 
 class WholeVocabulary:
@@ -157,7 +136,7 @@ class WholeVocabulary:
 
 
 def sample_split(
-    logits: Float32Array,
+    columns: Columns,
     positions: Uint64Array,
     samplers: Sequence[Sampler],
     split: Split,
@@ -170,19 +149,17 @@ def sample_split(
     Weights are integers, so their sums do not depend on who adds them; each rank emits the draws that fall into its
     own stretch of [0, W), or the likeliest of its own ids, from which the likeliest of all are then chosen.
     """
-    assert logits.ndim == 2 and logits.dtype == np.float32, (logits.shape, logits.dtype)
-    assert positions.shape == logits.shape[:1] and 1 <= logits.shape[1] <= MAX_VOCAB
+    assert positions.shape == (columns.num_rows,) and 1 <= columns.width <= MAX_VOCAB
     positions = positions.astype(np.uint64)
-    rows = np.arange(len(logits)) if valid is None else np.flatnonzero(valid)
+    rows = np.arange(columns.num_rows) if valid is None else np.flatnonzero(valid)
     sets = [_GrowingSet(sampler, positions[rows]) for sampler in samplers]
     moments = _Moments()
-    per_chunk = split.rows_at_once(logits.shape[1])
-    scratch = Scratch(min(per_chunk, max(1, len(rows))), logits.shape[1])
+    per_chunk = columns.rows_at_once or split.rows_at_once(columns.width)
     bad: list[int] = []
     for start in range(0, len(rows), per_chunk):
         numbers = rows[start : start + per_chunk]
         try:
-            chunk = _Chunk(_rows(logits, numbers), scratch, split)
+            chunk = _Chunk(columns.block(numbers), split)
             for grown in sets:
                 grown.add(chunk, slice(start, start + per_chunk))
             if figures is not None:
@@ -193,60 +170,35 @@ def sample_split(
         raise BadLogits(bad)
     arrays = [array for grown in sets for array in grown.arrays()] + moments.arrays()
     everyone = [iter(of_rank) for of_rank in split.gathered(arrays)]
-    targets = [grown.targets(everyone, rows, len(logits)) for grown in sets]
+    targets = [grown.targets(everyone, rows, columns.num_rows) for grown in sets]
     if figures is not None:
         moments.report(everyone, figures)
     return targets
 
 
 class _Chunk:
-    """Some rows of this rank's logits, and what several samplers read from them.
+    """Some rows of this rank's columns, and what the ranks know of them together.
 
     Args:
-        logits: float32[T, V_own].
-        scratch: holds `cumulative`, so one chunk at a time may use it.
+        block: the rows.
         split: over the ranks.
 
     Attributes:
+        own_maxima: float32[T], over this rank's columns.
         maxima: float32[T], over all ranks.
+        below: int64[T], weight of the ids before this rank's.
+        totals: int64[T], W.
 
     Raises:
         BadLogits: see `row_maxima`; on every rank.
     """
 
-    def __init__(self, logits: Float32Array, scratch: Scratch, split: Split) -> None:
-        self.logits = logits
+    def __init__(self, block: Block, split: Split) -> None:
+        self.block = block
         self.first_id = split.first_id
-        self.maxima = usable_maxima(split.maxima(largest(logits)))
-        self._scratch = scratch
-        self._split = split
-
-    @cached_property
-    def cumulative(self) -> Int64Array:
-        """int64[T, V_own]: running sums of the integer weights."""
-        cumulative = integer_weights(self.logits, self._scratch, self.maxima)
-        np.cumsum(cumulative, axis=1, out=cumulative)
-        return cumulative
-
-    @cached_property
-    def _sums(self) -> tuple[Int64Array, Int64Array]:
-        return self._split.totals(self.cumulative[:, -1])
-
-    @property
-    def below(self) -> Int64Array:
-        """int64[T]: weight of the ids before this rank's."""
-        return self._sums[0]
-
-    @property
-    def totals(self) -> Int64Array:
-        """int64[T]: W."""
-        return self._sums[1]
-
-    def weights(self, rows: Int64Array, columns: Int64Array) -> Int64Array:
-        """int64[E]: integer weights of some entries."""
-        before = np.where(columns > 0, self.cumulative[rows, columns - 1], 0)
-        weights: Int64Array = self.cumulative[rows, columns] - before
-        return weights
+        self.own_maxima = block.largest()
+        self.maxima = usable_maxima(split.maxima(self.own_maxima))
+        self.below, self.totals = split.totals(block.weigh(self.maxima))
 
 
 class _GrowingSet:
@@ -259,28 +211,22 @@ class _GrowingSet:
 
     def __init__(self, sampler: Sampler, positions: Uint64Array) -> None:
         self._sampler = sampler
-        self._draws = _draws(sampler, positions)
+        self._draws = Draws(sampler.name, sampler.num_draws, sampler.seed, positions)
         self._parts: list[tuple[npt.NDArray[Any], ...]] = []
         self._maxima: list[Float32Array] = []
         self._totals: list[Int64Array] = []
 
     def add(self, chunk: _Chunk, rows: slice) -> None:
         """Sample a chunk, which holds these of the valid rows."""
-        sampler = self._sampler
-        if sampler.kind == "logprobs":
+        if self._sampler.kind == "logprobs":
             self._maxima.append(chunk.maxima)
-            self._totals.append(chunk.totals.copy())
-            chosen = likeliest(chunk.logits, sampler.num_draws)
-            numbers, columns = np.nonzero(chosen)
-            values = chunk.logits[numbers, columns]
-            weights = chunk.weights(numbers, columns)
-            lengths = chosen.sum(axis=1)
-            self._parts.append((lengths, columns + chunk.first_id, values, weights))
+            self._totals.append(chunk.totals)
+            likeliest = chunk.block.likeliest(self._sampler.num_draws)
+            ids = likeliest.columns + chunk.first_id
+            self._parts.append((likeliest.lengths, ids, likeliest.logits, likeliest.weights))
             return
-        points = _POINTS[sampler.name](self._draws[rows], chunk.totals, sampler.num_draws)
-        found = _locate(chunk.cumulative, points - chunk.below[:, None])
-        lengths, columns, counts = _run_lengths(found, chunk.logits.shape[1])
-        self._parts.append((lengths, columns + chunk.first_id, counts))
+        drawn = chunk.block.drawn(self._draws, rows, chunk.below, chunk.totals)
+        self._parts.append((drawn.lengths, drawn.columns + chunk.first_id, drawn.counts))
 
     def arrays(self) -> list[npt.NDArray[Any]]:
         """What the other ranks need of this one."""
@@ -352,13 +298,10 @@ class _Moments:
         """Look at some rows of a chunk."""
         if not len(rows):
             return
-        logits, cumulative = chunk.logits[rows], chunk.cumulative[rows]
-        weights = np.diff(cumulative, axis=1, prepend=np.int64(0))
-        depth = np.where(weights > 0, chunk.maxima[rows, None] - logits, 0)
-        top = logits.argmax(axis=1).astype(np.int32)
-        is_here = logits[np.arange(len(rows)), top] == chunk.maxima[rows]
-        ids = np.where(is_here, top + chunk.first_id, MAX_VOCAB).astype(np.int32)
-        self._parts.append((np.einsum("tv,tv->t", weights.astype(np.float64), depth), ids))
+        depths, columns = chunk.block.moments(rows)
+        is_here = chunk.own_maxima[rows] == chunk.maxima[rows]
+        ids = np.where(is_here, columns + chunk.first_id, MAX_VOCAB).astype(np.int32)
+        self._parts.append((depths, ids))
         self._totals.append(chunk.totals[rows])
 
     def arrays(self) -> list[npt.NDArray[Any]]:
@@ -387,94 +330,6 @@ def _merged(parts: list[list[npt.NDArray[Any]]]) -> list[npt.NDArray[Any]]:
     lengths, *columns = zip(*parts, strict=True)
     totals = np.stack(lengths).sum(axis=0, dtype=np.int32)
     return [totals, *(np.concatenate(column)[order] for column in columns)]
-
-
-def multinomial_points(draws: Uint64Array, totals: Int64Array, num_draws: int) -> Int64Array:
-    """int64[T, N]: independent points r = floor(x * W / 2**64) in [0, W).
-
-    Args:
-        draws: uint64[T, N], x, uniform.
-        totals: int64[T], W.
-        num_draws: N.
-    """
-    assert draws.shape == (len(totals), num_draws), draws.shape
-    return umul64hi(draws, totals.astype(np.uint64)[:, None]).astype(np.int64)
-
-
-def systematic_points(draws: Uint64Array, totals: Int64Array, num_draws: int) -> Int64Array:
-    """int64[T, N] ascending: r_k = floor((k * W + h) / N), one h in [0, W) per position.
-
-    Over all (k, h) the number k * W + h takes every value in [0, N * W) once, so floor(. / N) hits
-    every integer of [0, W) exactly N times: E[count_i] = N * w_i / W with no rounding. For one h,
-    count_i is the number of multiples of W in a half-open interval of length N * w_i: the floor or
-    the ceiling of N * w_i / W. (h itself is floor(u * W / 2**64): P(h < a) is within 2**-64.)
-
-    k * W + h can exceed 64 bits; with W = q * N + rem it is k * q + floor((k * rem + h) / N).
-
-    Args:
-        draws: uint64[T, 1], u, uniform.
-        totals: int64[T], W < 2**62.
-        num_draws: N <= 2**16.
-    """
-    h = umul64hi(draws, totals.astype(np.uint64)[:, None]).astype(np.int64)
-    quotient, remainder = np.divmod(totals[:, None], num_draws)
-    k = np.arange(num_draws, dtype=np.int64)
-    points: Int64Array = k * quotient + (k * remainder + h) // num_draws
-    return points
-
-
-_POINTS: dict[str, PointsOf] = {
-    "multinomial": multinomial_points,
-    "systematic": systematic_points,
-}
-
-
-def _draws(sampler: Sampler, positions: Uint64Array) -> Uint64Array:
-    """All random words a call needs, made at once: Philox in numpy pays per call, not per word."""
-    if sampler.name == "multinomial":
-        return draws64(sampler.seed, _MULTINOMIAL_STREAM, positions, sampler.num_draws)
-    if sampler.name == "systematic":
-        return draws64(sampler.seed, _SYSTEMATIC_STREAM, positions, 1)
-    return np.empty((len(positions), 0), np.uint64)
-
-
-def _rows(logits: Float32Array, rows: Int64Array) -> Float32Array:
-    """The chosen rows; a view when they are consecutive."""
-    first, last = int(rows[0]), int(rows[-1])
-    return logits[first : last + 1] if last - first + 1 == len(rows) else logits[rows]
-
-
-def _locate(cumulative: Int64Array, points: Int64Array) -> Int64Array:
-    """int64[T, N] columns, ascending in a row: whose weight interval holds the point; V for a point beyond them."""
-    found: Int64Array = torch.searchsorted(
-        torch.from_numpy(cumulative), torch.from_numpy(points), right=True
-    ).numpy()
-    found[points < 0] = cumulative.shape[1]
-    found.sort(axis=1)
-    return found
-
-
-def _run_lengths(drawn: Int64Array, vocab: int) -> tuple[Int64Array, Int64Array, Int64Array]:
-    """(entries int64[T], columns int64[E], counts int64[E]) of ascending draws [T, N] below `vocab`."""
-    starts_run = np.ones(drawn.shape, np.bool_)
-    np.not_equal(drawn[:, 1:], drawn[:, :-1], out=starts_run[:, 1:])
-    starts = np.flatnonzero(starts_run)
-    counts = np.diff(starts, append=drawn.size)
-    columns = drawn.reshape(-1)[starts]
-    own = columns < vocab
-    return (starts_run & (drawn < vocab)).sum(axis=1), columns[own], counts[own]
-
-
-def likeliest(logits: Float32Array, k: int) -> npt.NDArray[np.bool_]:
-    """bool[T, V]: the k largest logits, ties to the lower id; -inf is never among them."""
-    vocab = logits.shape[1]
-    k = min(k, vocab)
-    threshold = np.partition(logits, vocab - k, axis=1)[:, vocab - k, None]
-    above = logits > threshold
-    tied = (logits == threshold) & (logits > -np.inf)
-    room = k - above.sum(axis=1, keepdims=True)
-    chosen: npt.NDArray[np.bool_] = above | (tied & (np.cumsum(tied, axis=1) <= room))
-    return chosen
 
 
 def _needed(logits: Float32Array, weights: Int64Array, mass: Int64Array) -> npt.NDArray[np.bool_]:

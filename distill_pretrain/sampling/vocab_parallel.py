@@ -5,7 +5,7 @@ Legend: T positions, V_own columns of this rank, R ranks of the group.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,9 @@ import torch.distributed as dist
 
 from distill_pretrain.contracts import RaggedTargets
 from distill_pretrain.errors import TeacherError
+from distill_pretrain.sampling.columns import Columns
 from distill_pretrain.sampling.figures import DistributionFigures
+from distill_pretrain.sampling.host import host_columns
 from distill_pretrain.sampling.philox import Uint64Array
 from distill_pretrain.sampling.samplers import Sampler, sample_split
 
@@ -33,13 +35,14 @@ def sample_sets_parallel(
     vocab_size: int,
     valid: npt.NDArray[np.bool_] | None = None,
     figures: DistributionFigures | None = None,
+    read: Callable[[torch.Tensor], Columns] = host_columns,
 ) -> list[RaggedTargets]:
     """The targets that `sample_sets` gives of the whole rows, bit for bit, on every rank of the group.
 
     Every rank of the group calls it, with the same arguments but its own columns.
 
     Args:
-        logits: float32[T, V_own], on the device that the group communicates from; V_own may be 0.
+        logits: float32, bf16 or fp16 [T, V_own], on the device that the group communicates from; V_own may be 0.
         first_id: token id of column 0; a rank's ids follow those of the rank before it.
         positions: see `sample_sets`, as the arguments below.
         samplers: one or more.
@@ -47,18 +50,16 @@ def sample_sets_parallel(
         vocab_size: V, columns of all ranks together.
         valid: bool[T].
         figures: told of some of the rows, the same on every rank.
+        read: where the columns are looked at, the same on every rank.
 
     Raises:
         BadLogits: see `sample_sets`; on every rank.
         TeacherError: the ranks' columns together are not the vocabulary; on every rank.
     """
-    assert logits.ndim == 2 and logits.dtype == torch.float32, (logits.shape, logits.dtype)
+    assert logits.ndim == 2 and logits.is_floating_point(), (logits.shape, logits.dtype)
     split = _SplitVocabulary(first_id, group, logits.device)
     split.require_vocabulary(logits.shape[1], vocab_size)
-    own = logits.detach().cpu().numpy()
-    if own.shape[1] == 0:
-        own = np.full((len(own), 1), -np.inf, np.float32)
-    return sample_split(own, positions, samplers, split, valid=valid, figures=figures)
+    return sample_split(read(logits), positions, samplers, split, valid=valid, figures=figures)
 
 
 class _SplitVocabulary:
@@ -95,7 +96,7 @@ class _SplitVocabulary:
 
     def maxima(self, own: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """float32[T]: over the ranks."""
-        found = torch.from_numpy(own).to(self._device)
+        found = torch.tensor(own, device=self._device)
         dist.all_reduce(found, dist.ReduceOp.MAX, group=self._group)
         maxima: npt.NDArray[np.float32] = found.cpu().numpy()
         return maxima

@@ -135,6 +135,9 @@ class CaptureConfig(TargetsConfig):
     """Tables of another cache (its codec-*.bin) instead of a pilot; caches to be merged need the same tables."""
     threads: int = Field(default=1, ge=1)
     """CPU threads per capture process (fixed, so that results do not depend on the machine)."""
+    sampling_impl: Literal["auto", "numpy", "cuda"] = "auto"
+    """Who samples: kernels on the teacher's GPU (`cuda`) or numpy on the host (`numpy`); `auto` takes the kernels where
+    they run, else numpy. The bytes are the same."""
     sanity_gate: Literal["refuse", "warn", "off"] = "refuse"
     """What `capture` does when the teacher cannot be sound (frozen, uniform, shifted, hardly ever right)."""
     telemetry: bool = True

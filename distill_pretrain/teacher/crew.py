@@ -11,6 +11,8 @@ from distill_pretrain.contracts import TeacherEngine
 from distill_pretrain.data.sources import SequenceData
 from distill_pretrain.errors import DistillPretrainError, TeacherError
 from distill_pretrain.formats.cache_plan import CachePlan
+from distill_pretrain.sampling import host_columns
+from distill_pretrain.teacher.sampling_backend import ReadColumns
 from distill_pretrain.teacher.scoring import SampledBatch, score
 
 Result = TypeVar("Result")
@@ -36,12 +38,20 @@ class Crew:
     Args:
         engine: this rank's share of the teacher.
         sequences: what the replica scores.
+        read: where the samplers look at the logits, the same on every rank of the replica.
     """
 
-    def __init__(self, engine: TeacherEngine, sequences: SequenceData) -> None:
+    def __init__(
+        self,
+        engine: TeacherEngine,
+        sequences: SequenceData,
+        *,
+        read: ReadColumns = host_columns,
+    ) -> None:
         self.replica = engine.replica
         self.sequences = sequences
         self._engine = engine
+        self._read = read
         self._in_step = False
 
     def run(self, action: Callable[[], Result]) -> Result | None:
@@ -77,7 +87,7 @@ class Crew:
         order = _Order(first, count, tuple(plans))
         self._in_step = True
         self.replica.share(order)
-        batch = score(self._engine, self.sequences, *order)
+        batch = score(self._engine, self.sequences, *order, self._read)
         self._in_step = False
         assert batch is not None
         return batch
@@ -90,7 +100,7 @@ class Crew:
                     raise order.error
                 return
             assert order is not None
-            score(self._engine, self.sequences, *order)
+            score(self._engine, self.sequences, *order, self._read)
 
 
 def first_crew_first(crew: Crew, action: Callable[[], Result]) -> Result | None:

@@ -178,7 +178,7 @@ def _scored(
         rows = np.flatnonzero(valid[chunk.first : chunk.first + len(chunk.logits)])
         if len(rows):
             positions = (start + chunk.first + rows).astype(np.uint64)
-            yield chunk.logits.cpu().numpy()[rows], positions
+            yield chunk.logits.cpu().float().numpy()[rows], positions
 
 
 def moved_by_batch_shape(

@@ -28,9 +28,11 @@ from distill_pretrain.sampling import (
     BadLogits,
     DistributionFigures,
     Sampler,
-    sample_sets,
+    host_columns,
+    sample_columns,
     sample_sets_parallel,
 )
+from distill_pretrain.teacher.sampling_backend import ReadColumns
 
 _CHUNKS_WAITING = 2
 
@@ -92,12 +94,15 @@ def score(
     first: int,
     count: int,
     plans: Sequence[CachePlan],
+    read: ReadColumns = host_columns,
 ) -> SampledBatch | None:
     """Run the teacher over `count` sequences from `first` and sample every plan's targets.
 
     Every rank of the engine's replica calls it with the same arguments. Of [T, V] only some chunks of rows exist at
     once. Where the vocabulary is whole on one rank, sampling a chunk overlaps the engine's next; where it is split,
     the samplers' collectives take turns with the engine's.
+
+    `read` decides where the samplers look at the logits, which changes no target; see `columns_reader`.
 
     Returns:
         The targets on the replica's leader; None on its other ranks.
@@ -115,6 +120,7 @@ def score(
         [sampler_of(plan) for plan in plans],
         positions,
         labels.reshape(-1) != IGNORED_LABEL,
+        read,
     )
     chunks = engine.chunks(torch.from_numpy(tokens.astype(np.int64)).to(engine.device))
     if replica.vocab_group is not None:
@@ -137,6 +143,7 @@ class _Sampling:
         samplers: one per plan.
         positions: uint64[T].
         valid: bool[T].
+        read: where the samplers look at the logits.
     """
 
     def __init__(
@@ -146,12 +153,14 @@ class _Sampling:
         samplers: Sequence[Sampler],
         positions: npt.NDArray[np.uint64],
         valid: npt.NDArray[np.bool_],
+        read: ReadColumns,
     ) -> None:
         self._replica = replica
         self._vocab_size = vocab_size
         self._samplers = samplers
         self._positions = positions
         self._valid = valid
+        self._read = read
         self._figures = DistributionFigures(vocab_size)
         self._parts: list[list[RaggedTargets]] = []
         self._bad: list[int] = []
@@ -180,10 +189,13 @@ class _Sampling:
                 vocab_size=self._vocab_size,
                 valid=valid,
                 figures=self._figures,
+                read=self._read,
             )
         require_whole_vocabulary(chunk, self._vocab_size)
-        logits = chunk.logits.cpu().numpy()
-        return sample_sets(logits, positions, self._samplers, valid=valid, figures=self._figures)
+        columns = self._read(chunk.logits)
+        return sample_columns(
+            columns, positions, self._samplers, valid=valid, figures=self._figures
+        )
 
     def error(self, first: int, seq_len: int) -> TeacherError | None:
         """What was wrong, of sequences that start at number `first`; None if nothing was."""

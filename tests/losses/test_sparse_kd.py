@@ -7,9 +7,11 @@ import torch
 
 from distill_pretrain.contracts import SparseTargets
 from distill_pretrain.dist.process import process_group
+from distill_pretrain.kernels.sparse_kd import launch, stages
 from distill_pretrain.losses.sparse_kd import DistillationObjective, sparse_kd_loss
 from tests.losses.cases import make_case
 from tests.support.distributed import run_distributed
+from tests.support.emulation import emulated
 
 
 def reference_terms(logits, labels, targets, vocab_size):
@@ -152,6 +154,8 @@ def sliced_losses() -> dict[str, float]:
     """Largest difference between this rank's slice of the columns and the whole, over all ranks."""
     import torch.distributed as dist
 
+    launcher = emulated(launch.SOURCE)
+    stages.launcher_for = lambda source, device: launcher
     with process_group():
         group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
         worst = torch.zeros(2, dtype=torch.float64)
@@ -162,12 +166,14 @@ def sliced_losses() -> dict[str, float]:
             whole = logits.clone().requires_grad_()
             expected, _ = sparse_kd_loss(whole, labels, targets, tensor_group=None, **arguments)
             expected.sum().backward()
-            mine = logits.chunk(size, dim=1)[rank].clone().requires_grad_()
-            loss, _ = sparse_kd_loss(mine, labels, targets, tensor_group=group, **arguments)
-            loss.sum().backward()
-            loss_error = (loss - expected).abs().max().detach().double()
-            grad_error = (mine.grad - whole.grad.chunk(size, dim=1)[rank]).abs().max().double()
-            worst = torch.maximum(worst, torch.stack((loss_error, grad_error)))
+            for implementation in ("reference", "cuda"):
+                mine = logits.chunk(size, dim=1)[rank].clone().requires_grad_()
+                split = {"tensor_group": group, "implementation": implementation, **arguments}
+                loss, _ = sparse_kd_loss(mine, labels, targets, **split)
+                loss.sum().backward()
+                loss_error = (loss - expected).abs().max().detach().double()
+                grad_error = (mine.grad - whole.grad.chunk(size, dim=1)[rank]).abs().max().double()
+                worst = torch.maximum(worst, torch.stack((loss_error, grad_error)))
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     return {"loss": worst[0].item(), "gradient": worst[1].item()}
 

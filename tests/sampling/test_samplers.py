@@ -12,7 +12,7 @@ from scipy import stats
 
 from distill_pretrain.contracts import RaggedTargets
 from distill_pretrain.sampling import SAMPLERS, BadLogits, Sampler, sample_sets, sample_targets
-from distill_pretrain.sampling.samplers import _locate, systematic_points
+from distill_pretrain.sampling.host import _locate, systematic_points
 from distill_pretrain.sampling.weights import integer_weights
 
 

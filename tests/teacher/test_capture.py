@@ -21,6 +21,8 @@ from distill_pretrain.errors import CacheCorrupt, CacheError, ConfigError, Teach
 from distill_pretrain.formats import CachePlan, CacheWriter
 from distill_pretrain.formats.cache_writer import ShardWriter
 from distill_pretrain.formats.codec_files import read_tables
+from distill_pretrain.kernels.teacher_sampling import SOURCE
+from distill_pretrain.sampling import host_columns
 from distill_pretrain.teacher.capture import (
     CaptureWatch,
     capture_shards,
@@ -31,6 +33,8 @@ from distill_pretrain.teacher.config import CaptureConfig, TargetSetConfig
 from distill_pretrain.teacher.crew import Crew
 from distill_pretrain.teacher.gate import SanityGate
 from distill_pretrain.teacher.pilot import pilot_tables
+from distill_pretrain.teacher.sampling_backend import ReadColumns, device_reader
+from tests.support.emulation import emulated
 from tests.support.small_corpus import SEQ_LEN, VOCAB_SIZE, write_small_corpus
 
 
@@ -91,7 +95,11 @@ SETS: dict[str, dict[str, Any]] = {
 
 
 def capture(
-    folder: Path, sequences: SequenceData, engine: BatchSensitive, **settings: Any
+    folder: Path,
+    sequences: SequenceData,
+    engine: BatchSensitive,
+    read: ReadColumns = host_columns,
+    **settings: Any,
 ) -> dict[str, bytes]:
     """Bytes by path of what a capture writes."""
     config = CaptureConfig(output_dir=folder, **LAYOUT, **settings)
@@ -106,9 +114,17 @@ def capture(
         )
         for path, plan in plans.items()
     ]
-    capture_shards(writers, Crew(engine, sequences), first_shard=0, watch=watching("off"))
+    crew = Crew(engine, sequences, read=read)
+    capture_shards(writers, crew, first_shard=0, watch=watching("off"))
     assert set(finish_capture(writers)) == set(plans)
     return contents(folder)
+
+
+def test_sampling_by_kernels_writes_the_bytes_of_numpy(sequences, tmp_path):
+    expected = capture(tmp_path / "numpy", sequences, BatchSensitive(), sets=SETS)
+    by_kernels = device_reader(emulated(SOURCE))
+    found = capture(tmp_path / "kernels", sequences, BatchSensitive(), by_kernels, sets=SETS)
+    assert found == expected
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from distill_pretrain.contracts import Replica
 from distill_pretrain.dist.process import process_group
-from distill_pretrain.errors import CacheError, TeacherError
+from distill_pretrain.errors import CacheError, ConfigError, TeacherError
 from distill_pretrain.formats import TokenIndexWriter
+from distill_pretrain.kernels.cuda.backend import KernelsUnavailable
+from distill_pretrain.kernels.teacher_sampling import SOURCE
+from distill_pretrain.sampling import host_columns
 from distill_pretrain.teacher import capture as job
+from distill_pretrain.teacher import sampling_backend
+from distill_pretrain.teacher.sampling_backend import ReadColumns, device_reader
 from tests.support.distributed import run_distributed
+from tests.support.emulation import emulated
 from tests.support.slow_capture import VOCAB_SIZE, SlowTeacher, capture
 
 
@@ -43,7 +51,9 @@ def capture_in_all_ways(prefix: str, folder: str) -> list[dict[str, Any]]:
         )
         seen: dict[str, Any] = {}
         capture(Path(prefix), root / "pairs", SlowTeacher(0.0, pair, half))
+        capture(Path(prefix), root / "kernels", SlowTeacher(0.0, pair, half), read=_emulated())
         seen["led"] = pair.is_leader
+        seen["reader"] = _reader_where_one_rank_has_no_kernels(pair)
         for name, fail in {"disk": _disk_full, "bug": _bug, "logits": None}.items():
             teacher = SlowTeacher(0.0, pair, half)
             if fail is None:
@@ -60,6 +70,30 @@ def capture_in_all_ways(prefix: str, folder: str) -> list[dict[str, Any]]:
         everyone: list[Any] = [None] * 4
         dist.all_gather_object(everyone, seen)
     return everyone
+
+
+def _emulated() -> ReadColumns:
+    return device_reader(emulated(SOURCE))
+
+
+def _reader_where_one_rank_has_no_kernels(replica: Replica) -> list[Any]:
+    """Whether this rank samples on the host, how often it warned, and whether "cuda" is refused."""
+
+    def launcher_for(source: Any, device: Any) -> Any:
+        if dist.get_rank() == 2:
+            raise KernelsUnavailable("no compiler")
+        return emulated(source)
+
+    sampling_backend.launcher_for, device = launcher_for, torch.device("cuda")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        on_host = sampling_backend.columns_reader("auto", device, replica) is host_columns
+    try:
+        sampling_backend.columns_reader("cuda", device, replica)
+        error = ""
+    except ConfigError as refused:
+        error = str(refused)
+    return [on_host, len(caught), "no compiler" in error]
 
 
 _SOUND = job._append_batch
@@ -103,6 +137,18 @@ def test_replicas_of_several_processes_write_the_bytes_of_one_process(seen, pref
     capture(prefix, tmp_path / "cache", SlowTeacher(0.0))
     assert digests(seen[1] / "pairs") == digests(tmp_path / "cache")
     assert [rank["led"] for rank in seen[0]] == [False, True, False, True]
+
+
+def test_replicas_that_sample_by_kernels_write_the_same_bytes(seen):
+    assert digests(seen[1] / "kernels") == digests(seen[1] / "pairs")
+
+
+def test_a_rank_without_kernels_decides_for_its_replica(seen):
+    assert [rank["reader"] for rank in seen[0]] == [
+        *[[False, 0, False]] * 2,
+        [True, 0, True],
+        [True, 1, True],
+    ]
 
 
 def test_an_error_of_the_leader_is_an_error_of_every_rank_of_its_replica(seen):

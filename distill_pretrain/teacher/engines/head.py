@@ -47,7 +47,7 @@ class ChunkedHead:
 
     @torch.no_grad()
     def chunks(self, hidden: torch.Tensor) -> Iterator[LogitsChunk]:
-        """float32 logits of hidden states [..., H], chunk by chunk."""
+        """Logits of hidden states [..., H] in the weight's type, chunk by chunk."""
         rows = hidden.reshape(-1, hidden.size(-1))
         for first in range(0, len(rows), self._chunk_tokens):
             some = rows[first : first + self._chunk_tokens].to(self._weight.dtype)
@@ -59,7 +59,7 @@ class ChunkedHead:
             )
             if self._finish is not None:
                 logits = self._finish(logits)
-            yield LogitsChunk(first=first, first_id=self.first_id, logits=logits.float())
+            yield LogitsChunk(first=first, first_id=self.first_id, logits=logits)
 
 
 def head_rows(total: int, number: int, count: int) -> slice:

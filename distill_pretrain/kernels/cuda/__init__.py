@@ -1,0 +1,1 @@
+"""CUDA sources compiled at run time: what they share, and how they are launched."""

@@ -1,0 +1,167 @@
+"""The loss as an operation of torch: differentiable once, its gradient written over the logits.
+
+`torch.ops.distill_pretrain.sparse_kd` works under torch.compile(fullgraph=True) and activation checkpointing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from distill_pretrain.kernels.sparse_kd import stages
+from distill_pretrain.kernels.sparse_kd.targets import RowTargets
+
+_NUM_TENSORS = 7
+
+
+def sparse_kd(logits: torch.Tensor, loss: stages.Loss) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of logits [T, n] by every setting of `stages.Loss`.
+
+    The backward pass writes the gradient over the logits, so a second one is refused, as is one of anything else that
+    kept them.
+
+    Returns:
+        losses fp32[T], and terms fp32[3, T]: cross-entropy, KL and lse^2, unweighted and without a gradient.
+    """
+    targets = loss.targets
+    losses, terms, *_ = _sparse_kd(
+        logits,
+        loss.labels,
+        None if targets is None else targets.ids,
+        None if targets is None else targets.probs,
+        None if targets is None else targets.floor,
+        None if targets is None else targets.bucket,
+        loss.kd_scale,
+        loss.vocab_size,
+        loss.ce_weight,
+        loss.z_loss,
+        loss.temperature,
+        loss.group,
+        loss.implementation,
+    )
+    return losses, terms.detach()
+
+
+@torch.library.custom_op("distill_pretrain::sparse_kd", mutates_args=())
+def _sparse_kd(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    ids: torch.Tensor | None,
+    probs: torch.Tensor | None,
+    floor: torch.Tensor | None,
+    bucket: torch.Tensor | None,
+    kd_scale: torch.Tensor | None,
+    vocab_size: int,
+    ce_weight: float,
+    z_loss: float,
+    temperature: float,
+    group: str | None,
+    implementation: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    loss = _loss(
+        *(labels, ids, probs, floor, bucket, kd_scale),
+        *(vocab_size, ce_weight, z_loss, temperature, group, implementation),
+    )
+    return tuple(stages.forward(logits, loss))  # type: ignore[return-value]
+
+
+@_sparse_kd.register_fake
+def _(logits: torch.Tensor, labels: torch.Tensor, ids: torch.Tensor | None, *_: Any) -> Any:
+    num_rows, num_picks = logits.size(0), 1 + (0 if ids is None else ids.size(1))
+    shapes = (
+        (num_rows,),
+        (3, num_rows),
+        (num_rows, stages.ROW_NUMBERS),
+        (num_rows, num_picks),
+        (num_rows, num_picks),
+    )
+    return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+@torch.library.custom_op("distill_pretrain::sparse_kd_gradient_", mutates_args=("logits",))
+def _sparse_kd_gradient_(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    ids: torch.Tensor | None,
+    probs: torch.Tensor | None,
+    floor: torch.Tensor | None,
+    bucket: torch.Tensor | None,
+    kd_scale: torch.Tensor | None,
+    numbers: torch.Tensor,
+    picks: torch.Tensor,
+    subtracted: torch.Tensor,
+    grad_losses: torch.Tensor,
+    vocab_size: int,
+    ce_weight: float,
+    z_loss: float,
+    temperature: float,
+    group: str | None,
+    implementation: str,
+) -> None:
+    loss = _loss(
+        *(labels, ids, probs, floor, bucket, kd_scale),
+        *(vocab_size, ce_weight, z_loss, temperature, group, implementation),
+    )
+    # The gradient does not read the losses.
+    seen = stages.Forward(grad_losses, grad_losses, numbers, picks, subtracted)
+    stages.gradient_(logits, loss, seen, grad_losses)
+
+
+@_sparse_kd_gradient_.register_fake
+def _(*_: Any) -> None:
+    return None
+
+
+def _loss(
+    labels: torch.Tensor,
+    ids: torch.Tensor | None,
+    probs: torch.Tensor | None,
+    floor: torch.Tensor | None,
+    bucket: torch.Tensor | None,
+    kd_scale: torch.Tensor | None,
+    vocab_size: int,
+    ce_weight: float,
+    z_loss: float,
+    temperature: float,
+    group: str | None,
+    implementation: Any,
+) -> stages.Loss:
+    targets = None
+    if ids is not None:
+        assert probs is not None
+        targets = RowTargets(ids=ids, probs=probs, floor=floor, bucket=bucket)
+    return stages.Loss(
+        labels=labels,
+        targets=targets,
+        kd_scale=kd_scale,
+        vocab_size=vocab_size,
+        ce_weight=ce_weight,
+        z_loss=z_loss,
+        temperature=temperature,
+        group=group,
+        implementation=implementation,
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    _, *for_gradient = output[1:]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:_NUM_TENSORS], *for_gradient)
+    ctx.settings = inputs[_NUM_TENSORS:]
+
+
+def _backward(ctx: Any, grad_losses: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError("the loss is differentiable once: call backward without create_graph")
+    # Autograd's version counter refuses a second backward here.
+    logits, *saved = ctx.saved_tensors
+    nothing = (None,) * (_NUM_TENSORS - 1 + len(ctx.settings))
+    if grad_losses is None:
+        return (None, *nothing)
+    _sparse_kd_gradient_(logits, *saved, grad_losses, *ctx.settings)
+    return (logits.detach(), *nothing)
+
+
+_sparse_kd.register_autograd(_backward, setup_context=_save)

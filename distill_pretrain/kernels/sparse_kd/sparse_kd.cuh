@@ -1,0 +1,641 @@
+// Cross-entropy + sparse KL and their gradient; the maths is in README.md, the host code in launch.py beside this file.
+//
+// Three stages for a vocabulary split over ranks: row_statistics (one read), combine (rows of scalars), gradient (in
+// place, one read and one write). Or, where a cluster of blocks holds a row in registers, all of it in fused.
+//
+// A row is read as aligned vectors of 16 bytes, whatever its address: a position counts values from the aligned address
+// at or below the row's first column, so position = column + offset, and the vectors at the ends are partial.
+//
+// s is a logit less the largest one known, q = softmax(z / tau); "kept" columns are those that a target names.
+#pragma once
+#include "../cuda/device.cuh"
+
+namespace sparse_kd {
+
+constexpr float LEAST_OUTSIDE = 1e-30f;  // as in reference.py
+constexpr int MAX_CLUSTER = 8;
+constexpr int TILE = 4;  // vectors that a thread has in flight, or keeps
+constexpr int FUSED_THREADS = 1024;
+constexpr int THREADS = 512;
+
+// Shapes: T rows, K entries. All arrays are contiguous but the logits. Mirrored in launch.py.
+struct Arguments {
+    void* logits;              // [T, columns] at row_stride; the gradient is written over them
+    const i64* labels;         // [T], negative for none
+    const void* ids;           // [T, K] i64 or i32, -1 for none
+    const float* probs;        // [T, K]
+    const float* floors;       // [T]; null for zero
+    const float* buckets;      // [T]; null where the mode has none
+    const float* kd_scales;    // [T]
+    const float* grad_losses;  // at grad_stride; null for one
+    float* statistics;         // [ranks, T, 8]
+    float* picks;              // [T, 1 + K], the label's logit and the targets', where this rank has them
+    float* scalars;            // [T, 6]
+    float* subtracted;         // [T, 1 + K], see finish_row
+    float* losses;             // [T]
+    float* terms;              // [3, T]: cross-entropy, KL, lse^2
+    i64 row_stride, grad_stride;
+    i32 num_rows, num_columns, num_entries, num_ranks, rank, vocab_size, ids_are_wide, vectors_per_block;
+    float ce_weight, z_loss, temperature;
+};
+
+// What a part of a row (a rank's, or a block's of a cluster) says of it, relative to its own maximum.
+struct Statistics {
+    float max;
+    float sum;      // of exp(s)
+    float inside;   // of exp(s / tau) at kept columns; 0 without buckets
+    float outside;  // of exp(s / tau) elsewhere: summed apart, since a sure student leaves nothing of a difference
+    float total;    // of s; 0 without floors
+    float label;    // s of the label
+    float cross;    // sum of t s over the targets
+    float mass;     // sum of t
+};
+
+// The gradient of a row but for its entries: plain exp(s) + tempered exp(s / tau) - floor.
+struct RowScalars {
+    float max, plain, tempered, tempered_kept, floor, is_active;
+};
+
+struct Entry {
+    i32 id;
+    float prob;
+};
+
+struct Settings {
+    float inverse_tau;
+    bool is_tempered, has_floor, has_bucket;
+};
+
+__device__ __forceinline__ Settings settings_of(const Arguments& a) {
+    return {1.0f / a.temperature, a.temperature != 1.0f, a.floors != nullptr, a.buckets != nullptr};
+}
+
+__device__ __forceinline__ float not_written() { return -infinity(); }
+
+// The maximum as what logits are shifted by: a row of -inf is not shifted, or it would be NaN before its time.
+__device__ __forceinline__ float anchor(float max) { return max == -infinity() ? 0.0f : max; }
+
+__device__ __forceinline__ float x_log_x(float x) { return x == 0.0f ? 0.0f : x * logf(x); }
+
+__device__ __forceinline__ i32 clamp(i32 value, i32 low, i32 high) {
+    return value < low ? low : value > high ? high : value;
+}
+
+__device__ __forceinline__ i64 id_at(const Arguments& a, i64 row, i32 entry) {
+    const i64 index = row * a.num_entries + entry;
+    return a.ids_are_wide ? static_cast<const i64*>(a.ids)[index] : static_cast<const i32*>(a.ids)[index];
+}
+
+template <class T>
+struct Row {
+    static constexpr int SIZE = Vector<T>::SIZE;
+    T* aligned;
+    i32 offset, real_end, end;  // positions of the first column, past the real ones, past all
+    i64 first_id;               // of the first column
+
+    __device__ __forceinline__ Row(const Arguments& a, i64 row) {
+        T* const first = static_cast<T*>(a.logits) + row * a.row_stride;
+        offset = i32(((u64)first & 15) / sizeof(T));
+        aligned = first - offset;
+        first_id = i64(a.rank) * a.num_columns;
+        const i64 real = a.vocab_size - first_id;
+        real_end = offset + (real < 0 ? 0 : real < a.num_columns ? i32(real) : a.num_columns);
+        end = offset + a.num_columns;
+    }
+
+    // Position of a vocabulary id within [begin, end), else -1.
+    __device__ __forceinline__ i32 position_of(i64 id, i32 begin, i32 end) const {
+        const i64 position = id - first_id + offset;
+        const bool is_real = id >= 0 && position >= offset && position < real_end;
+        return is_real && position >= begin && position < end ? i32(position) : -1;
+    }
+
+    __device__ __forceinline__ bool is_within(i32 position, i32 limit) const {
+        return position >= offset && position + SIZE <= limit;
+    }
+
+    // A vector; what is not a real column is -inf.
+    __device__ __forceinline__ Vector<T> load(i32 vector) const {
+        const i32 position = vector * SIZE;
+        if (is_within(position, real_end)) return Vector<T>::load(aligned + position);
+        Vector<T> partial = Vector<T>::filled(Format<T>::MINUS_INFINITY);
+#pragma unroll 1
+        for (int i = 0; i < SIZE; ++i) {
+            if (position + i >= offset && position + i < real_end) partial.set(i, aligned[position + i]);
+        }
+        return partial;
+    }
+
+    // A bit per value of a vector: whether it is a real column.
+    __device__ __forceinline__ u32 real_bits(i32 vector) const {
+        const i32 position = vector * SIZE;
+        const u32 before_end = (1u << clamp(real_end - position, 0, SIZE)) - 1;
+        return before_end & ~((1u << clamp(offset - position, 0, SIZE)) - 1);
+    }
+
+    // The gradient of a vector's columns; zero at those that are padding.
+    __device__ __forceinline__ void store(i32 vector, Vector<T> values) const {
+        const i32 position = vector * SIZE;
+        if (position >= real_end) values = Vector<T>::filled(0);
+        if (is_within(position, position < real_end ? real_end : end)) return values.store(aligned + position);
+#pragma unroll 1
+        for (int i = 0; i < SIZE; ++i) {
+            if (position + i < offset || position + i >= end) continue;
+            aligned[position + i] = position + i < real_end ? values.get(i) : T{};
+        }
+    }
+};
+
+// Sums over some columns, relative to the largest of them.
+struct Partial {
+    float max, sum, inside, outside, total, count;
+};
+
+__device__ __forceinline__ Partial nothing() { return {-infinity(), 0.0f, 0.0f, 0.0f, 0.0f, 0.0f}; }
+
+template <bool GENERAL>
+__device__ __forceinline__ void move_to(Partial& partial, float max, const Settings& settings) {
+    const float distance = partial.max - anchor(max);
+    partial.sum *= exp_approx(distance);
+    if (GENERAL) {
+        const float scale = exp_approx(distance * settings.inverse_tau);
+        partial.inside *= scale;
+        partial.outside *= scale;
+        partial.total += partial.count * (anchor(partial.max) - anchor(max));
+    }
+    partial.max = max;
+}
+
+template <bool GENERAL>
+__device__ __forceinline__ Partial merged(Partial a, Partial b, const Settings& settings) {
+    const float max = fmaxf(a.max, b.max);
+    move_to<GENERAL>(a, max, settings);
+    move_to<GENERAL>(b, max, settings);
+    return {max, a.sum + b.sum, a.inside + b.inside, a.outside + b.outside, a.total + b.total, a.count + b.count};
+}
+
+// `real` and `kept` have a bit per value of the vector; a column that is not real must be -inf.
+template <bool GENERAL, class T>
+__device__ __forceinline__ void accumulate(Partial& partial, const Vector<T>& vector, u32 real, u32 kept,
+                                           const Settings& settings) {
+    float values[Vector<T>::SIZE];
+    vector.unpack(values);
+    float max = values[0];
+#pragma unroll
+    for (int i = 1; i < Vector<T>::SIZE; ++i) max = fmaxf(max, values[i]);
+    if (max > partial.max) move_to<GENERAL>(partial, max, settings);
+    const float base = anchor(partial.max);
+#pragma unroll
+    for (int i = 0; i < Vector<T>::SIZE; ++i) {
+        const float shifted = values[i] - base;
+        float exponential = exp_approx(shifted);
+        partial.sum += exponential;
+        if (!GENERAL) continue;
+        if (settings.is_tempered) exponential = exp_approx(shifted * settings.inverse_tau);
+        if (kept >> i & 1) {
+            partial.inside += exponential;
+        } else {
+            partial.outside += exponential;
+        }
+        if (settings.has_floor && (real >> i & 1)) partial.total += shifted;
+    }
+    if (GENERAL) partial.count += float(__popc(real));
+}
+
+template <bool GENERAL>
+__device__ __forceinline__ Partial warp_merged(Partial partial, const Settings& settings) {
+#pragma unroll
+    for (int distance = WARP_SIZE / 2; distance > 0; distance /= 2) {
+        Partial other = nothing();
+        other.max = __shfl_down_sync(ALL_LANES, partial.max, distance);
+        other.sum = __shfl_down_sync(ALL_LANES, partial.sum, distance);
+        if (GENERAL) {
+            other.inside = __shfl_down_sync(ALL_LANES, partial.inside, distance);
+            other.outside = __shfl_down_sync(ALL_LANES, partial.outside, distance);
+            other.total = __shfl_down_sync(ALL_LANES, partial.total, distance);
+            other.count = __shfl_down_sync(ALL_LANES, partial.count, distance);
+        }
+        partial = merged<GENERAL>(partial, other, settings);
+    }
+    return partial;  // lane 0's is the warp's
+}
+
+// Of all threads' partials; complete in the first thread only. `shared` has room for one of each warp.
+template <bool GENERAL>
+__device__ __forceinline__ Partial block_merged(Partial partial, Partial* shared, const Settings& settings) {
+    const int thread = threadIdx.x;
+    partial = warp_merged<GENERAL>(partial, settings);
+    if (thread % WARP_SIZE == 0) shared[thread / WARP_SIZE] = partial;
+    __syncthreads();
+    if (thread >= WARP_SIZE) return partial;
+    partial = thread < int(blockDim.x) / WARP_SIZE ? shared[thread] : nothing();
+    return warp_merged<GENERAL>(partial, settings);
+}
+
+// Set the bits of the kept columns among the positions [begin, end), with begin a multiple of 32.
+template <class T>
+__device__ __forceinline__ void mark_kept(u32* bits, const Arguments& a, i64 row, const Row<T>& view, i32 begin,
+                                          i32 end) {
+    for (i32 word = threadIdx.x; word * 32 < end - begin; word += blockDim.x) bits[word] = 0;
+    __syncthreads();
+    for (i32 entry = threadIdx.x; entry < a.num_entries; entry += blockDim.x) {
+        const i32 position = view.position_of(id_at(a, row, entry), begin, end);
+        if (position >= 0) atomicOr(&bits[(position - begin) / 32], 1u << (position - begin) % 32);
+    }
+    __syncthreads();
+}
+
+template <class T>
+__device__ __forceinline__ u32 kept_bits(const u32* bits, i32 vector) {
+    const i32 first = vector * Vector<T>::SIZE;
+    return bits[first / 32] >> first % 32 & ((1u << Vector<T>::SIZE) - 1);
+}
+
+// Logits of the label and of the targets at positions [begin, end), 0 for the others.
+template <class T>
+__device__ __forceinline__ void pick(float* picks, const Arguments& a, i64 row, const Row<T>& view, i32 begin, i32 end) {
+    for (i32 i = threadIdx.x; i <= a.num_entries; i += blockDim.x) {
+        const i64 id = i == 0 ? a.labels[row] : id_at(a, row, i - 1);
+        const i32 position = view.position_of(id, begin, end);
+        picks[i] = position < 0 ? 0.0f : Format<T>::value(view.aligned[position]);
+    }
+}
+
+// The statistics of positions [begin, end) from the block's partial; by the first warp, complete in all its lanes.
+template <bool GENERAL, class T>
+__device__ __forceinline__ Statistics statistics_of(Partial partial, const float* picks, const Arguments& a, i64 row,
+                                                    const Row<T>& view, i32 begin, i32 end) {
+    const float max = __shfl_sync(ALL_LANES, partial.max, 0);
+    const float base = anchor(max);
+    float cross = 0.0f, mass = 0.0f;
+    for (i32 entry = threadIdx.x; entry < a.num_entries; entry += WARP_SIZE) {
+        const float prob = a.probs[row * a.num_entries + entry];
+        if (prob == 0.0f || view.position_of(id_at(a, row, entry), begin, end) < 0) continue;
+        cross += prob * (picks[1 + entry] - base);
+        mass += prob;
+    }
+    const bool has_label = view.position_of(a.labels[row], begin, end) >= 0;
+    const float sum = __shfl_sync(ALL_LANES, partial.sum, 0);
+    return {
+        max,
+        sum,
+        GENERAL ? __shfl_sync(ALL_LANES, partial.inside, 0) : 0.0f,
+        GENERAL ? __shfl_sync(ALL_LANES, partial.outside, 0) : sum,
+        GENERAL ? __shfl_sync(ALL_LANES, partial.total, 0) : 0.0f,
+        has_label ? picks[0] - base : 0.0f,
+        warp_sum(cross),
+        warp_sum(mass),
+    };
+}
+
+// Whether the ids ascend, padding last: then none is there twice. All lanes of the warp get the answer.
+__device__ __forceinline__ bool ascends(const Entry* entries, i32 num_entries) {
+    bool holds = true;
+    for (i32 i = threadIdx.x % WARP_SIZE; i + 1 < num_entries; i += WARP_SIZE) {
+        const i32 id = entries[i].id, next = entries[i + 1].id;
+        holds = holds && (next < 0 || (id >= 0 && id < next));
+    }
+    return __all_sync(ALL_LANES, holds);
+}
+
+// The probability of each id at its first entry, where duplicates add up; -1 at entries that are none.
+__device__ __forceinline__ void merge_entries(float* probs, const Entry* entries, i32 num_entries, i32 thread,
+                                              i32 num_threads) {
+    const bool are_distinct = ascends(entries, num_entries);
+    for (i32 i = thread; i < num_entries; i += num_threads) {
+        const i32 id = entries[i].id;
+        float prob = entries[i].prob;
+        bool is_first = id >= 0;
+        if (is_first && !are_distinct) {
+            prob = 0.0f;
+            for (i32 j = 0; j < num_entries; ++j) {
+                if (entries[j].id != id) continue;
+                prob += entries[j].prob;
+                if (j < i) is_first = false;
+            }
+        }
+        probs[i] = is_first ? prob : -1.0f;
+    }
+}
+
+__device__ __forceinline__ void read_entries(Entry* entries, const Arguments& a, i64 row, i32 thread, i32 num_threads) {
+    for (i32 i = thread; i < a.num_entries; i += num_threads) {
+        entries[i] = {i32(id_at(a, row, i)), a.probs[row * a.num_entries + i]};
+    }
+}
+
+// How a row is cut into parts: part i has positions [i width, (i + 1) width).
+struct Parts {
+    const Statistics* first;
+    i64 stride;
+    i32 number, width, offset;
+
+    __device__ __forceinline__ i32 columns_before(i32 part, i32 vocab_size) const {
+        return clamp(part * width - offset, 0, vocab_size);
+    }
+};
+
+// All parts' statistics as one, and the label's part. Part by part, so that every rank gets the same bits.
+__device__ __forceinline__ Statistics all_parts(const Parts& parts, i64 label, i32 vocab_size, float inverse_tau) {
+    Statistics whole = {-infinity(), 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
+    for (i32 i = 0; i < parts.number; ++i) whole.max = fmaxf(whole.max, parts.first[i * parts.stride].max);
+    const float base = anchor(whole.max);
+    const i32 label_part = label < 0 ? -1 : i32((label + parts.offset) / parts.width);
+    for (i32 i = 0; i < parts.number; ++i) {
+        const Statistics part = parts.first[i * parts.stride];
+        const float scale = exp_approx(part.max - base);
+        const float tempered_scale = exp_approx((part.max - base) * inverse_tau);
+        const float moved = anchor(part.max) - base;
+        const i32 columns = parts.columns_before(i + 1, vocab_size) - parts.columns_before(i, vocab_size);
+        whole.sum += part.sum * scale;
+        whole.inside += part.inside * tempered_scale;
+        whole.outside += part.outside * tempered_scale;
+        whole.total += part.total + columns * moved;
+        whole.cross += part.cross + part.mass * moved;
+        if (i == label_part) whole.label = part.label + moved;
+    }
+    if (label >= vocab_size) whole.label = not_a_number();
+    return whole;
+}
+
+// By one warp: a row's scalars (in all lanes), its loss and terms if `reports`, and what its entries subtract from the
+// gradient [1 + K]: at the label, unless it is kept, then at each id's first entry; not_written() elsewhere.
+__device__ __forceinline__ RowScalars finish_row(const Arguments& a, i64 row, const Parts& parts, const Entry* entries,
+                                                 const float* probs, float* subtracted, bool reports) {
+    const i32 lane = threadIdx.x % WARP_SIZE;
+    const float inverse_tau = 1.0f / a.temperature;
+    const i64 label = a.labels[row];
+    const bool has_label = label >= 0;
+    const Statistics whole = all_parts(parts, label, a.vocab_size, inverse_tau);
+    const float floor = a.floors ? a.floors[row] : 0.0f;
+    const float bucket = a.buckets ? a.buckets[row] : 0.0f;
+    const float kd_scale = a.num_entries > 0 ? a.kd_scales[row] : 0.0f;
+    const float at_target = kd_scale * inverse_tau;
+
+    float mass = 0.0f, entropy = 0.0f;
+    i32 num_kept = 0;
+    bool label_is_kept = false;
+    for (i32 i = lane; i < a.num_entries; i += WARP_SIZE) {
+        const float prob = probs[i];
+        const bool is_label = has_label && entries[i].id == label;
+        const bool is_kept = prob >= 0.0f;
+        subtracted[1 + i] = is_kept ? at_target * prob + (is_label ? a.ce_weight : 0.0f) : not_written();
+        if (!is_kept) continue;
+        mass += prob;
+        entropy += x_log_x(prob + floor);
+        ++num_kept;
+        label_is_kept = label_is_kept || is_label;
+    }
+    mass = warp_sum(mass);
+    entropy = warp_sum(entropy);
+    num_kept = warp_sum(num_kept);
+    label_is_kept = __any_sync(ALL_LANES, label_is_kept);
+    if (lane == 0) subtracted[0] = has_label && !label_is_kept ? a.ce_weight : not_written();
+
+    const float log_sum = logf(whole.sum);
+    const float lse = has_label ? anchor(whole.max) + log_sum : 0.0f;
+    const float tempered_sum = whole.inside + whole.outside;
+    const float outside = fmaxf(whole.outside, LEAST_OUTSIDE);
+    const bool has_targets = num_kept > 0 || floor > 0.0f;
+    if (reports && lane == 0) {
+        const float ce = has_label ? log_sum - whole.label : 0.0f;
+        float kl = 0.0f;
+        if (has_targets) {
+            const float log_tempered_sum = logf(tempered_sum);
+            kl = entropy + mass * log_tempered_sum - whole.cross * inverse_tau;
+            if (floor > 0.0f) {
+                kl += (a.vocab_size - num_kept) * x_log_x(floor);
+                kl -= floor * (whole.total * inverse_tau - a.vocab_size * log_tempered_sum);
+            }
+            if (bucket > 0.0f) kl += x_log_x(bucket) - bucket * (logf(outside) - log_tempered_sum);
+        }
+        a.losses[row] = a.ce_weight * ce + kd_scale * kl + a.z_loss * lse * lse;
+        a.terms[row] = ce;
+        a.terms[a.num_rows + row] = kl;
+        a.terms[2 * i64(a.num_rows) + row] = lse * lse;
+    }
+
+    RowScalars scalars = {anchor(whole.max), 0.0f, 0.0f, 0.0f, 0.0f, has_label || has_targets ? 1.0f : 0.0f};
+    if (has_label) scalars.plain = (a.ce_weight + 2.0f * a.z_loss * lse) / whole.sum;
+    if (has_targets) {
+        const float target_mass = mass + a.vocab_size * floor;
+        scalars.tempered = at_target * (target_mass - bucket * whole.inside / outside) / tempered_sum;
+        scalars.tempered_kept = at_target * (target_mass + bucket) / tempered_sum;
+        scalars.floor = at_target * floor;
+    }
+    return scalars;
+}
+
+// The scalars times the incoming gradient; zeros where the row takes no part, whatever comes in.
+__device__ __forceinline__ RowScalars times_incoming(RowScalars scalars, float incoming) {
+    if (scalars.is_active == 0.0f) return {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
+    scalars.plain *= incoming;
+    scalars.tempered *= incoming;
+    scalars.tempered_kept *= incoming;
+    scalars.floor *= incoming;
+    return scalars;
+}
+
+__device__ __forceinline__ float incoming_gradient(const Arguments& a, i64 row) {
+    return a.grad_losses ? a.grad_losses[row * a.grad_stride] : 1.0f;
+}
+
+template <bool GENERAL>
+__device__ __forceinline__ float gradient_at(float logit, const RowScalars& scalars, float tempered,
+                                             const Settings& settings) {
+    const float shifted = logit - scalars.max;
+    const float exponential = exp_approx(shifted);
+    if (!GENERAL) return (scalars.plain + tempered) * exponential;
+    const float other = settings.is_tempered ? exp_approx(shifted * settings.inverse_tau) : exponential;
+    return scalars.plain * exponential + tempered * other - scalars.floor;
+}
+
+template <bool GENERAL, class T>
+__device__ __forceinline__ void write_gradient(const Row<T>& view, i32 index, const Vector<T>& vector,
+                                               const RowScalars& scalars, const Settings& settings) {
+    float values[Vector<T>::SIZE];
+    vector.unpack(values);
+#pragma unroll
+    for (int i = 0; i < Vector<T>::SIZE; ++i) {
+        values[i] = gradient_at<GENERAL>(values[i], scalars, scalars.tempered, settings);
+    }
+    view.store(index, Vector<T>::pack(values));
+}
+
+// Overwrite the columns at positions [begin, end) that the label and the targets name. Never corrected from the bulk:
+// outside the kept columns `tempered` may be huge, and the bulk is already rounded.
+template <bool GENERAL, class T>
+__device__ __forceinline__ void write_entries(const Arguments& a, i64 row, const Row<T>& view, i32 begin, i32 end,
+                                              const float* picks, const float* subtracted, const RowScalars& scalars,
+                                              float incoming, const Settings& settings) {
+    if (scalars.is_active == 0.0f) return;
+    for (i32 i = threadIdx.x; i <= a.num_entries; i += blockDim.x) {
+        const float taken = subtracted[i];
+        const i64 id = i == 0 ? a.labels[row] : id_at(a, row, i - 1);
+        const i32 position = view.position_of(id, begin, end);
+        if (position < 0 || taken == not_written()) continue;
+        const float tempered = i == 0 ? scalars.tempered : scalars.tempered_kept;
+        const float bulk = gradient_at<GENERAL>(picks[i], scalars, tempered, settings);
+        view.aligned[position] = Format<T>::rounded(bulk - taken * incoming);
+    }
+}
+
+// A block per row. Shared memory: 32 Partials; with buckets, a bit per position.
+template <class T, bool GENERAL>
+__global__ void __launch_bounds__(THREADS) row_statistics(const Arguments a) {
+    SHARED_MEMORY(shared);
+    Partial* const partials = reinterpret_cast<Partial*>(shared);
+    u32* const kept = reinterpret_cast<u32*>(partials + WARP_SIZE);
+    const i64 row = blockIdx.x;
+    const i32 thread = threadIdx.x, num_threads = blockDim.x;
+    const Row<T> view(a, row);
+    const Settings settings = settings_of(a);
+    const i32 end = view.real_end > view.offset ? view.real_end : 0;
+    const i32 num_vectors = (end + Vector<T>::SIZE - 1) / Vector<T>::SIZE;
+    float* const picks = a.picks + row * (1 + a.num_entries);
+    pick(picks, a, row, view, 0, end);
+    if (GENERAL && settings.has_bucket) mark_kept(kept, a, row, view, 0, end);
+
+    Partial partial = nothing();
+    for (i32 first = thread; first < num_vectors; first += TILE * num_threads) {
+        Vector<T> loaded[TILE];
+#pragma unroll
+        for (int i = 0; i < TILE; ++i) {
+            const i32 vector = first + i * num_threads;
+            loaded[i] = vector < num_vectors ? view.load(vector) : Vector<T>::filled(Format<T>::MINUS_INFINITY);
+        }
+#pragma unroll
+        for (int i = 0; i < TILE; ++i) {
+            const i32 vector = first + i * num_threads;
+            u32 real_here = 0, kept_here = 0;
+            if (GENERAL && vector < num_vectors) {
+                real_here = view.real_bits(vector);
+                if (settings.has_bucket) kept_here = kept_bits<T>(kept, vector);
+            }
+            accumulate<GENERAL>(partial, loaded[i], real_here, kept_here, settings);
+        }
+    }
+    partial = block_merged<GENERAL>(partial, partials, settings);
+    if (thread >= WARP_SIZE) return;
+    const Statistics statistics = statistics_of<GENERAL>(partial, picks, a, row, view, 0, end);
+    if (thread == 0) reinterpret_cast<Statistics*>(a.statistics)[row] = statistics;
+}
+
+// A warp per row. Shared memory: K Entries and K floats of each warp.
+__global__ void __launch_bounds__(THREADS) combine(const Arguments a) {
+    SHARED_MEMORY(shared);
+    const i32 warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE, num_warps = blockDim.x / WARP_SIZE;
+    const i64 row = i64(blockIdx.x) * num_warps + warp;
+    if (row >= a.num_rows) return;
+    Entry* const entries = reinterpret_cast<Entry*>(shared) + warp * a.num_entries;
+    float* const probs = reinterpret_cast<float*>(reinterpret_cast<Entry*>(shared) + num_warps * a.num_entries) +
+                         warp * a.num_entries;
+    read_entries(entries, a, row, lane, WARP_SIZE);
+    __syncwarp();
+    merge_entries(probs, entries, a.num_entries, lane, WARP_SIZE);
+    const Parts parts = {reinterpret_cast<const Statistics*>(a.statistics) + row, a.num_rows, a.num_ranks,
+                         a.num_columns, 0};
+    float* const subtracted = a.subtracted + row * (1 + a.num_entries);
+    const RowScalars scalars = finish_row(a, row, parts, entries, probs, subtracted, true);
+    if (lane == 0) reinterpret_cast<RowScalars*>(a.scalars)[row] = scalars;
+}
+
+// A block per row (x) and chunk of vectors_per_block vectors (y).
+template <class T, bool GENERAL>
+__global__ void __launch_bounds__(THREADS) gradient(const Arguments a) {
+    const i64 row = blockIdx.x;
+    const i32 thread = threadIdx.x, num_threads = blockDim.x;
+    const Row<T> view(a, row);
+    const Settings settings = settings_of(a);
+    const float incoming = incoming_gradient(a, row);
+    const RowScalars scalars = times_incoming(reinterpret_cast<const RowScalars*>(a.scalars)[row], incoming);
+    const i32 begin = blockIdx.y * a.vectors_per_block;
+    const i32 num_vectors = (view.end + Vector<T>::SIZE - 1) / Vector<T>::SIZE;
+    const i32 end = begin + a.vectors_per_block < num_vectors ? begin + a.vectors_per_block : num_vectors;
+    for (i32 first = begin + thread; first < end; first += TILE * num_threads) {
+        Vector<T> loaded[TILE];
+#pragma unroll
+        for (int i = 0; i < TILE; ++i) {
+            const i32 vector = first + i * num_threads;
+            const bool is_read = vector < end && scalars.is_active != 0.0f;
+            loaded[i] = is_read ? view.load(vector) : Vector<T>::filled(0);
+        }
+#pragma unroll
+        for (int i = 0; i < TILE; ++i) {
+            const i32 vector = first + i * num_threads;
+            if (vector < end) write_gradient<GENERAL>(view, vector, loaded[i], scalars, settings);
+        }
+    }
+    __syncthreads();
+    const i64 first_pick = row * (1 + a.num_entries);
+    write_entries<GENERAL>(a, row, view, begin * Vector<T>::SIZE, end * Vector<T>::SIZE, a.picks + first_pick,
+                           a.subtracted + first_pick, scalars, incoming, settings);
+}
+
+// A cluster per row, which it holds in registers: loss, and the gradient over the logits, in one read and one write.
+// Shared memory: K Entries, 8 Statistics, 32 Partials, RowScalars, 3 K + 2 floats; with buckets, a bit per position.
+template <class T, bool GENERAL>
+__global__ void __launch_bounds__(FUSED_THREADS) fused(const Arguments a) {
+    constexpr int SIZE = Vector<T>::SIZE;
+    cluster_arrive();  // a block's shared memory may be written once the block has started: waited for below
+    SHARED_MEMORY(shared);
+    Entry* const entries = reinterpret_cast<Entry*>(shared);
+    Statistics* const statistics = reinterpret_cast<Statistics*>(entries + a.num_entries);
+    Partial* const partials = reinterpret_cast<Partial*>(statistics + MAX_CLUSTER);
+    RowScalars* const shared_scalars = reinterpret_cast<RowScalars*>(partials + WARP_SIZE);
+    float* const picks = reinterpret_cast<float*>(shared_scalars + 1);
+    float* const subtracted = picks + 1 + a.num_entries;
+    float* const probs = subtracted + 1 + a.num_entries;
+    u32* const kept = reinterpret_cast<u32*>(probs + a.num_entries);
+
+    const i32 thread = threadIdx.x, num_threads = blockDim.x;
+    const i32 rank = cluster_rank(), num_blocks = cluster_size();
+    const i64 row = blockIdx.x / num_blocks;
+    const Row<T> view(a, row);
+    const Settings settings = settings_of(a);
+    const i32 width = num_threads * TILE * SIZE, begin = rank * width, end = begin + width;
+    const i32 first = begin / SIZE + thread;
+    Vector<T> loaded[TILE];
+#pragma unroll
+    for (int i = 0; i < TILE; ++i) loaded[i] = view.load(first + i * num_threads);
+
+    pick(picks, a, row, view, begin, end);
+    read_entries(entries, a, row, thread, num_threads);
+    if (GENERAL && settings.has_bucket) mark_kept(kept, a, row, view, begin, end);
+    __syncthreads();
+    merge_entries(probs, entries, a.num_entries, thread, num_threads);
+
+    Partial partial = nothing();
+#pragma unroll
+    for (int i = 0; i < TILE; ++i) {
+        const i32 vector = first + i * num_threads;
+        u32 kept_here = 0;
+        if (GENERAL && settings.has_bucket) kept_here = kept_bits<T>(kept, vector - begin / SIZE);
+        accumulate<GENERAL>(partial, loaded[i], GENERAL ? view.real_bits(vector) : 0, kept_here, settings);
+    }
+    partial = block_merged<GENERAL>(partial, partials, settings);
+    cluster_wait();
+    if (thread < WARP_SIZE) {
+        const Statistics mine = statistics_of<GENERAL>(partial, picks, a, row, view, begin, end);
+        if (thread < num_blocks) *map_shared(statistics + rank, thread) = mine;
+    }
+    cluster_synchronise();
+    if (thread < WARP_SIZE) {
+        const Parts parts = {statistics, 1, num_blocks, width, view.offset};
+        const RowScalars scalars = finish_row(a, row, parts, entries, probs, subtracted, rank == 0);
+        if (thread == 0) *shared_scalars = scalars;
+    }
+    __syncthreads();
+    const float incoming = incoming_gradient(a, row);
+    const RowScalars scalars = times_incoming(*shared_scalars, incoming);
+#pragma unroll
+    for (int i = 0; i < TILE; ++i) {
+        const i32 vector = first + i * num_threads;
+        if (scalars.is_active == 0.0f) loaded[i] = Vector<T>::filled(0);
+        if (vector * SIZE < view.end) write_gradient<GENERAL>(view, vector, loaded[i], scalars, settings);
+    }
+    __syncthreads();
+    write_entries<GENERAL>(a, row, view, begin, end, picks, subtracted, scalars, incoming, settings);
+}
+
+}  // namespace sparse_kd

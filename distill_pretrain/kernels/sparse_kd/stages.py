@@ -1,0 +1,266 @@
+"""The loss over one rank's columns, forward and backward, by the CUDA kernels or in plain PyTorch; no autograd here.
+
+Shapes: T tokens, K kept entries, n = V_pad/tp local vocabulary columns, V real vocabulary.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from distill_pretrain.kernels.cuda.backend import Backend, Implementation, choose, launcher_for
+from distill_pretrain.kernels.sparse_kd import launch, reference
+from distill_pretrain.kernels.sparse_kd.targets import RowTargets
+
+ROW_NUMBERS = launch.SCALARS
+"""Floats per row that the forward pass leaves for the gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """What is computed from logits; the formulas are in README.md.
+
+    Attributes:
+        labels: int64[T], negative where there is none.
+        targets: of the KL; None for K = 0.
+        kd_scale: fp32[T], weight of the KL; given with targets.
+        vocab_size: V.
+        ce_weight: weight of the cross-entropy.
+        z_loss: weight of lse^2.
+        temperature: tau.
+        group: name of the process group over which the columns are split in rank order; None for whole rows.
+        implementation: "reference" for plain PyTorch; "cuda" insists on the kernels, whatever the device.
+    """
+
+    labels: torch.Tensor
+    targets: RowTargets | None
+    kd_scale: torch.Tensor | None
+    vocab_size: int
+    ce_weight: float
+    z_loss: float
+    temperature: float
+    group: str | None
+    implementation: Implementation | Backend
+
+    @property
+    def num_entries(self) -> int:
+        """K."""
+        return 0 if self.targets is None else self.targets.ids.size(-1)
+
+    def rows(self, rows: slice) -> Loss:
+        """The loss of some of the tokens."""
+
+        def part(values: torch.Tensor | None) -> torch.Tensor | None:
+            return None if values is None else values[rows]
+
+        targets = self.targets
+        if targets is not None:
+            targets = RowTargets(
+                ids=targets.ids[rows],
+                probs=targets.probs[rows],
+                floor=part(targets.floor),
+                bucket=part(targets.bucket),
+            )
+        return replace(
+            self, labels=self.labels[rows], targets=targets, kd_scale=part(self.kd_scale)
+        )
+
+
+class Forward(NamedTuple):
+    """The loss, and what its gradient needs beside the logits; shapes do not depend on what computed it.
+
+    Attributes:
+        losses: fp32[T], weighted.
+        terms: fp32[3, T]: cross-entropy, KL, lse^2, unweighted.
+        numbers: fp32[T, 6].
+        picks: fp32[T, 1+K].
+        subtracted: fp32[T, 1+K].
+    """
+
+    losses: torch.Tensor
+    terms: torch.Tensor
+    numbers: torch.Tensor
+    picks: torch.Tensor
+    subtracted: torch.Tensor
+
+
+def forward(logits: torch.Tensor, loss: Loss) -> Forward:
+    """Loss of logits [T, n]; with a group, every rank of it calls this."""
+    if _backend(logits, loss) == "reference":
+        return _reference_forward(logits, loss)
+    launcher, problem = launcher_for(launch.SOURCE, logits.device), _problem(logits, loss)
+    statistics, picks = launch.row_statistics(launcher, problem)
+    combined = launch.combine(launcher, problem, _gathered(statistics, loss.group))
+    return Forward(combined.losses, combined.terms, combined.scalars, picks, combined.subtracted)
+
+
+def gradient_(logits: torch.Tensor, loss: Loss, seen: Forward, grad_losses: torch.Tensor) -> None:
+    """Write the gradient over the logits that `forward` read, for the incoming fp32[T]; no rank waits for another."""
+    if _backend(logits, loss) == "reference":
+        _reference_gradient_(logits, loss, seen, grad_losses)
+        return
+    combined = launch.Combined(
+        losses=seen.losses,
+        terms=seen.terms,
+        scalars=seen.numbers,
+        subtracted=seen.subtracted,
+    )
+    launcher = launcher_for(launch.SOURCE, logits.device)
+    launch.gradient_(launcher, _problem(logits, loss), seen.picks, combined, grad_losses)
+
+
+def loss_and_gradient_(logits: torch.Tensor, loss: Loss) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss fp32[T] and terms fp32[3, T]; the logits become the gradient of the summed loss.
+
+    One read and one write on a GPU where rows are whole and fit.
+    """
+    if loss.group is None and _backend(logits, loss) == "cuda":
+        problem, blocks = _problem(logits, loss), _blocks(logits.device)
+        if launch.fits_fused(problem, blocks=blocks):
+            return launch.fused_(launcher_for(launch.SOURCE, logits.device), problem, blocks=blocks)
+    seen = forward(logits, loss)
+    gradient_(logits, loss, seen, torch.ones_like(seen.losses))
+    return seen.losses, seen.terms
+
+
+def _blocks(device: torch.device) -> launch.Blocks:
+    """GPUs before compute capability 9.0 have no clusters of blocks."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        return launch.Blocks(max_cluster=1)
+    return launch.BLOCKS
+
+
+def _backend(logits: torch.Tensor, loss: Loss) -> Backend:
+    if loss.implementation == "cuda":
+        return "cuda"
+    if choose(loss.implementation, launch.SOURCE, logits.device) == "reference":
+        return "reference"
+    if loss.num_entries > launch.MAX_ENTRIES or logits.size(-1) > launch.MAX_COLUMNS:
+        _warn_of_size(loss.num_entries, logits.size(-1))
+        return "reference"
+    return "cuda"
+
+
+@cache
+def _warn_of_size(num_entries: int, num_columns: int) -> None:
+    warnings.warn(
+        f"the loss runs in plain PyTorch, slower: its kernels take {launch.MAX_ENTRIES} entries and "
+        f"{launch.MAX_COLUMNS} columns, not {num_entries} and {num_columns}",
+        stacklevel=2,
+    )
+
+
+def _ranks(group: str) -> dist.ProcessGroup:
+    return _resolve_process_group(group)  # type: ignore[arg-type]
+
+
+def _rank(group: str | None) -> int:
+    return 0 if group is None else dist.get_rank(_ranks(group))
+
+
+def _all_reduce(
+    values: torch.Tensor, operation: dist.ReduceOp.RedOpType, group: str | None
+) -> None:
+    if group is not None:
+        dist.all_reduce(values, op=operation, group=_ranks(group))
+
+
+def _gathered(statistics: torch.Tensor, group: str | None) -> torch.Tensor:
+    """fp32[ranks, T, 8] of all ranks."""
+    if group is None:
+        return statistics.unsqueeze(0)
+    ranks = _ranks(group)
+    size, (num_rows, width) = dist.get_world_size(ranks), statistics.shape
+    every = statistics.new_empty(size * num_rows, width)
+    dist.all_gather_into_tensor(every, statistics, group=ranks)
+    return every.view(size, num_rows, width)
+
+
+def _problem(logits: torch.Tensor, loss: Loss) -> launch.Problem:
+    return launch.Problem(
+        logits=logits,
+        labels=loss.labels,
+        targets=loss.targets,
+        kd_scale=loss.kd_scale,
+        vocab_size=loss.vocab_size,
+        ce_weight=loss.ce_weight,
+        z_loss=loss.z_loss,
+        temperature=loss.temperature,
+        rank=_rank(loss.group),
+    )
+
+
+def _real_columns(logits: torch.Tensor, loss: Loss) -> tuple[int, int]:
+    """Global id of this rank's first column, and how many of its columns are no padding."""
+    first = _rank(loss.group) * logits.size(-1)
+    return first, max(0, min(logits.size(-1), loss.vocab_size - first))
+
+
+def _reference_forward(logits: torch.Tensor, loss: Loss) -> Forward:
+    first, num_columns = _real_columns(logits, loss)
+    targets = loss.targets
+    picks = reference.pick_columns(
+        loss.labels, targets, first_column=first, num_columns=num_columns
+    )
+    real = logits[:, :num_columns]
+    maxima = reference.row_max(real)
+    _all_reduce(maxima, dist.ReduceOp.MAX, loss.group)
+    sums, picked = reference.row_sums(
+        real, maxima, picks, temperature=loss.temperature, targets=targets
+    )
+    _all_reduce(sums, dist.ReduceOp.SUM, loss.group)
+    ce, lse = reference.label_terms(sums, maxima, loss.labels)
+    losses = loss.ce_weight * ce
+    if targets is None:
+        kl = torch.zeros_like(ce)
+    else:
+        assert loss.kd_scale is not None
+        kl = reference.sparse_kl(
+            sums, targets, temperature=loss.temperature, vocab_size=loss.vocab_size
+        )
+        losses = losses + loss.kd_scale * kl
+    if loss.z_loss:
+        losses = losses + loss.z_loss * lse.square()
+    # The gradient needs the first three sums, and lse to which the others added.
+    numbers = torch.stack((maxima, *sums[:, :3].unbind(-1), lse, torch.zeros_like(lse)), -1)
+    return Forward(
+        losses, torch.stack((ce, kl, lse.square())), numbers, picked, torch.zeros_like(picked)
+    )
+
+
+def _reference_gradient_(
+    logits: torch.Tensor, loss: Loss, seen: Forward, grad_losses: torch.Tensor
+) -> None:
+    first, num_columns = _real_columns(logits, loss)
+    maxima, sums, lse = seen.numbers[:, 0], seen.numbers[:, 1:4], seen.numbers[:, 4]
+    scalars = reference.row_scalars(
+        sums,
+        loss.labels,
+        lse,
+        loss.targets,
+        ce_weight=loss.ce_weight,
+        kd_weight=0.0 if loss.kd_scale is None else loss.kd_scale,
+        z_loss=loss.z_loss,
+        temperature=loss.temperature,
+        vocab_size=loss.vocab_size,
+    )
+    picks = reference.pick_columns(
+        loss.labels, loss.targets, first_column=first, num_columns=num_columns
+    )
+    reference.gradient_(
+        logits[:, :num_columns],
+        maxima,
+        sums,
+        picks,
+        seen.picks,
+        scalars,
+        grad_losses,
+        temperature=loss.temperature,
+    )
+    logits[:, num_columns:] = 0

@@ -1,0 +1,124 @@
+"""What the samplers ask of a rank's columns of the logits, wherever those lie.
+
+The numpy answers are in `host`; an accelerator's are the same bits, but for `RowMoments`. Legend: T rows,
+V columns of this rank, N draws, E entries in all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from distill_pretrain.contracts import DrawnEntries, LikeliestEntries, RowMoments
+from distill_pretrain.sampling.philox import Uint64Array, draws64
+
+_STREAMS = {"multinomial": 0, "systematic": 1}
+
+Int64Array = npt.NDArray[np.int64]
+Float32Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of a sampler at some positions.
+
+    Attributes:
+        name: "multinomial" or "systematic".
+        num_draws: N.
+        seed: key, in [0, 2**64).
+        positions: uint64[P], the sequence plan's sequence * seq_len + offset.
+    """
+
+    name: str
+    num_draws: int
+    seed: int
+    positions: Uint64Array
+
+    @cached_property
+    def words(self) -> Uint64Array:
+        """uint64[P, N], or [P, 1] for "systematic"; made at once: Philox in numpy pays per call, not per word."""
+        per_position = 1 if self.name == "systematic" else self.num_draws
+        return draws64(self.seed, _STREAMS[self.name], self.positions, per_position)
+
+
+class Block(Protocol):
+    """Some rows of this rank's columns."""
+
+    def largest(self) -> Float32Array:
+        """float32[T]: see `weights.largest`."""
+        ...
+
+    def weigh(self, maxima: Float32Array) -> Int64Array:
+        """int64[T]: sums of the integer weights, by the maxima over all ranks. Before any of those below."""
+        ...
+
+    def drawn(
+        self, draws: Draws, rows: slice, below: Int64Array, totals: Int64Array
+    ) -> DrawnEntries:
+        """Those of the draws that fall on this rank's columns.
+
+        Args:
+            draws: of positions among which the block's are `rows`.
+            rows: T of them.
+            below: int64[T], weights of the ids before this rank's.
+            totals: int64[T], weights of all ids.
+        """
+        ...
+
+    def likeliest(self, k: int) -> LikeliestEntries:
+        """The k largest of this rank's logits, ties to the lower column; -inf is never among them."""
+        ...
+
+    def moments(self, rows: Int64Array) -> RowMoments:
+        """Of some rows of the block."""
+        ...
+
+
+class Columns(Protocol):
+    """This rank's columns of all rows."""
+
+    @property
+    def num_rows(self) -> int:
+        """T."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """V >= 1; no column counts as one of -inf."""
+        ...
+
+    @property
+    def rows_at_once(self) -> int | None:
+        """Rows of a block, the same on every rank; None leaves it to the split."""
+        ...
+
+    def block(self, rows: Int64Array) -> Block:
+        """The rows of these numbers, ascending."""
+        ...
+
+
+class Split(Protocol):
+    """How the columns of the logits are spread over ranks, and what the ranks tell each other of their rows."""
+
+    first_id: int
+    """Token id of this rank's column 0."""
+
+    def rows_at_once(self, columns: int) -> int:
+        """Rows whose weights are held at once; the same on every rank."""
+        ...
+
+    def maxima(self, own: Float32Array) -> Float32Array:
+        """float32[T]: the largest of the ranks' values, none of them NaN."""
+        ...
+
+    def totals(self, own: Int64Array) -> tuple[Int64Array, Int64Array]:
+        """int64[T] each: the sums over lower ids' ranks, and over all ranks."""
+        ...
+
+    def gathered(self, own: list[npt.NDArray[Any]]) -> list[list[npt.NDArray[Any]]]:
+        """Every rank's arrays of one dimension, by ascending ids."""
+        ...

@@ -1,0 +1,213 @@
+"""Ways to break sparse_kd.cuh, each of which the cases must notice."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill_pretrain.kernels.cuda.launcher import KERNELS, KernelSource, Launcher
+from distill_pretrain.kernels.sparse_kd import launch
+from tests.kernels.sparse_kd_cases import check, mutation_checks, run
+from tests.support.emulation import EmulationError, emulated
+
+SYNC = "    __syncthreads();\n"
+
+# Name: the texts to replace (each is there once), and what replaces them.
+MUTANTS: dict[str, list[tuple[str, str]]] = {
+    "no barrier at the start of a cluster": [
+        ("    cluster_arrive();  // a block's shared", "    // a block's shared"),
+        ("    cluster_wait();\n    if", "    if"),
+    ],
+    "no barrier after the blocks of a cluster exchanged statistics": [
+        ("    cluster_synchronise();\n", "")
+    ],
+    "no barrier between warps' partials and their sum": [
+        (
+            SYNC + "    if (thread >= WARP_SIZE) return partial;",
+            "    if (thread >= WARP_SIZE) return partial;",
+        )
+    ],
+    "no barrier between clearing and setting kept bits": [
+        (
+            SYNC + "    for (i32 entry = threadIdx.x; entry",
+            "    for (i32 entry = threadIdx.x; entry",
+        )
+    ],
+    "no barrier between setting and reading kept bits": [
+        (
+            "1u << (position - begin) % 32);\n    }\n" + SYNC,
+            "1u << (position - begin) % 32);\n    }\n",
+        )
+    ],
+    "no barrier between reading and merging entries (fused)": [
+        (SYNC + "    merge_entries(", "    merge_entries(")
+    ],
+    "no barrier between reading and merging entries (combine)": [
+        ("    __syncwarp();\n    merge_entries(", "    merge_entries(")
+    ],
+    "no barrier before the scalars are read (fused)": [
+        (SYNC + "    const float incoming", "    const float incoming")
+    ],
+    "no barrier between bulk and entries (fused)": [
+        (
+            SYNC + "    write_entries<GENERAL>(a, row, view, begin, end, picks, subtracted",
+            "    write_entries<GENERAL>(a, row, view, begin, end, picks, subtracted",
+        )
+    ],
+    "no barrier between bulk and entries (gradient)": [
+        (SYNC + "    const i64 first_pick", "    const i64 first_pick")
+    ],
+    "the least outside mass is large": [("LEAST_OUTSIDE = 1e-30f", "LEAST_OUTSIDE = 1e-3f")],
+    "a maximum of -inf is subtracted": [("max == -infinity() ? 0.0f : max", "max")],
+    "the sum is not rescaled": [("    partial.sum *= exp_approx(distance);\n", "")],
+    "the inside sum is not rescaled": [("        partial.inside *= scale;\n", "")],
+    "the outside sum is not rescaled": [("        partial.outside *= scale;\n", "")],
+    "the outside sum is rescaled without the temperature": [
+        ("exp_approx(distance * settings.inverse_tau)", "exp_approx(distance)")
+    ],
+    "the total is not moved": [("partial.count * (anchor", "0.0f * (anchor")],
+    "kept columns count as outside": [("if (kept >> i & 1)", "if (false)")],
+    "no column is tempered": [
+        ("if (settings.is_tempered) exponential =", "if (false) exponential =")
+    ],
+    "padding counts in the total": [
+        ("settings.has_floor && (real >> i & 1)", "settings.has_floor")
+    ],
+    "padding counts as columns": [("float(__popc(real))", "float(Vector<T>::SIZE)")],
+    "the label's logit is not shifted": [("picks[0] - base", "picks[0]")],
+    "the targets' logits are not shifted": [("(picks[1 + entry] - base)", "picks[1 + entry]")],
+    "parts' sums are not rescaled": [("part.sum * scale", "part.sum")],
+    "parts' inside sums are not rescaled": [("part.inside * tempered_scale", "part.inside")],
+    "parts' outside sums are rescaled without the temperature": [
+        ("part.outside * tempered_scale", "part.outside * scale")
+    ],
+    "parts' totals are not moved": [("part.total + columns * moved", "part.total")],
+    "parts' targets are not moved": [("part.cross + part.mass * moved", "part.cross")],
+    "the label's part is not moved": [("part.label + moved", "part.label")],
+    "duplicates do not add up": [("prob += entries[j].prob;", "prob = entries[j].prob;")],
+    "duplicates count twice": [("if (j < i) is_first = false;", "")],
+    "any ids count as ascending": [("(id >= 0 && id < next)", "true")],
+    "the floor is not in the entropy": [("x_log_x(prob + floor)", "x_log_x(prob)")],
+    "kept ids count among the floor's": [("(a.vocab_size - num_kept)", "(a.vocab_size)")],
+    "the floor's logits are missing from the KL": [("whole.total * inverse_tau - ", "0.0f - ")],
+    "the bucket's student mass is missing from the KL": [
+        ("bucket * (logf(outside) - log_tempered_sum)", "0.0f")
+    ],
+    "the targets' logits are not tempered": [("whole.cross * inverse_tau", "whole.cross")],
+    "z-loss without its square": [("a.z_loss * lse * lse;\n", "a.z_loss * lse;\n")],
+    "z-loss gradient halved": [("2.0f * a.z_loss * lse)", "a.z_loss * lse)")],
+    "the gradient's 1 / tau is missing": [("kd_scale * inverse_tau;", "kd_scale;")],
+    "the bucket does not push its columns up": [
+        ("(target_mass - bucket * whole.inside / outside)", "target_mass")
+    ],
+    "the bucket does not push kept columns down": [("(target_mass + bucket)", "target_mass")],
+    "the floor has no mass": [("mass + a.vocab_size * floor", "mass")],
+    "the floor is not subtracted": [
+        (" + tempered * other - scalars.floor;", " + tempered * other;")
+    ],
+    "the floor's gradient lacks the target's weight": [("at_target * floor;", "floor;")],
+    "a kept label is not subtracted": [("(is_label ? a.ce_weight : 0.0f)", "0.0f")],
+    "a kept label is written twice": [("has_label && !label_is_kept ?", "has_label ?")],
+    "the label's column counts as kept": [
+        ("i == 0 ? scalars.tempered : scalars.tempered_kept", "scalars.tempered_kept")
+    ],
+    "entries ignore the incoming gradient": [("bulk - taken * incoming", "bulk - taken")],
+    "the floor ignores the incoming gradient": [("    scalars.floor *= incoming;\n", "")],
+    "rows that take no part are computed": [
+        ("if (scalars.is_active == 0.0f) loaded[i] = Vector<T>::filled(0);", "")
+    ],
+    "padding of a vector is read": [
+        ("position + i < real_end) partial.set", "position + i < end) partial.set")
+    ],
+    "padding within a vector gets a gradient": [
+        ("position + i < real_end ? values.get(i) : T{}", "values.get(i)")
+    ],
+    "padding vectors get a gradient": [
+        ("if (position >= real_end) values =", "if (false) values =")
+    ],
+    "what lies before a row is overwritten": [
+        (
+            "if (position + i < offset || position + i >= end) continue;",
+            "if (position + i >= end) continue;",
+        )
+    ],
+    "rows count as aligned": [("offset = i32(((u64)first & 15) / sizeof(T));", "offset = 0;")],
+    "a second tempered exponential is left out": [
+        (
+            "settings.is_tempered ? exp_approx(shifted * settings.inverse_tau) : exponential",
+            "exponential",
+        )
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """A launcher of kernels that are in another namespace."""
+
+    launcher: Launcher
+    namespace: str
+
+    def launch(self, kernel: str, arguments: ctypes.Structure, **shape: Any) -> None:
+        self.launcher.launch(in_namespace(kernel, self.namespace), arguments, **shape)
+
+
+def in_namespace(text: str, namespace: str) -> str:
+    return text.replace("sparse_kd::", f"{namespace}::")
+
+
+def mutated(name: str | None) -> str:
+    """The source with one mutation, or none."""
+    text = (KERNELS / launch.SOURCE.folder / launch.SOURCE.entry).read_text("utf-8")
+    for old, new in MUTANTS[name] if name else ():
+        assert text.count(old) == 1, f"{name}: {old!r} is there {text.count(old)} times"
+        text = text.replace(old, new)
+    return text
+
+
+def noticed(names: Sequence[str | None], folder: Path) -> Iterator[str | None]:
+    """For each mutation (None for the right source): which case shows that it is wrong, and how; None if none does.
+
+    They are compiled together, each in a namespace of its own, into an empty folder.
+    """
+    kernels: list[str] = []
+    text = ""
+    for number, name in enumerate(names):
+        space = f"mutant_{number}"
+        text += mutated(name).replace("namespace sparse_kd", f"namespace {space}")
+        kernels += [
+            in_namespace(kernel, space)
+            for kernel in launch.SOURCE.kernels
+            if "bf16" in kernel or "<" not in kernel
+        ]
+    shutil.copytree(KERNELS / "cuda", folder / "cuda", ignore=shutil.ignore_patterns("*.py", "__*"))
+    (folder / "mutants").mkdir()
+    (folder / "mutants/all.cuh").write_text(text, "utf-8")
+    source = KernelSource(folder="mutants", entry="all.cuh", kernels=tuple(kernels))
+    for number in range(len(names)):
+        yield first_failure(source, f"mutant_{number}", folder)
+
+
+def first_failure(source: KernelSource, namespace: str, folder: Path) -> str | None:
+    for case, expected, layout, schedule in mutation_checks():
+        launcher = emulated(source, schedule=schedule, folder=folder, optimised=False)
+        # Where rows are a multiple of eight apart, padding vectors are whole.
+        gap, start = (8, 0) if schedule % 2 == 0 else (3, 1)
+        try:
+            result = run(Renamed(launcher, namespace), case, layout, gap=gap, start=start)
+            check(result, expected)
+        except (AssertionError, EmulationError) as error:
+            message = " ".join(str(error).split())
+            reason = "loss or its terms" if message.startswith("Tensor") else message[:90]
+            return f"{layout}, schedule {schedule}: {reason}"
+    return None
+
+
+def poison_buffers() -> None:
+    """Make the host code's buffers start as NaN."""
+    empty = launch._floats
+    launch._floats = lambda *shape: empty(*shape).fill_(float("nan"))
