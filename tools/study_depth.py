@@ -1,146 +1,269 @@
-"""Trains thin models of growing depth from several initialisations and learning rates, and tabulates their losses.
+"""Trains thin students of growing depth from several initialisations, and reports their held-out losses.
 
-    python tools/study_depth.py launch/recipes/depth/cell.yaml [section.key=value ...] [--output FILE.json]
+    python tools/study_depth.py launch/recipes/depth/cell.yaml [section.key=value ...] [--folder runs/depth]
 
-A cell is depth x init x learning rate; shallow cells come first. Each is a `distill-pretrain train` of its own that
-goes on from its last checkpoint, so the study can be stopped and started again; `--hours` ends it in good order. The
-corpus is the recipe's (launch/quickstart.sh makes it, or `distill-pretrain tokenize`). Prints Markdown: the mean
-cross-entropy of the last 20 steps, best over learning rates first.
+The corpus, and the cache of the distilled students, are the recipe's; launch/quickstart.sh makes both. Students are
+trained one after another in this process, the most telling first, by the trainer's own step; each leaves one line in
+FOLDER/cells.jsonl, so that the study can be stopped, started again, and ended in good order by `--hours`. In the end
+report.md, study.json and a figure are written to `--report`; with `--hours 0`, of what is there.
 """
 
 from __future__ import annotations
 
+import argparse
+import gc
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from reporting import command_line, environment, write_json
+import numpy as np
+import torch
+from depth_report import write_report
+from reporting import command_line
+
+from distill_pretrain.cli.recipe import Recipe
+from distill_pretrain.config import load_recipe
+from distill_pretrain.contracts import TokenBatch
+from distill_pretrain.data.batches import StudentBatches
+from distill_pretrain.data.sources import open_sequences, open_sources
+from distill_pretrain.dist.groups import ParallelGroups
+from distill_pretrain.dist.process import local_device, process_group, set_cpu_threads
+from distill_pretrain.mcore.config import ParallelConfig
+from distill_pretrain.mcore.parallel import model_parallel
+from distill_pretrain.mcore.schedule import (
+    StepResult,
+    Student,
+    build_student,
+    forward_micro_batch,
+    valid_tokens,
+)
+from distill_pretrain.train.job import make_objective
 
 LAST_STEPS = 20
+HELD_OUT_BATCH = 16
+STEPS = {6: 100, 12: 100, 48: 100, 96: 100, 192: 60}
+"""By depth; the deepest would take most of the time."""
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Cell:
-    """One training run."""
+    """One student: what it is, and how it is trained."""
 
     depth: int
     init: str
     lr: float
+    seed: int = 1
+    objective: str = "ce"
+    hidden: int = 64
+    ffn: int = 176
+    steps: int = 100
 
-    @property
-    def name(self) -> str:
-        """Of its folder."""
-        return f"{self.depth}-{self.init}-{self.lr:g}"
-
-    def overrides(self, folder: Path, steps: int) -> list[str]:
-        """What the recipe leaves open."""
-        post = ["model.norm_placement=post"] if self.init == "deepnorm" else []
-        return [
+    def recipe(self, path: Path, overrides: list[str]) -> Recipe:
+        """That of the study, with the cell's own values."""
+        own = [
             f"model.num_layers={self.depth}",
             f"model.init={self.init}",
+            f"model.norm_placement={'post' if self.init == 'deepnorm' else 'pre'}",
+            f"model.hidden_size={self.hidden}",
+            f"model.ffn_hidden_size={self.ffn}",
             f"optimizer.lr={self.lr!r}",
-            f"train.steps={steps}",
-            f"train.output_dir={folder / 'cells' / self.name}",
-            *post,
+            f"objective.ce_weight={float(self.objective == 'ce')}",
+            f"objective.kd_weight={float(self.objective == 'kd')}",
+            f"train.steps={self.steps}",
+            f"train.seed={self.seed}",
+        ]
+        return load_recipe(Recipe, path, [*overrides, *own])
+
+
+def planned_cells() -> list[Cell]:
+    """Every cell of the study, the most telling first."""
+    main, rates = ("megatron", "fan_in", "deepscale"), (3e-3, 1e-2)
+
+    def cells(depths: Any, inits: Any, rates: Any, seeds: Any = (1,), **others: Any) -> list[Cell]:
+        return [
+            Cell(depth, init, lr, seed, steps=STEPS[depth], **others)
+            for depth, seed, lr, init in itertools.product(depths, seeds, rates, inits)
         ]
 
-
-def last_losses(folder: Path, steps: int) -> float | None:
-    """Mean cross-entropy of the last steps; None until all are done, NaN for a run that failed."""
-    log = folder / "metrics.jsonl"
-    if (folder / "failed.txt").exists():
-        return math.nan
-    records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    if not records or records[-1]["step"] < steps:
-        return None
-    values = [record["ce"] for record in records[-LAST_STEPS:]]
-    return sum(math.nan if v is None else v for v in values) / len(values)
-
-
-def train(cell: Cell, args: Any, deadline: float) -> float | None:
-    """Run a cell to its end, unless it is there already or time is up."""
-    steps = args.steps_deep if cell.depth >= args.deep else args.steps
-    folder = args.folder / "cells" / cell.name
-    found = last_losses(folder, steps)
-    if found is not None or time.monotonic() > deadline:
-        return found
-    command = [sys.executable, "-m", "distill_pretrain", "train", str(args.recipe)]
-    started = time.monotonic()
-    done = subprocess.run(
-        [*command, *args.overrides, *cell.overrides(args.folder, steps)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        # A diverged run is a result; the reason is kept, and deleting the file tries again.
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "failed.txt").write_text(done.stderr[-4000:])
-    found = last_losses(folder, steps)
-    print(f"{cell.name}: {found} ({time.monotonic() - started:.0f} s)", file=sys.stderr, flush=True)
-    return found
+    ordered = [
+        *cells((96, 192), main, rates),
+        *cells((12,), main, (*rates, 1e-3)),
+        # The default may want lower rates than the others.
+        *cells((12, 96), ("megatron",), (1e-3, 3e-4)),
+        *cells((96,), main, rates, (2, 3)),
+        *cells((192,), main, rates, (2,)),
+        *cells((48,), main, rates),
+        *cells((192,), main, rates, (3,)),
+        *cells((48, 96), main, (1e-3,)),
+        *cells((48,), ("fan_in", "deepscale"), (3e-3,), (1, 2), objective="kd"),
+        # As many parameters in the layers as 96 of width 64 have.
+        *cells((6,), main, (3e-3,), hidden=256, ffn=704),
+        *cells((12, 48, 96), ("xavier", "completep"), rates),
+        *cells((192,), main, (1e-3,)),
+        *cells((12, 48, 96), ("xavier", "completep"), (1e-3,)),
+        *cells((192,), ("xavier", "completep"), (*rates, 1e-3)),
+    ]
+    return list(dict.fromkeys(ordered))
 
 
-def table(losses: dict[Cell, float | None]) -> str:
-    """Markdown: a row per depth, a column per initialisation: best loss (its rate), then every rate's."""
-    inits = list(dict.fromkeys(cell.init for cell in losses))
-    lines = [f"| layers | {' | '.join(inits)} |", "|---" * (len(inits) + 1) + "|"]
-    for depth in sorted({cell.depth for cell in losses}):
-        row = []
-        for init in inits:
-            cells = {c.lr: v for c, v in losses.items() if (c.depth, c.init) == (depth, init)}
-            sound = {lr: v for lr, v in cells.items() if v is not None and not math.isnan(v)}
-            every = ", ".join(f"{lr:g}: {_shown(v)}" for lr, v in sorted(cells.items()))
-            best = min(sound, key=lambda lr: sound[lr]) if sound else None
-            row.append(every if best is None else f"**{sound[best]:.3f}** at {best:g} ({every})")
-        lines.append(f"| {depth} | {' | '.join(row)} |")
-    return "\n".join(lines)
+@dataclass(frozen=True)
+class HeldOut:
+    """The batches every student is scored on."""
+
+    batches: list[TokenBatch]
+
+    @classmethod
+    def read(cls, recipe: Recipe, num_sequences: int) -> HeldOut:
+        """The first sequences of `data.held_out_tokens`."""
+        assert recipe.data and recipe.data.held_out_tokens
+        plan = open_sequences(recipe.data, recipe.data.held_out_tokens).plan
+        numbers = np.arange(min(num_sequences, plan.num_sequences))
+        batches = []
+        for some in np.array_split(numbers, max(1, len(numbers) // HELD_OUT_BATCH)):
+            tokens, labels = map(torch.from_numpy, plan.read(some))
+            batch = TokenBatch(tokens=tokens.long(), labels=labels.long(), targets=None)
+            batches.append(batch)
+        return cls(batches)
 
 
-def _shown(loss: float | None) -> str:
-    if loss is None:
-        return "not run"
-    return "failed" if math.isnan(loss) else f"{loss:.3f}"
+class Study:
+    """Trains cells one after another.
+
+    Args:
+        path: recipe of a cell.
+        overrides: of the recipe.
+        num_held_out: sequences that students are scored on.
+    """
+
+    def __init__(self, path: Path, overrides: list[str], num_held_out: int) -> None:
+        self.path, self.overrides = path, overrides
+        self.held_out = HeldOut.read(load_recipe(Recipe, path, overrides), num_held_out)
+
+    def train(self, cell: Cell, groups: ParallelGroups) -> dict[str, Any]:
+        """What became of a student: its last and its held-out losses, in nats per token; None where not finite."""
+        recipe = cell.recipe(self.path, self.overrides)
+        assert recipe.data and recipe.model and recipe.train
+        started = time.monotonic()
+        with open_sources(recipe.data, kd_weight=recipe.objective.peak_kd_weight) as sources:
+            batches = StudentBatches(
+                [source.for_batches for source in sources],
+                seed=recipe.train.seed,
+                global_batch_size=recipe.train.global_batch_size,
+                micro_batch_size=recipe.train.micro_batch_size,
+                data_rank=0,
+                data_size=1,
+                device=local_device(),
+            )
+            loss = make_objective(
+                recipe.objective,
+                teacher=None,
+                vocab_size=sources[0].sequences.vocab_size,
+                tensor_group=groups.tensor,
+            )
+            student = build_student(
+                model=recipe.model,
+                parallel=recipe.parallel,
+                optimizer=recipe.optimizer,
+                groups=groups,
+                vocab_size=sources[0].sequences.vocab_size,
+                seq_len=recipe.data.seq_len,
+                precision=recipe.train.precision,
+                seed=recipe.train.seed,
+                steps=cell.steps,
+                micro_batch_size=recipe.train.micro_batch_size,
+                num_micro_batches=batches.num_micro_batches,
+                loss_function=loss,
+                num_terms=len(loss.term_names),
+            )
+            ce = loss.term_names.index("ce")
+            curve, norms = [], []
+            for step in range(cell.steps):
+                loss.begin_step(step + 1)
+                result = student.step(
+                    [iter(batches.step_batches(step, with_targets=True))], _is_sound
+                )
+                curve.append(result.terms[ce].item())
+                norms.append(result.grad_norm)
+                if not _is_sound(result):
+                    break
+        return {
+            **asdict(cell),
+            "parameters": sum(p.numel() for p in student.chunks[0].parameters()),
+            "steps_done": len(curve),
+            "train_ce": _finite(float(np.mean(curve[-LAST_STEPS:]))),
+            "held_out_ce": _finite(self.score(student, ce)),
+            "curve": [_finite(round(value, 4)) for value in curve],
+            "largest_norm": _finite(max(norms)),
+            "seconds": round(time.monotonic() - started, 1),
+        }
+
+    @torch.no_grad()
+    def score(self, student: Student, ce: int) -> float:
+        """Mean cross-entropy over the held-out positions."""
+        sums = torch.zeros((), dtype=torch.float64)
+        for batch in self.held_out.batches:
+            sums += forward_micro_batch(student.chunks[0], batch)[ce].double()
+        return sums.item() / sum(int(valid_tokens(batch)) for batch in self.held_out.batches)
+
+
+def _is_sound(result: StepResult) -> bool:
+    return math.isfinite(result.terms[0].item()) and math.isfinite(result.grad_norm)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def read_cells(path: Path) -> dict[Cell, dict[str, Any]]:
+    """What is finished."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    records = [json.loads(line) for line in lines]
+    return {Cell(**{f.name: record[f.name] for f in fields(Cell)}): record for record in records}
+
+
+def run_study(args: argparse.Namespace) -> None:
+    """Train what is planned and not there yet, until time is up."""
+    deadline = time.monotonic() + 3600 * args.hours
+    log = args.folder / "cells.jsonl"
+    args.folder.mkdir(parents=True, exist_ok=True)
+    done = read_cells(log)
+    set_cpu_threads(args.threads)
+    with (
+        process_group(),
+        model_parallel(ParallelConfig(), seed=1) as groups,
+        log.open("a") as lines,
+    ):
+        study = Study(args.recipe, args.overrides, args.held_out)
+        for cell in planned_cells():
+            if cell in done:
+                continue
+            if time.monotonic() > deadline:
+                break
+            record = study.train(cell, groups)
+            lines.write(json.dumps(record) + "\n")
+            lines.flush()
+            shown = ("steps_done", "train_ce", "held_out_ce", "seconds")
+            print(cell, {key: record[key] for key in shown}, flush=True)
+            # A model is full of reference cycles.
+            gc.collect()
 
 
 def main() -> None:
     parser = command_line(__doc__, recipe=True)
     parser.add_argument("--folder", type=Path, default=Path("runs/depth"))
-    parser.add_argument("--depths", type=int, nargs="+", default=[12, 48, 96, 192])
-    parser.add_argument("--inits", nargs="+", default=["megatron", "xavier", "fan_in", "deepscale"])
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--deep", type=int, default=192, help="depth from which --steps-deep holds")
-    parser.add_argument("--steps-deep", type=int, default=90)
-    parser.add_argument("--processes", type=int, default=2, help="cells at a time, a core each")
     parser.add_argument("--hours", type=float, default=2.9, help="start no cell after this")
+    parser.add_argument("--held-out", type=int, default=64, help="sequences to score students on")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--report", type=Path, help="folder (default: FOLDER/report)")
     args = parser.parse_intermixed_args()
-    deadline = time.monotonic() + 3600 * args.hours
-    cells = sorted(Cell(*key) for key in itertools.product(args.depths, args.inits, args.rates))
-    cells.sort(key=lambda cell: (cell.depth, args.inits.index(cell.init)))
-    with ThreadPoolExecutor(args.processes) as pool:
-        losses = dict(zip(cells, pool.map(lambda c: train(c, args, deadline), cells), strict=True))
-    print(table(losses))
-    write_json(
-        args.output,
-        {
-            "environment": environment("torch", "megatron-core"),
-            "steps": {"below": args.steps, f"from {args.deep} layers": args.steps_deep},
-            "cells": [
-                {**vars(cell), "ce": None if loss is None or math.isnan(loss) else loss}
-                for cell, loss in losses.items()
-            ],
-        },
-    )
+    if args.hours > 0:
+        run_study(args)
+    done = read_cells(args.folder / "cells.jsonl")
+    write_report(list(done.values()), len(planned_cells()), args.report or args.folder / "report")
 
 
 if __name__ == "__main__":

@@ -25,39 +25,51 @@ def draw_signal(measured: Signal, predicted: Signal, *, title: str) -> bytes:
     Returns:
         The bytes of a PNG.
     """
-    figure, axes = _new_figure(9.0, 11.0, rows=(1, 1, 1, 1))
-    figure.suptitle(
-        f"Signal and gradients through {title}\n"
-        "flat lines: every layer gets the same signal and learns at the same rate"
-    )
-    panels: tuple[tuple[str, npt.NDArray[np.float64], npt.NDArray[np.float64]], ...] = (
-        ("variance of the signal", measured.variance, predicted.variance),
-        ("correlation between\ntwo tokens", measured.correlation, predicted.correlation),
+    figure, axes = _new_figure(9.0, 11.5, rows=(1, 1, 1, 1))
+    figure.suptitle(f"Signal and gradients through {title}", fontsize=13)
+    panels: tuple[tuple[str, str, npt.NDArray[np.float64], npt.NDArray[np.float64]], ...] = (
         (
-            "gradient by the signal\n(root mean square)",
+            "Forward: how large is the signal? Flat is good; where it has grown, a later layer adds next to nothing",
+            "variance of a coordinate",
+            measured.variance,
+            predicted.variance,
+        ),
+        (
+            "Forward: how alike are two tokens? Low is good; at 1 all positions carry the same and words are lost",
+            "correlation",
+            measured.correlation,
+            predicted.correlation,
+        ),
+        (
+            "Backward: how much of the loss's gradient comes down? Flat is good: it neither vanishes nor explodes",
+            "root mean square",
             measured.gradient**0.5,
             predicted.gradient**0.5,
         ),
         (
-            "gradient by a layer's\nweights (norm)",
+            "Learning: how large is the gradient of a layer's weights? Flat is good: all layers learn alike",
+            "norm",
             measured.weight_gradient,
             predicted.weight_gradient,
         ),
     )
     last = len(measured.variance) - 1
-    for number, (panel, (name, seen, expected)) in enumerate(zip(axes, panels, strict=True)):
+    for number, (panel, (question, unit, seen, expected)) in enumerate(
+        zip(axes, panels, strict=True)
+    ):
         layers = np.arange(last + 1 - len(seen), last + 1)
         colour = _COLOURS[number]
         panel.plot(layers, seen, color=colour, linewidth=2.0, label="measured")
         panel.plot(
             layers, expected, "--", color="black", linewidth=1.3, label="predicted, fresh weights"
         )
+        panel.set_title(question, loc="left", fontsize=10)
         panel.set_xlim(0, last)
         if number == 1:
             panel.set_ylim(min(0.0, float(seen.min())), 1)
         else:
             _log_scale(panel, np.concatenate([seen, expected]))
-        _finish(panel, "layer (0: embedding)" if number == 3 else "", name)
+        _finish(panel, "layer (0: embedding)" if number == 3 else "", unit)
     return _png(figure)
 
 

@@ -7,7 +7,11 @@ With the width multiplier m_N = hidden / base hidden and the depth multiplier m_
     embeddings, final norm     lr, epsilon / m_N
     head                       lr / m_N, weight decay * m_N, epsilon
 
-The paper divides the logits by m_N; dividing the head's weights and learning rate by it instead is the same run.
+Rates would also go with m_L^(alpha - 1), which is 1. The paper divides the logits by m_N and has the embedding's rules
+for the head; dividing the head's weights and learning rate by m_N instead is the same run. The authors' published code
+agrees, but for one epsilon / (m_N m_L) for all parameters, which at Adam's usual epsilon makes no difference. It also
+scales attention logits by 1 / head width; here they keep 1 / sqrt(head width), so transfer over width needs heads of
+one width (set kv_channels), not one number of heads.
 """
 
 from __future__ import annotations
