@@ -73,6 +73,10 @@ class CacheError(DistillPretrainError):
     """Base of every error about the sparse-logit cache."""
 
 
+class CacheUnreadable(CacheError):
+    """Disk, network or store failed while a cache was read; another attempt may succeed."""
+
+
 class CacheCorrupt(CacheError):
     """Bytes of a cache are not what was written."""
 

@@ -61,10 +61,11 @@ _env_setup() {
     source "$venv/bin/activate"
 }
 
+# Modules are compiled as they are imported: most of torch's and transformers' never are.
 _env_pip() {
     local venv=$1 log=$2
     shift 2
-    "$venv/bin/python" -m pip install --disable-pip-version-check "$@" >>"$log" 2>&1
+    "$venv/bin/python" -m pip install --disable-pip-version-check --no-compile "$@" >>"$log" 2>&1
 }
 
 # The extras asked for and those installed before.

@@ -54,6 +54,8 @@ def student_step(
         data_rank=dist.get_rank(groups.data),
         data_size=dist.get_world_size(groups.data),
         device=local_device(),
+        context_rank=dist.get_rank(groups.context),
+        context_size=dist.get_world_size(groups.context),
     )
     vocab_size = sources[0].sequences.vocab_size
     loss = make_objective(

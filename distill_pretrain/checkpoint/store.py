@@ -3,7 +3,7 @@
 checkpoints/
   step-00000400/     weights and optimizer (megatron-core dist_checkpointing), rng-*.pt
     checkpoint.json  step, identity, sha256 of every other file; written last
-  step-00000800.tmp/ a save that did not finish; ignored and replaced
+  step-00000800.tmp/ a save that did not finish, or has not yet; ignored and replaced
   step-00000600.bad/ set aside: found damaged when a run was to go on from it
 """
 
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
@@ -174,6 +174,42 @@ def require_shared_folder(folder: Path) -> None:
         )
 
 
+class BackgroundFiles(Protocol):
+    """This rank's files of a checkpoint, on their way to the disk; see `mcore.background_save`."""
+
+    @property
+    def moves(self) -> int:
+        """Grows while files are being written."""
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank's files are still being written."""
+
+    def wait(self, seconds: float) -> None:
+        """Wait for this rank's files, not longer than that."""
+
+    def give_up(self) -> None:
+        """Stop writing soon."""
+
+    def finish(self) -> dict[str, str]:
+        """Complete the files, on every rank once none is writing; the sha256 of those that are durable already."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PendingSave:
+    """A checkpoint that nobody sees before every rank calls `publish`.
+
+    Attributes:
+        step: optimizer steps done.
+        files: this rank's; none of them may be still being written when `publish` is called.
+        publish: as the end of `CheckpointStore.save`; raises CheckpointError where files could not be written.
+    """
+
+    step: int
+    files: BackgroundFiles
+    publish: Callable[[], None]
+
+
 class CheckpointStore:
     """Checkpoints below one folder."""
 
@@ -208,33 +244,60 @@ class CheckpointStore:
             keep: checkpoints to keep, this one included.
             progress: see `Checkpoint`.
         """
-        final = self.root / f"step-{step:08d}"
-        temporary = final.with_suffix(".tmp")
+        temporary = self._make_temporary(step)
+        write(temporary)
+        dist.barrier()
+        record = {"step": step, "identity": identity, "progress": progress or {}}
+        self._publish(temporary, record, keep=keep, known={})
 
-        def prepare() -> None:
+    def begin_save(
+        self,
+        step: int,
+        identity: dict[str, Any],
+        start: Callable[[Path], BackgroundFiles],
+        *,
+        keep: int,
+        progress: dict[str, Any] | None = None,
+    ) -> PendingSave:
+        """As `save`, but `start` only begins to put this rank's files into the given folder. Every rank calls it."""
+        temporary = self._make_temporary(step)
+        files = start(temporary)
+        record = {"step": step, "identity": identity, "progress": progress or {}}
+        return PendingSave(
+            step=step,
+            files=files,
+            publish=lambda: self._publish(temporary, record, keep=keep, known=files.finish()),
+        )
+
+    def _make_temporary(self, step: int) -> Path:
+        temporary = self.root / f"step-{step:08d}.tmp"
+
+        def make() -> None:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
 
+        on_first_rank(make)
+        return temporary
+
+    def _publish(
+        self, temporary: Path, record: dict[str, Any], *, keep: int, known: dict[str, str]
+    ) -> None:
+        """Hash the files whose hash is not known, and give the folder its name."""
+        final = temporary.with_suffix("")
+
         def publish() -> None:
-            record = {
-                "step": step,
-                "identity": identity,
-                "progress": progress or {},
-                "files": files,
-                "code_version": __version__,
-            }
-            publish_bytes(temporary / RECORD, canonical_json(record))
+            described = {**record, "files": files, "code_version": __version__}
+            publish_bytes(temporary / RECORD, canonical_json(described))
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
             fsync_path(self.root)
             for old in self.complete()[:-keep]:
                 shutil.rmtree(old, ignore_errors=True)
 
-        on_first_rank(prepare)
-        write(temporary)
-        dist.barrier()
-        names = on_first_rank(lambda: sorted(p.name for p in temporary.iterdir()))
-        files = hash_files(temporary, names, durable=True)
+        names = on_first_rank(
+            lambda: sorted(p.name for p in temporary.iterdir() if p.name not in known)
+        )
+        files = known | hash_files(temporary, names, durable=True)
         on_first_rank(publish)
 
     def find(

@@ -78,13 +78,15 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
         return
     from distill_pretrain.teacher.capture import make_plans
     from distill_pretrain.teacher.crew import Crew, first_crew_first
+    from distill_pretrain.teacher.sampling_backend import columns_reader
     from distill_pretrain.teacher.telemetry import Stopwatch, TimedTeacher
 
     capture = recipe.capture
     with open_replica(recipe) as (sequences, engine):
         plans = make_plans(sequences, capture, engine.identity)
         stopwatch = Stopwatch()
-        crew = Crew(TimedTeacher(engine, stopwatch), sequences)
+        read = columns_reader(capture.sampling_impl, engine.device, engine.replica)
+        crew = Crew(TimedTeacher(engine, stopwatch), sequences, read=read)
         # The first replica makes the tables of new caches, which the others then find.
         writers = first_crew_first(crew, lambda: _join(plans, capture, crew))
         if launch_rank() == 0:

@@ -80,6 +80,7 @@ def examine(folder: Path) -> list[Finding]:
         *_accelerator(),
         doctor_machine.cuda_driver(_torch_cuda()),
         doctor_machine.nvrtc(),
+        _kernels(),
         _megatron(),
         _transformer_engine(),
         _apex(),
@@ -190,6 +191,34 @@ def _accelerator() -> list[Finding]:
         numbers = ".".join(map(str, module.cuda.nccl.version()))
         findings.append(Finding(name="NCCL", found=numbers, enables="several GPUs"))
     return findings
+
+
+def _kernels() -> Finding:
+    """The CUDA sources of this package: whether they can run here, and which are compiled already."""
+    enables = "loss, LM head and teacher sampling at speed on a GPU; plain PyTorch otherwise"
+    backend, problem = try_import("distill_pretrain.kernels.cuda.backend", top="distill_pretrain")
+    if backend is None:
+        return Finding(name="CUDA kernels", found=problem, usable=False, enables=enables)
+    from distill_pretrain.kernels.cuda.prebuild import sources
+
+    torch, _ = try_import("torch")
+    reason = backend.unavailable_reason(torch.device("cuda"))
+    states = []
+    try:
+        for source in sources() if reason is None else ():
+            capability = torch.cuda.get_device_capability()
+            is_kept = backend.prebuilt_image(source, capability) or backend.kept_image(
+                source, capability
+            )
+            states.append(f"{source.folder} {'compiled' if is_kept else 'compiled at first use'}")
+    except backend.KernelsUnavailable as error:
+        reason = f"{error}"
+    return Finding(
+        name="CUDA kernels",
+        found=reason or ", ".join(states),
+        usable=reason is None,
+        enables=enables,
+    )
 
 
 def _megatron() -> Finding:

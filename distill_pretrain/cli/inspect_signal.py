@@ -145,7 +145,12 @@ def _layout(recipe: Recipe, model: ModelConfig, batch: int, positions: int) -> P
     from distill_pretrain.mcore.config import ParallelConfig
     from distill_pretrain.mcore.layout import check_layout
 
-    parallel = ParallelConfig(tensor=recipe.parallel.tensor, pipeline=recipe.parallel.pipeline)
+    parallel = ParallelConfig(
+        tensor=recipe.parallel.tensor,
+        pipeline=recipe.parallel.pipeline,
+        first_stage_layers=recipe.parallel.first_stage_layers,
+        last_stage_layers=recipe.parallel.last_stage_layers,
+    )
     if launch_world_size() == 1:
         parallel = ParallelConfig()
     replicas = check_layout(

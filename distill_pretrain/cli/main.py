@@ -1,7 +1,8 @@
 """`distill-pretrain VERB RECIPE.yaml [section.key=value ...]`.
 
 A verb is a module `distill_pretrain.cli.<verb>` with `HELP` (text), `SECTIONS` (recipe sections it reads) and
-`run(recipe, args)`; `add_arguments(parser)` is optional. Importing it must be cheap: `VERB --help` does, so torch and
+`run(recipe, args)`; `add_arguments(parser)` is optional, and `run_folder(path, args)` of a verb that takes a run folder
+in place of a recipe. Importing it must be cheap: `VERB --help` does, so torch and
 megatron-core are imported inside `run`.
 """
 
@@ -31,7 +32,7 @@ RECIPE_VERBS = {
     "verify": "check a cache: every checksum, and that it belongs to the corpus",
     "train": "train a model on the text, from a cache, or both",
     "eval": "held-out figures of trained models",
-    "report": "markdown report that compares runs",
+    "report": "markdown report that compares runs, or an HTML page of one",
     "plan": "what a capture and its students will take: bytes, hours, memory",
     "compare": "several kinds of targets, several seeds: capture, train, eval and report",
 }
@@ -177,6 +178,9 @@ def _run(verb: str, arguments: list[str]) -> None:
     from distill_pretrain.config import load_recipe
 
     path: Path | None = Path(args.recipe)
+    if hasattr(module, "run_folder") and Path(args.recipe).is_dir():
+        module.run_folder(Path(args.recipe), args)
+        return
     if "=" in args.recipe and not Path(args.recipe).exists():
         path, args.overrides = None, [args.recipe, *args.overrides]
     recipe = load_recipe(Recipe, path, args.overrides)

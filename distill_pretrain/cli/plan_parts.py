@@ -15,6 +15,7 @@ from distill_pretrain.cli.plan_student import (
     student_job,
 )
 from distill_pretrain.cli.recipe import Recipe
+from distill_pretrain.mcore.layout import replica_size
 from distill_pretrain.planning.cache_size import (
     CacheGeometry,
     Density,
@@ -325,7 +326,7 @@ def _student_speed(recipe: Recipe, job: StudentJob, gpus: int) -> Figure:
 
 def job_gpus(job: StudentJob) -> int:
     """Processes of a student's job."""
-    return job.data_parallel * job.parallel.tensor * job.parallel.pipeline
+    return job.data_parallel * replica_size(job.parallel)
 
 
 def _student(recipe: Recipe, job: StudentJob, stored: _Stored | None) -> Part:

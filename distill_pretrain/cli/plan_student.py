@@ -8,11 +8,17 @@ from pathlib import Path
 from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.errors import ConfigError, LayoutError
 from distill_pretrain.mcore.config import ParallelConfig
-from distill_pretrain.mcore.layout import check_layout
+from distill_pretrain.mcore.layout import check_layout, replica_size
 from distill_pretrain.planning.config import PlanConfig
 from distill_pretrain.planning.costs import hf_parameters
 from distill_pretrain.planning.figures import Figure, Part, Table, quantity
-from distill_pretrain.planning.memory import RankMemory, StudentJob, fullest_rank
+from distill_pretrain.planning.memory import (
+    GLIBC_KEEPS,
+    RankMemory,
+    StudentJob,
+    cpu_process_bytes,
+    fullest_rank,
+)
 from distill_pretrain.planning.parameters import num_parameters
 
 TENSOR_SIZES = (1, 2, 4, 8)
@@ -94,6 +100,7 @@ def student_job(recipe: Recipe, corpus: Corpus, *, world_size: int | None) -> St
         global_batch_size=recipe.train.global_batch_size,
         seq_len=corpus.seq_len,
         optimizer=recipe.optimizer,
+        online_teacher=recipe.objective.target == "teacher",
     )
     per_pass = recipe.train.micro_batch_size * data_parallel
     return StudentJob(
@@ -181,6 +188,14 @@ def memory_part(job: StudentJob, settings: PlanConfig, beside: int | None) -> Pa
             how=f"peak + online teacher + {settings.gpu_reserve_gb:g} GB reserve (plan.gpu_reserve_gb), of "
             f"{quantity(room, 'B')}: {'fits' if needed <= room else 'DOES NOT FIT'}",
         ),
+        Figure(
+            name="process on a CPU",
+            value=cpu_process_bytes(fullest, settings.process_base_gb * GB),
+            unit="B",
+            basis="estimate",
+            how=f"resident host memory: {settings.process_base_gb:g} GB base (plan.process_base_gb) + peak + what "
+            f"glibc keeps of freed memory, at most {quantity(GLIBC_KEEPS, 'B')}",
+        ),
     ]
     return Part(
         title="Memory of a student's rank",
@@ -196,7 +211,9 @@ def needed_bytes(memory: RankMemory, settings: PlanConfig, beside: int | None) -
 
 def memory_figures(job: StudentJob, memory: RankMemory) -> list[Figure]:
     """The terms of a rank's memory, and their sum."""
-    sharded = " / data-parallel size" if job.parallel.distributed_optimizer else ""
+    sharded = ""
+    if job.parallel.distributed_optimizer:
+        sharded = " / data-parallel size" + (" x context" if job.parallel.context > 1 else "")
     deepspeed = job.optimizer.backend == "deepspeed"
     states = "estimate" if deepspeed else "exact"
     how = {
@@ -204,7 +221,8 @@ def memory_figures(job: StudentJob, memory: RankMemory) -> list[Figure]:
         "gradients": "4 B per parameter (fp32 buffer)",
         "optimizer": f"8 B per parameter (moments){'' if job.precision == 'fp32' else ' + 4 B (masters)'}{sharded}",
         "batch": "tokens, labels and targets of every micro-batch of a step",
-        "activations": "what autograd keeps of the layers in flight (planning/memory.py); no recomputation",
+        "activations": "what autograd keeps of the layers in flight (planning/memory.py); recomputation: "
+        + job.parallel.recompute,
         "loss": "exponentials [T, V/tp] in fp32, kept for the gradient",
         "temporaries": "logits and their copies, or the gradients inside a feed-forward block",
         "step_temporaries": "4 B per updated parameter; activations are gone by then",
@@ -240,8 +258,14 @@ def layout_text(job: StudentJob) -> str:
     if parallel.pipeline > 1:
         virtual = parallel.virtual_pipeline
         parts.append(f"pipeline {parallel.pipeline}" + (f" x {virtual}" if virtual > 1 else ""))
+        ends = (("first", parallel.first_stage_layers), ("last", parallel.last_stage_layers))
+        parts += [f"{name} stage {layers} layers" for name, layers in ends if layers is not None]
+    if parallel.context > 1:
+        parts.append(f"context {parallel.context}")
     if parallel.distributed_optimizer:
         parts.append("distributed optimizer")
+    if parallel.recompute != "none":
+        parts.append(f"{parallel.recompute} recomputation")
     if job.optimizer.backend == "deepspeed":
         parts.append(f"ZeRO-{job.optimizer.zero_stage or 1}")
     return ", ".join(parts)
@@ -271,10 +295,15 @@ def _layouts(job: StudentJob, settings: PlanConfig, beside: int | None) -> Table
 
 
 def _other_jobs(job: StudentJob) -> list[StudentJob]:
-    world = job.data_parallel * job.parallel.tensor * job.parallel.pipeline
+    world = job.data_parallel * replica_size(job.parallel)
     if job.optimizer.backend == "deepspeed":
         return []
     batch = job.micro_batch_size * job.num_micro_batches * job.data_parallel
+    recomputation = {
+        name: value
+        for name, value in job.parallel.model_dump().items()
+        if name.startswith("recompute")
+    }
     jobs = []
     for tensor in TENSOR_SIZES:
         for pipeline in PIPELINE_SIZES:
@@ -284,6 +313,8 @@ def _other_jobs(job: StudentJob) -> list[StudentJob]:
                     pipeline=pipeline,
                     sequence_parallel=tensor > 1,
                     distributed_optimizer=distributed,
+                    context=job.parallel.context,
+                    **recomputation,
                 )
                 try:
                     data_parallel = check_layout(

@@ -22,7 +22,8 @@ logits, from a teacher that runs in the same job, or on a mix of text and teache
 
 Reads   data.tokens (.bin/.idx); when objective.kd_weight > 0, data.cache, or, with objective.target=teacher,
         teacher.path
-Writes  train.output_dir: recipe.yaml, metrics.jsonl (one record per step), checkpoints/
+Writes  train.output_dir: recipe.yaml, metrics.jsonl (one record per step), events.jsonl (starts, bad steps, saves),
+        checkpoints/; with train.track also tensorboard/ or metrics.prom
 
 Started again with the same recipe it goes on from the newest checkpoint, under any tensor x pipeline x data parallel
 layout. What may not change on the way is compared, and a difference is named.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -16,7 +17,8 @@ import torch
 
 from distill_pretrain.contracts import NO_ENTRY, RaggedTargets, SparseTargets, TokenBatch
 from distill_pretrain.data.blend import BlendOrder
-from distill_pretrain.errors import LayoutError
+from distill_pretrain.data.patience import read_patiently
+from distill_pretrain.dist.context import context_spans
 
 
 class SequenceSource(Protocol):
@@ -123,32 +125,6 @@ def pad_targets(
     return ids, probs
 
 
-def context_spans(seq_len: int, rank: int, size: int) -> list[tuple[int, int]]:
-    """The pieces [start, stop) of a sequence that a context-parallel rank holds, in order.
-
-    Of 2 * size equal chunks these are number `rank` and number `2 * size - 1 - rank`: under causal attention every
-    rank has the same work (megatron-core's load-balanced order).
-
-    Raises:
-        LayoutError: the sequence does not divide into 2 * size chunks.
-    """
-    if size == 1:
-        return [(0, seq_len)]
-    chunk, left = divmod(seq_len, 2 * size)
-    if left:
-        raise LayoutError(
-            "the sequence does not divide among the context-parallel ranks",
-            where="data.seq_len",
-            found=seq_len,
-            expected=f"a multiple of 2 x context-parallel size = {2 * size}",
-            remedy="change data.seq_len (and capture anew), or the context-parallel size",
-        )
-    last = 2 * size - 1 - rank
-    if last == rank + 1:  # one piece: its blocks are read once
-        return [(rank * chunk, (last + 1) * chunk)]
-    return [(rank * chunk, (rank + 1) * chunk), (last * chunk, (last + 1) * chunk)]
-
-
 class StudentBatches:
     """Endless micro-batches of one rank, resumable at any step.
 
@@ -165,6 +141,7 @@ class StudentBatches:
         device: where the tensors go.
         context_rank: this rank's place among `context_size`.
         context_size: ranks that share each sequence; see `context_spans`.
+        read_retry_s: see `DataConfig`.
 
     Attributes:
         seq_len: L.
@@ -184,6 +161,7 @@ class StudentBatches:
         device: torch.device,
         context_rank: int = 0,
         context_size: int = 1,
+        read_retry_s: float = 0.0,
     ) -> None:
         self.sources = tuple(sources)
         (self.seq_len,) = {source.plan.seq_len for source in self.sources}
@@ -199,6 +177,7 @@ class StudentBatches:
         self.data_rank = data_rank
         self.data_size = data_size
         self.device = device
+        self._read_retry_s = read_retry_s
         self._spans = context_spans(self.seq_len, context_rank, context_size)
         self.positions = np.concatenate([np.arange(*span, dtype=np.int64) for span in self._spans])
 
@@ -206,6 +185,11 @@ class StudentBatches:
     def num_micro_batches(self) -> int:
         """Micro-batches of this rank per step."""
         return self.global_batch_size // (self.micro_batch_size * self.data_size)
+
+    @property
+    def bytes_read(self) -> int:
+        """Of the caches, by this rank, so far."""
+        return sum(int(getattr(source.cache, "bytes_read", 0)) for source in self.sources)
 
     def sequences(
         self, step: int, micro_batch: int
@@ -243,7 +227,12 @@ class StudentBatches:
             for number, sequence, row in zip(sources, sequences.tolist(), tokens, strict=True):
                 cache = self.sources[number].cache
                 assert cache is not None
-                parts += [cache.read(sequence, row, *span) for span in self._spans]
+                parts += [
+                    read_patiently(
+                        partial(cache.read, sequence, row, *span), patience_s=self._read_retry_s
+                    )
+                    for span in self._spans
+                ]
         ids = probs = None
         if parts:
             ids, probs = map(torch.from_numpy, pad_targets(parts, rows=len(sequences)))

@@ -48,6 +48,8 @@ class DataConfig(Section):
     """More corpora to train on (train): a list of {tokens, cache, weight, num_sequences, seed}."""
     prefetch_steps: int = Field(default=2, ge=0)
     """Steps that a background thread reads and decodes ahead of training; 0 reads when they are needed."""
+    read_retry_s: float = Field(default=60.0, ge=0)
+    """Seconds for which a read of the cache that disk, network or store fails is tried again; 0 fails at once."""
     canary: Literal["refuse", "warn"] = "refuse"
     """What `train` does when a cache's targets do not fit the text (shifted, or from a teacher that ignores it)."""
 

@@ -15,10 +15,14 @@ class ParallelGroups:
         tensor: ranks that hold slices of the same layers.
         pipeline: ranks that hold the other layers of the same model.
         data: ranks that hold the same slices and see other sequences.
+        context: ranks that hold the same slices and see other parts of the same sequences.
+        data_context: both of these; gradients and losses are summed over them.
         pipeline_last_rank: global rank of this pipeline's last stage.
     """
 
     tensor: dist.ProcessGroup
     pipeline: dist.ProcessGroup
     data: dist.ProcessGroup
+    context: dist.ProcessGroup
+    data_context: dist.ProcessGroup
     pipeline_last_rank: int

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from json import dumps, loads
 from typing import Any
@@ -88,17 +88,34 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stop.wait(self._interval):
-            self._publish()
+            # Where rank 0 keeps the store, it is gone with rank 0.
+            with suppress(dist.DistError):
+                self._publish()
             if time.monotonic() - self._changed > self._timeout:
-                before = self._heard()
-                # The others may be waiting here too, and must go on being heard.
-                for _ in range(3):
-                    if self._stop.wait(self._interval):
-                        return
-                    self._publish()
-                print(self._report(before, self._heard()), file=sys.stderr, flush=True)
-                self._end(STUCK_EXIT_CODE)
+                try:
+                    report = self._watched_report()
+                except dist.DistError as error:
+                    report = f"{self._complaint()}\n  the store of the job does not answer: rank 0 is gone ({error})"
+                if report is not None:
+                    print(report, file=sys.stderr, flush=True)
+                    self._end(STUCK_EXIT_CODE)
                 return
+
+    def _watched_report(self) -> str | None:
+        """The report after a second look at everybody; None where the block was left meanwhile."""
+        before = self._heard()
+        # The others may be waiting here too, and must go on being heard.
+        for _ in range(3):
+            if self._stop.wait(self._interval):
+                return None
+            self._publish()
+        return self._report(before, self._heard())
+
+    def _complaint(self) -> str:
+        return (
+            f"error: no progress for {self._timeout:.0f} s; rank {dist.get_rank()} is at "
+            f'"{self._doing}" and ends its process'
+        )
 
     def _publish(self) -> None:
         self._beats += 1
@@ -129,9 +146,7 @@ class Watchdog:
             if rank != own and (rank not in now or now[rank] == before.get(rank))
         ]
         live = [beat for rank, beat in sorted(now.items()) if rank not in silent]
-        lines = [
-            f'error: no progress for {self._timeout:.0f} s; rank {own} is at "{self._doing}" and ends its process'
-        ]
+        lines = [self._complaint()]
         for rank in silent:
             last = now.get(rank)
             known = (

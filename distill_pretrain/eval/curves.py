@@ -26,7 +26,8 @@ class TrainingCurve:
     """Columns of metrics.jsonl, by ascending step; where a resumed run repeats a step the later line counts.
 
     Attributes:
-        columns: name -> float64[steps], NaN where the file has null.
+        columns: name -> float64[steps], NaN where the file has null: `FIELDS`, and every further number of the last
+            complete line (true is 1).
         cut_off: the last line was incomplete (a killed run) and left out.
     """
 
@@ -62,24 +63,41 @@ class TrainingCurve:
             ) from None
         lines = text.split(b"\n")
         tail = lines.pop()
+        further = _further_fields(lines[-1] if lines else tail)
         rows: dict[int, list[float]] = {}
         for number, line in enumerate(lines, start=1):
-            row = _row(line)
+            row = _row(line, further)
             if isinstance(row, str):
                 raise _damaged(f"{path}:{number}", row)
             rows[int(row[0])] = row
-        last = _row(tail) if tail else ""
+        last = _row(tail, further) if tail else ""
         if not isinstance(last, str):
             rows[int(last[0])] = last
         if not rows:
             raise _damaged(path, "no complete line")
         table = np.array([rows[step] for step in sorted(rows)], dtype=np.float64)
-        columns = {name: table[:, column] for column, name in enumerate(FIELDS)}
+        names = (*FIELDS, *further)
+        columns = {name: table[:, column] for column, name in enumerate(names)}
         return cls(columns=columns, cut_off=bool(tail) and isinstance(last, str))
 
 
-def _row(line: bytes) -> list[float] | str:
-    """The values of `FIELDS`, or what is wrong with the line."""
+def _further_fields(line: bytes) -> tuple[str, ...]:
+    """Names of a record's numbers, or nulls, that are not in `FIELDS`."""
+    try:
+        record: Any = json.loads(line)
+    except ValueError:
+        return ()
+    if not isinstance(record, dict):
+        return ()
+    return tuple(
+        name
+        for name, value in record.items()
+        if name not in FIELDS and (value is None or isinstance(value, int | float))
+    )
+
+
+def _row(line: bytes, further: tuple[str, ...]) -> list[float] | str:
+    """The values of `FIELDS` and of further fields, or what is wrong with the line."""
     try:
         record: Any = json.loads(line)
     except ValueError:
@@ -99,6 +117,9 @@ def _row(line: bytes) -> list[float] | str:
             return f"{name} is too large"
     if not row[0].is_integer() or row[0] < 0:
         return f"step is {row[0]}, expected a whole number"
+    for name in further:
+        value = record.get(name)
+        row.append(float(value) if isinstance(value, int | float) else float("nan"))
     return row
 
 

@@ -11,7 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from distill_pretrain.contracts import RaggedTargets
-from distill_pretrain.errors import CacheCorrupt, CacheIncomplete, CacheMismatch
+from distill_pretrain.errors import (
+    CacheCorrupt,
+    CacheIncomplete,
+    CacheMismatch,
+    CacheUnreadable,
+)
 from distill_pretrain.formats.cache_plan import CachePlan
 from distill_pretrain.formats.closing import Closing
 from distill_pretrain.formats.codec_files import CodecFiles, tables_name
@@ -28,7 +33,7 @@ from distill_pretrain.formats.names import (
     shard_name,
     shards_in,
 )
-from distill_pretrain.formats.shard import ShardFile, ShardSpec, token_hash
+from distill_pretrain.formats.shard import Frame, ShardFile, ShardSpec, token_hash
 from distill_pretrain.formats.storage import Storage, open_storage
 
 
@@ -40,6 +45,7 @@ class CacheReader(Closing):
         plan: what it holds.
         manifest: its shards.
         manifest_sha256: hex digest of manifest.json, the cache's identity.
+        bytes_read: of blocks, by all calls of `read`.
     """
 
     def __init__(self, storage: Storage, manifest: Manifest, max_open: int) -> None:
@@ -51,6 +57,7 @@ class CacheReader(Closing):
         self._storage = storage
         self._codecs = CodecFiles(storage, self.plan)
         self._codecs.get(self.plan.codec_sha256)
+        self.bytes_read = 0
         self._max_open = max_open
         self._open: OrderedDict[int, ShardFile] = OrderedDict()
 
@@ -195,6 +202,7 @@ class CacheReader(Closing):
         Raises:
             CacheMismatch: the tokens of a block differ; names shard, block and sequence.
             CacheCorrupt: bytes of the block are damaged.
+            CacheUnreadable: disk, network or store failed; another call opens the file anew.
         """
         plan = self.plan
         stop = plan.seq_len if stop is None else stop
@@ -211,10 +219,10 @@ class CacheReader(Closing):
         shard, row = divmod(sequence, plan.shard_sequences)
         first_part, last_part = start // plan.block_tokens, (stop - 1) // plan.block_tokens
         first = row * plan.blocks_per_sequence + first_part
-        file = self._shard(shard)
+        file, frames = self._frames(shard, first, last_part - first_part + 1)
         parts = []
         offset = first_part * plan.block_tokens
-        for block, frame in enumerate(file.frames(first, last_part - first_part + 1), start=first):
+        for block, frame in enumerate(frames, start=first):
             size = frame.num_tokens
             if token_hash(tokens[offset : offset + size]) != frame.token_hash:
                 raise CacheMismatch(
@@ -234,6 +242,17 @@ class CacheReader(Closing):
         """Close every shard file."""
         while self._open:
             self._open.popitem()[1].close()
+
+    def _frames(self, shard: int, first: int, count: int) -> tuple[ShardFile, list[Frame]]:
+        file = self._shard(shard)
+        try:
+            frames = file.frames(first, count)
+        except CacheUnreadable:
+            # A file handle that went stale stays so.
+            self._open.pop(shard).close()
+            raise
+        self.bytes_read += sum(frame.length for frame in frames)
+        return file, frames
 
     def _shard(self, shard: int) -> ShardFile:
         if shard in self._open:

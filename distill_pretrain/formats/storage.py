@@ -11,7 +11,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from distill_pretrain.errors import CacheError, CacheIncomplete, MissingDependency
+from distill_pretrain.errors import (
+    CacheError,
+    CacheIncomplete,
+    CacheUnreadable,
+    MissingDependency,
+)
 from distill_pretrain.formats.closing import Closing
 
 # Protocol -> (package, extra of distill-pretrain that brings it), or the extra of fsspec.
@@ -249,7 +254,10 @@ def _reading_errors(where: str) -> Iterator[None]:
 
 
 def _unreadable(where: str, error: Exception) -> CacheError:
-    return CacheError(
+    """CacheUnreadable, unless the same would be found again."""
+    lasting = isinstance(error, PermissionError | IsADirectoryError)
+    kind = CacheError if lasting else CacheUnreadable
+    return kind(
         "the cache cannot be read",
         where=where,
         found=f"{type(error).__name__}: {error}",

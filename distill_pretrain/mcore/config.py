@@ -54,6 +54,12 @@ class ModelConfig(Section):
     """init: completep: the width the optimizer was tuned at; null means hidden_size."""
     vocab_divisor: int = Field(default=128, ge=1)
     """The vocabulary is padded to a multiple of this (and of the tensor-parallel size)."""
+    spec: Literal["auto", "local", "te"] = "local"
+    """Layer modules: `local` (PyTorch), `te` (Transformer Engine, on GPUs), `auto` (te where it is installed)."""
+    fp8: Literal["e4m3", "hybrid"] | None = None
+    """FP8 format of the matrix products (spec: te); hybrid has e5m2 gradients; null means none."""
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "delayed"
+    """How fp8 chooses its scales, as Transformer Engine names it."""
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
@@ -66,7 +72,19 @@ class ModelConfig(Section):
         if self.arch != "llama" and used:
             raise ValueError(f"{', '.join(used)}: only for arch: llama, not {self.arch}")
         self._check_init()
+        self._check_spec()
         return self
+
+    def _check_spec(self) -> None:
+        if self.spec == "te" and self.norm_placement == "post":
+            raise ValueError(
+                "spec: te joins each norm to the projection after it, which norm_placement: post does not have; "
+                "set spec: local"
+            )
+        if self.fp8 is not None and self.spec != "te":
+            raise ValueError(
+                f"fp8: {self.fp8} needs the layers of Transformer Engine; set spec: te"
+            )
 
     def _check_init(self) -> None:
         if self.init == "deepscale" and self.residual_k >= 2 * self.num_layers:
@@ -103,8 +121,49 @@ class ParallelConfig(Section):
     """Model chunks per pipeline stage (interleaved schedule when > 1)."""
     sequence_parallel: bool = False
     """Split activations over the sequence between tensor-parallel regions."""
+    context: int = Field(default=1, ge=1)
+    """Context-parallel size: ranks that share each sequence, attention included."""
+    first_stage_layers: int | None = Field(default=None, ge=1)
+    """Layers of the first pipeline stage, which also has the embedding; null means an equal share."""
+    last_stage_layers: int | None = Field(default=None, ge=1)
+    """Layers of the last pipeline stage, which also has the LM head and the loss; null means an equal share."""
     distributed_optimizer: bool = False
-    """Shard optimizer state over data-parallel ranks."""
+    """Shard optimizer state over data-parallel (and context-parallel) ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over data-parallel ranks while the backward pass goes on."""
+    overlap_param_gather: bool = False
+    """Gather updated weights while the next forward pass begins (distributed_optimizer, overlap_grad_reduce)."""
+    fuse_gradient_accumulation: bool = False
+    """Add weight gradients to their fp32 buffer in the matrix product (GPUs with NVIDIA's apex)."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations recomputed in the backward pass: none, those of recompute_modules, or whole layers."""
+    recompute_modules: tuple[Literal["core_attn", "mlp"], ...] = ("mlp",)
+    """What recompute: selective leaves out of memory; core_attn is little but for context parallelism."""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """recompute: full keeps the input of every `recompute_num_layers` layers, or recomputes only that many (block)."""
+    recompute_num_layers: int = Field(default=1, ge=1)
+    """Layers of a group (uniform), or of a stage's chunk that are recomputed (block)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ParallelConfig:
+        if self.overlap_param_gather and not (
+            self.distributed_optimizer and self.overlap_grad_reduce
+        ):
+            raise ValueError(
+                "overlap_param_gather: needs distributed_optimizer: true and overlap_grad_reduce: true"
+            )
+        needs = {
+            "recompute_modules": "selective",
+            "recompute_method": "full",
+            "recompute_num_layers": "full",
+        }
+        for name, kind in needs.items():
+            changed = getattr(self, name) != type(self).model_fields[name].default
+            if changed and self.recompute != kind:
+                raise ValueError(f"{name}: only for recompute: {kind}, not {self.recompute}")
+        if self.recompute == "selective" and not self.recompute_modules:
+            raise ValueError("recompute_modules: name at least one, or set recompute: none")
+        return self
 
 
 class OptimizerConfig(Section):

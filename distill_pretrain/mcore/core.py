@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from typing import Any
 
 from distill_pretrain.importing import importing_megatron
 
@@ -20,12 +21,16 @@ with importing_megatron():
         make_sharded_optimizer_tensor,
         optim_state_to_sharding_state,
     )
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
         finalize_model_grads,
     )
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_local_spec,
+        get_gpt_layer_with_transformer_engine_spec,
+    )
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.optimizer import (
         OptimizerConfig,
@@ -48,6 +53,13 @@ with importing_megatron():
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
 
+def transformer_engine_norm() -> Any:
+    """Megatron-core's norm on Transformer Engine, which must be installed."""
+    with importing_megatron():
+        from megatron.core.extensions.transformer_engine import TENorm
+    return TENorm
+
+
 _CHATTER = (
     "RNG state changed",
     "Rerun State Machine",
@@ -58,6 +70,8 @@ _CHATTER = (
 _HARMLESS_WARNINGS = (
     r"`torch\.distributed\..*` is deprecated",
     r"full scope is deprecated",
+    # Under recompute: selective, whatever computes the layers.
+    r"If you are using transformer_engine as the transformer implementation",
     r"The \.grad attribute of a Tensor that is not a leaf",
 )
 
@@ -81,6 +95,7 @@ def silence_chatter() -> None:
 __all__ = [
     "DistributedDataParallel",
     "DistributedDataParallelConfig",
+    "FileSystemWriterAsync",
     "Float16Module",
     "GPTModel",
     "MegatronModule",
@@ -99,6 +114,7 @@ __all__ = [
     "finalize_model_grads",
     "get_forward_backward_func",
     "get_gpt_layer_local_spec",
+    "get_gpt_layer_with_transformer_engine_spec",
     "get_megatron_optimizer",
     "get_num_layers_to_build",
     "is_main_replica",
@@ -109,4 +125,5 @@ __all__ = [
     "parallel_state",
     "silence_chatter",
     "tensor_parallel",
+    "transformer_engine_norm",
 ]

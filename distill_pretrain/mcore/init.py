@@ -15,15 +15,26 @@ from distill_pretrain.mcore.config import ModelConfig
 from distill_pretrain.mcore.core import GPTModel, parallel_state
 from distill_pretrain.mcore.deep import initial_stds, row_stds
 
+_JOINED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+"""Norms that Transformer Engine joins to the projection after them, and their names in the local spec."""
+
 
 def global_name(gpt: GPTModel, name: str) -> str:
-    """Parameter name with the layer's number in the whole model, tied head under the embedding's name."""
+    """Parameter name with the layer's number in the whole model, tied head under the embedding's name.
+
+    It is the same whatever computes the layers.
+    """
     if gpt.share_embeddings_and_output_weights and name == "output_layer.weight":
         return "embedding.word_embeddings.weight"
     prefix, _, rest = name.partition("decoder.layers.")
     if prefix or not rest:
         return name
     local, _, tail = rest.partition(".")
+    for joined, apart in _JOINED_NORMS.items():
+        tail = tail.replace(joined, apart)
     return f"decoder.layers.{gpt.decoder.layers[int(local)].layer_number - 1}.{tail}"
 
 
@@ -63,8 +74,9 @@ def initialize_weights(gpt: GPTModel, model: ModelConfig, *, vocab_size: int, se
         if is_vocabulary:
             full = torch.cat((full, full.new_zeros(shape[0] - vocab_size, *shape[1:])))
         if dim >= 0 and size > 1:
-            # Gated fc1 has stride 2: gate and up projection are sliced separately.
-            stride = max(1, parameter.partition_stride)
+            # Gate and up projection are sliced separately. Transformer Engine does not note so in `partition_stride`.
+            gated = gpt.config.gated_linear_unit and name.endswith("linear_fc1.weight")
+            stride = 2 if gated else 1
             pieces = full.split(parameter.size(dim) // stride, dim=dim)
             full = torch.cat(pieces[rank::size], dim=dim)
         parameter.copy_(full)

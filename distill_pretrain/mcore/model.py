@@ -6,6 +6,7 @@ Shapes: B sequences, L positions, V vocabulary; megatron-core's logits are seque
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,14 +23,23 @@ from distill_pretrain.mcore.core import (
     tensor_parallel,
 )
 from distill_pretrain.mcore.deep import residual_scaling
+from distill_pretrain.mcore.head import head_computes
 from distill_pretrain.mcore.init import global_name, initialize_weights
 from distill_pretrain.mcore.layout import padded_vocab_size
-from distill_pretrain.mcore.modules import block_submodules
+from distill_pretrain.mcore.modules import (
+    block_submodules,
+    return_copied_bias,
+    transformer_engine_submodules,
+    uses_transformer_engine,
+)
 
 LossFunction = Callable[[torch.Tensor, TokenBatch], torch.Tensor]
 """(vocab-parallel logits [L, B, V/tp], batch [B, L]) -> summed terms, float32[num_terms].
 
-The first term is minimised; the others are reported."""
+The first term is minimised; the others are reported. One with a true `takes_hidden` has `from_hidden(hidden [L, B, H],
+weight [V/tp, H], *, batch)` called in its place, and no logits are made."""
+
+EXTRA_STATE = "_extra_state"
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -44,9 +54,25 @@ class DistillGPT(GPTModel):
         assert self.loss_function is not None
         return self.loss_function(logits, labels)
 
+    def _postprocess(self, hidden_states: torch.Tensor, *, labels: Any, **settings: Any) -> Any:
+        """As megatron-core's; a loss that takes hidden states gets them in place of logits."""
+        loss: Any = self.loss_function
+        if not self.post_process or labels is None or not getattr(loss, "takes_hidden", False):
+            return super()._postprocess(hidden_states=hidden_states, labels=labels, **settings)
+        weight = None
+        if self.share_embeddings_and_output_weights:
+            weight = self.shared_embedding_or_output_weight()
+        with head_computes(self.output_layer, partial(loss.from_hidden, batch=labels)):
+            terms, _ = self.output_layer(hidden_states, weight=weight)
+        return terms
+
 
 def transformer_config(
-    model: ModelConfig, parallel: ParallelConfig, *, dtype: torch.dtype
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    *,
+    dtype: torch.dtype,
+    fuse_gradient_accumulation: bool = False,
 ) -> TransformerConfig:
     """Megatron-core's configuration of this model and layout."""
     llama = model.arch == "llama"
@@ -71,7 +97,11 @@ def transformer_config(
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if interleaved else None,
+        "num_layers_in_first_pipeline_stage": parallel.first_stage_layers,
+        "num_layers_in_last_pipeline_stage": parallel.last_stage_layers,
+        "context_parallel_size": parallel.context,
         "sequence_parallel": parallel.sequence_parallel and parallel.tensor > 1,
+        **_recomputation(parallel),
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
@@ -86,11 +116,29 @@ def transformer_config(
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
-        "gradient_accumulation_fusion": False,
+        "gradient_accumulation_fusion": fuse_gradient_accumulation,
         "apply_rope_fusion": False,
         "cross_entropy_loss_fusion": False,
     }
+    if model.fp8 is not None:
+        settings |= {"fp8": model.fp8, "fp8_recipe": model.fp8_recipe}
     return TransformerConfig(**{**settings, **cpu_compat.transformer_overrides()})
+
+
+def _recomputation(parallel: ParallelConfig) -> dict[str, Any]:
+    """Fields of TransformerConfig for what the backward pass recomputes."""
+    if parallel.recompute == "full":
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": parallel.recompute_method,
+            "recompute_num_layers": parallel.recompute_num_layers,
+        }
+    if parallel.recompute == "selective":
+        return {
+            "recompute_granularity": "selective",
+            "recompute_modules": list(parallel.recompute_modules),
+        }
+    return {}
 
 
 def build_model_chunks(
@@ -102,6 +150,7 @@ def build_model_chunks(
     precision: str,
     seed: int | None,
     loss_function: LossFunction | None = None,
+    fuse_gradient_accumulation: bool = False,
 ) -> list[torch.nn.Module]:
     """Model chunks of this rank, with initial weights that depend on `seed` and not on the layout.
 
@@ -113,14 +162,23 @@ def build_model_chunks(
         precision: "fp32" or "bf16".
         seed: of the initial weights; None leaves them to be loaded.
         loss_function: what the last stage computes from its logits; None for scoring only.
+        fuse_gradient_accumulation: for chunks that megatron-core's DDP will wrap, which has the buffers it adds to.
     """
-    config = transformer_config(model, parallel, dtype=DTYPES[precision])
+    config = transformer_config(
+        model,
+        parallel,
+        dtype=DTYPES[precision],
+        fuse_gradient_accumulation=fuse_gradient_accumulation,
+    )
+    submodules = (
+        transformer_engine_submodules if uses_transformer_engine(model) else block_submodules
+    )
     chunks: list[torch.nn.Module] = []
     for chunk in range(parallel.virtual_pipeline):
         vp_stage = chunk if parallel.virtual_pipeline > 1 else None
         gpt = DistillGPT(
             config,
-            block_submodules(config, vp_stage, residual_scaling(model)),
+            submodules(config, vp_stage, residual_scaling(model)),
             vocab_size=padded_vocab_size(vocab_size, model.vocab_divisor, parallel.tensor),
             max_sequence_length=seq_len,
             pre_process=parallel_state.is_pipeline_first_stage(
@@ -138,6 +196,9 @@ def build_model_chunks(
             vp_stage=vp_stage,
         )
         gpt.loss_function = loss_function
+        if config.recompute_granularity == "selective" and "mlp" in config.recompute_modules:
+            for layer in gpt.decoder.layers:
+                layer.mlp.register_forward_hook(return_copied_bias)
         for parameter in gpt.parameters():
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
         # Megatron-core makes its own layers on the GPU; norms and learned positions start on the CPU.
@@ -186,12 +247,19 @@ def sharding_metadata() -> dict[str, Any]:
 def sharded_chunks(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     """The weights as megatron-core's dist_checkpointing saves them, one entry per chunk."""
     return {
-        name: unwrap(chunk).sharded_state_dict(metadata=sharding_metadata())
+        name: _without_extra_state(unwrap(chunk).sharded_state_dict(metadata=sharding_metadata()))
         for name, chunk in zip(_chunk_names(chunks), chunks, strict=True)
     }
+
+
+def _without_extra_state(state: dict[str, Any]) -> dict[str, Any]:
+    """A state without what Transformer Engine adds (FP8's scales): other layers can read it, and scales start anew."""
+    return {name: value for name, value in state.items() if not name.endswith(EXTRA_STATE)}
 
 
 def load_chunks(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
     """Restore what dist_checkpointing loaded into `sharded_chunks`."""
     for name, chunk in zip(_chunk_names(chunks), chunks, strict=True):
-        unwrap(chunk).load_state_dict(loaded[name], strict=True)
+        missing, unexpected = unwrap(chunk).load_state_dict(loaded[name], strict=False)
+        wrong = [*unexpected, *(key for key in missing if not key.endswith(EXTRA_STATE))]
+        assert not wrong, wrong

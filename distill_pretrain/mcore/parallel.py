@@ -17,7 +17,9 @@ def current_groups() -> ParallelGroups:
     return ParallelGroups(
         tensor=ps.get_tensor_model_parallel_group(),
         pipeline=ps.get_pipeline_model_parallel_group(),
-        data=ps.get_data_parallel_group(with_context_parallel=True),
+        data=ps.get_data_parallel_group(),
+        context=ps.get_context_parallel_group(),
+        data_context=ps.get_data_parallel_group(with_context_parallel=True),
         pipeline_last_rank=ps.get_pipeline_model_parallel_last_rank(),
     )
 
@@ -28,7 +30,7 @@ def model_parallel(parallel: ParallelConfig, *, seed: int) -> Iterator[ParallelG
 
     Args:
         parallel: layout; must divide the world size (`layout.data_parallel_size`).
-        seed: of the dropout streams; pipeline stages get different ones, as in Megatron-LM.
+        seed: of the dropout streams; pipeline stages get different ones, as in Megatron-LM, and so do context ranks.
     """
     cpu_compat.enable()
     from distill_pretrain.mcore import adam
@@ -43,11 +45,13 @@ def model_parallel(parallel: ParallelConfig, *, seed: int) -> Iterator[ParallelG
         virtual_pipeline_model_parallel_size=(
             parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
         ),
+        context_parallel_size=parallel.context,
         create_gloo_process_groups=True,
     )
-    megatron_random.model_parallel_cuda_manual_seed(
-        seed + 100 * ps.get_pipeline_model_parallel_rank()
+    part = ps.get_pipeline_model_parallel_rank() + (
+        parallel.pipeline * ps.get_context_parallel_rank()
     )
+    megatron_random.model_parallel_cuda_manual_seed(seed + 100 * part)
     try:
         yield current_groups()
     finally:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from distill_pretrain.contracts import TokenBatch
+from distill_pretrain.dist.context import context_spans
 from distill_pretrain.dist.groups import ParallelGroups
 from distill_pretrain.mcore.config import ModelConfig, OptimizerConfig, ParallelConfig
 from distill_pretrain.mcore.core import (
@@ -67,9 +68,17 @@ def reduce_terms(num_tokens: torch.Tensor, terms: torch.Tensor) -> Any:
     return terms[0].clone(), num_tokens, {"sums": report}
 
 
+def context_positions(num_positions: int, device: torch.device) -> torch.Tensor:
+    """The places in their sequence of the columns of this rank's micro-batches, int64[num_positions]."""
+    rank = parallel_state.get_context_parallel_rank()
+    size = parallel_state.get_context_parallel_world_size()
+    spans = context_spans(num_positions * size, rank, size)
+    return torch.cat([torch.arange(*span, device=device) for span in spans])
+
+
 def forward_micro_batch(model: torch.nn.Module, batch: TokenBatch) -> torch.Tensor:
     """What this rank's part of the model makes of a micro-batch: loss terms on the last pipeline stage."""
-    positions = torch.arange(batch.tokens.size(1), device=batch.tokens.device)
+    positions = context_positions(batch.tokens.size(1), batch.tokens.device)
     output: torch.Tensor = model(
         batch.tokens, positions.expand_as(batch.tokens), None, labels=batch
     )
@@ -160,6 +169,7 @@ class Student(ABC):
             precision=precision,
             seed=seed,
             loss_function=loss_function,
+            fuse_gradient_accumulation=parallel.fuse_gradient_accumulation,
         )
         self.config = unwrap(modules[0]).config
         self.chunks: list[torch.nn.Module] = modules
@@ -198,6 +208,16 @@ class Student(ABC):
     def _update_weights(self, accepts: Callable[[float], bool]) -> tuple[bool, float]:
         """Clip and apply the gradients of this step, if their norm is accepted: (applied, norm before clipping)."""
 
+    def settle_weights(self) -> None:
+        """Make this rank's weights those of the last update, where they would be gathered by the next forward pass.
+
+        Every rank calls it, before weights are read.
+        """
+        for chunk in self.chunks:
+            settings = getattr(chunk, "ddp_config", None)
+            if settings is not None and settings.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
+
     @abstractmethod
     def optimizer_state(self, model_state: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
         """The optimizer as megatron-core's dist_checkpointing saves it, beside what `model_state` returned.
@@ -211,6 +231,8 @@ class Student(ABC):
 
     def model_state(self, *, is_loading: bool) -> dict[str, Any]:
         """The weights as dist_checkpointing saves them, under any backend."""
+        if not is_loading:
+            self.settle_weights()
         return sharded_chunks(self.chunks)
 
     def load_model_state(self, loaded: dict[str, Any]) -> None:
@@ -251,10 +273,10 @@ class Student(ABC):
         return replace(seen, applied=applied, grad_norm=grad_norm)
 
     def _global_sums(self, reports: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-        """Sum over micro-batches and data-parallel ranks, made known to every pipeline stage: fp64[terms + 1]."""
+        """Sum over micro-batches and the ranks of other positions, made known to every stage: fp64[terms + 1]."""
         if self.is_last_stage:
             sums = torch.stack([report["sums"] for report in reports]).sum(0)
-            dist.all_reduce(sums, group=self.groups.data)
+            dist.all_reduce(sums, group=self.groups.data_context)
         else:
             device = next(self.chunks[0].parameters()).device
             sums = torch.zeros(self.num_terms + 1, dtype=torch.float64, device=device)
@@ -275,6 +297,8 @@ class MegatronStudent(Student):
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=parallel.distributed_optimizer,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
             # The trainer judges every step before its update.
             check_for_nan_in_grad=False,
             average_in_collective=False,
@@ -284,14 +308,21 @@ class MegatronStudent(Student):
             for index, module in enumerate(self.chunks)
         ]
         attached = get_megatron_optimizer(
-            megatron_optimizer_config(
-                optimizer, precision=precision, distributed=parallel.distributed_optimizer
+            replace(
+                megatron_optimizer_config(
+                    optimizer, precision=precision, distributed=parallel.distributed_optimizer
+                ),
+                overlap_param_gather=parallel.overlap_param_gather,
             ),
             self.chunks,
             config_overrides=config_overrides(model, optimizer),
         )
         self.config.grad_scale_func = attached.scale_loss
         self.config.finalize_model_grads_func = finalize_model_grads
+        if parallel.overlap_grad_reduce:
+            # Only the last micro-batch's gradients are complete and may travel.
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self._forward_backward = get_forward_backward_func()
         return attached
 

@@ -38,7 +38,26 @@ def _layout(student: Student) -> list[int]:
         config.pipeline_model_parallel_size,
         config.virtual_pipeline_model_parallel_size or 1,
         int(config.sequence_parallel),
+        config.context_parallel_size,
     ]
+
+
+def plan_save(student: Student, folder: Path) -> Any:
+    """What `save_student` still has to write, as megatron-core's AsyncRequest; all but the sharded tensors is written.
+
+    Every rank calls it. The request refers to the student's own tensors.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state = _student_state(student, is_loading=False)
+        request = dist_checkpointing.save(state, str(folder), async_sharded_save=True)
+    streams = {
+        "default": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        **megatron_random.get_cuda_rng_tracker().get_states(),
+    }
+    torch.save({"layout": _layout(student), "streams": streams}, rng_file(folder, dist.get_rank()))
+    return request
 
 
 def save_student(student: Student, folder: Path) -> None:
@@ -46,15 +65,10 @@ def save_student(student: Student, folder: Path) -> None:
 
     Every rank calls it; the folder is complete when the last rank returns.
     """
+    request = plan_save(student, folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dist_checkpointing.save(_student_state(student, is_loading=False), str(folder))
-    streams = {
-        "default": torch.get_rng_state(),
-        "device": torch.cuda.get_rng_state(),
-        **megatron_random.get_cuda_rng_tracker().get_states(),
-    }
-    torch.save({"layout": _layout(student), "streams": streams}, rng_file(folder, dist.get_rank()))
+        request.execute_sync()
 
 
 def load_student(student: Student, folder: Path) -> bool:

@@ -20,6 +20,8 @@ class PlanConfig(Section):
     """Memory of a GPU, in units of 1e9 bytes."""
     gpu_reserve_gb: float = Field(default=6.0, ge=0)
     """Of it, what CUDA, NCCL and fragmentation take (an assumption; measure it on your machines)."""
+    process_base_gb: float = Field(default=0.395, ge=0)
+    """Host memory of a process of `train` without a model or CUDA, in units of 1e9 bytes (docs/results/memory)."""
     gpu_tflops: float = Field(default=989.0, gt=0)
     """Dense bf16 peak of a GPU, in 1e12 operations per second (an H100's by default)."""
     utilization: float = Field(default=0.35, gt=0, le=1)

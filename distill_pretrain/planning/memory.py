@@ -2,10 +2,10 @@
 
 Weights, gradients and optimizer state follow from the code and are exact up to a few hundred bytes per tensor. The rest
 is an estimate of what autograd keeps and of the largest temporaries, for the layers of `mcore` (SDPA attention, norms
-composed of plain operations, no fused kernels, no recomputation) and the PyTorch loss; fused kernels need less.
+composed of plain operations, no fused kernels) and the PyTorch loss; fused kernels need less.
 
-Shapes: T positions of a micro-batch, H hidden, F feed-forward, n heads and g key/value groups of width d, V vocabulary,
-K target entries of a position, t tensor-parallel size, e bytes of an activation.
+Shapes: T positions of a micro-batch on one rank, H hidden, F feed-forward, n heads and g key/value groups of width d, V
+vocabulary, K target entries of a position, t tensor- and c context-parallel size, e bytes of an activation.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 
 from distill_pretrain.mcore.config import ModelConfig, OptimizerConfig, ParallelConfig
-from distill_pretrain.mcore.layout import padded_vocab_size
+from distill_pretrain.mcore.layout import padded_vocab_size, stage_layers
 from distill_pretrain.planning.parameters import head_width, rank_shapes, stages
 
 ACTIVATION_BYTES = {"fp32": 4, "bf16": 2}
@@ -23,7 +23,12 @@ MASTER_BYTES = 4
 GRADIENT_BYTES = 4
 PARAMETER_ALIGNMENT = 64
 """Elements at whose multiples megatron-core's distributed optimizer starts each parameter."""
+GLIBC_KEEPS = 64 << 20
+"""Freed memory that malloc keeps: twice the largest threshold above which it maps blocks one by one (mallopt(3))."""
 BUCKET_ALIGNMENT = 128
+
+LOSS_CHUNK_ELEMENTS = 1 << 18
+"""Of the loss's temporaries in plain PyTorch: `CHUNK_ELEMENTS` of its reference."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +62,12 @@ class StudentJob:
     @property
     def positions(self) -> int:
         """T."""
-        return self.micro_batch_size * self.seq_len
+        return self.micro_batch_size * self.seq_len // self.parallel.context
+
+    @property
+    def optimizer_shards(self) -> int:
+        """Ranks over which the distributed optimizer divides its state."""
+        return self.data_parallel * self.parallel.context
 
     @property
     def bytes_per_activation(self) -> int:
@@ -114,10 +124,10 @@ def rank_memory(job: StudentJob, stage: int) -> RankMemory:
     weights, gradients, optimizer = _states(job, numels)
     is_last = stage == job.parallel.pipeline - 1
     loss, at_loss = _loss(job) if is_last else (0, 0)
-    activations = round(_layers_in_flight(job, stage) * layer_bytes(job) * job.positions)
+    activations = round(_passes_in_flight(job, stage) * _chunk_bytes(job, stage) * job.positions)
     if is_last:
         activations += _head_bytes(job) * job.positions
-    local = sum(numels) // (job.data_parallel if _shards_optimizer(job) else 1)
+    local = sum(numels) // (job.optimizer_shards if _shards_optimizer(job) else 1)
     return RankMemory(
         stage=stage,
         weights=weights,
@@ -126,9 +136,21 @@ def rank_memory(job: StudentJob, stage: int) -> RankMemory:
         batch=_batch(job, with_targets=is_last),
         activations=activations,
         loss=loss,
-        temporaries=max(at_loss, _layer_temporaries(job)),
+        # By the time a layer is computed again, what the loss kept is gone.
+        temporaries=max(at_loss, _layer_temporaries(job), _recomputed_bytes(job) - loss),
         step_temporaries=0 if job.optimizer.offload else MASTER_BYTES * local,
     )
+
+
+def cpu_process_bytes(memory: RankMemory, base: float) -> float:
+    """Peak resident memory of a process that trains on a CPU.
+
+    Args:
+        memory: of its rank.
+        base: of a process without a model: Python, PyTorch, megatron-core, their code and caches.
+    """
+    passing = memory.total - memory.states - memory.batch
+    return base + memory.total + min(passing, GLIBC_KEEPS)
 
 
 def fullest_rank(job: StudentJob) -> RankMemory:
@@ -170,27 +192,60 @@ def _states(job: StudentJob, numels: list[int]) -> tuple[int, int, int]:
         return weight * total, GRADIENT_BYTES * total, state * total
     padded = _round_up(
         sum(_round_up(numel, PARAMETER_ALIGNMENT) for numel in numels),
-        math.lcm(job.data_parallel, BUCKET_ALIGNMENT),
+        math.lcm(job.optimizer_shards, BUCKET_ALIGNMENT),
     )
-    return weight * padded, GRADIENT_BYTES * padded, state * padded // job.data_parallel
+    return weight * padded, GRADIENT_BYTES * padded, state * padded // job.optimizer_shards
 
 
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def _layers_in_flight(job: StudentJob, stage: int) -> float:
-    """Layers times micro-batches whose activations are kept at the fullest moment.
+def _passes_in_flight(job: StudentJob, stage: int) -> int:
+    """Passes of a micro-batch through a chunk whose activations are kept at the fullest moment.
 
     Plain pipeline (1F1B): a stage holds as many micro-batches as there are stages from it on. Interleaved: it runs
     2 (pp - stage - 1) + (chunks - 1) pp passes ahead and one more, each of one chunk.
     """
     stages_, chunks = job.parallel.pipeline, job.parallel.virtual_pipeline
-    per_chunk = job.model.num_layers // (stages_ * chunks)
     if chunks == 1:
-        return per_chunk * min(stages_ - stage, job.num_micro_batches)
+        return min(stages_ - stage, job.num_micro_batches)
     ahead = 2 * (stages_ - stage - 1) + (chunks - 1) * stages_ + 1
-    return per_chunk * min(ahead, job.num_micro_batches * chunks)
+    return min(ahead, job.num_micro_batches * chunks)
+
+
+def _chunk_bytes(job: StudentJob, stage: int) -> float:
+    """What the layers of one model chunk keep for their backward pass, per position.
+
+    Full recomputation keeps the input of every group of layers (uniform), or that of each layer it covers (block).
+    """
+    parallel = job.parallel
+    layers = stage_layers(job.model.num_layers, parallel)[stage] // parallel.virtual_pipeline
+    if parallel.recompute != "full":
+        return layers * layer_bytes(job)
+    stream = job.bytes_per_activation * job.model.hidden_size / job.sequence_split
+    if parallel.recompute_method == "uniform":
+        return layers // parallel.recompute_num_layers * stream
+    covered = min(layers, parallel.recompute_num_layers)
+    return covered * stream + (layers - covered) * layer_bytes(job)
+
+
+def _recomputed_bytes(job: StudentJob) -> int:
+    """What is there while a group of layers (full) or parts of one (selective) are computed again and differentiated.
+
+    Their activations, and the first gradients: of the stream, twice, and of one inner vector of the feed-forward block.
+    """
+    parallel = job.parallel
+    if parallel.recompute == "none":
+        return 0
+    if parallel.recompute == "selective":
+        anew = _layer_bytes(job, frozenset()) - layer_bytes(job)
+    else:
+        grouped = parallel.recompute_method == "uniform"
+        anew = (parallel.recompute_num_layers if grouped else 1) * layer_bytes(job)
+    inner = job.model.ffn_hidden_size / parallel.tensor
+    gradients = job.bytes_per_activation * (2 * job.model.hidden_size + inner)
+    return round((anew + gradients) * job.positions)
 
 
 def norm_bytes(job: StudentJob, width: float) -> float:
@@ -205,7 +260,12 @@ def norm_bytes(job: StudentJob, width: float) -> float:
 
 
 def layer_bytes(job: StudentJob) -> float:
-    """What one transformer layer keeps for its backward pass, per position."""
+    """What one transformer layer keeps for its backward pass, per position, but for what is recomputed selectively."""
+    selective = job.parallel.recompute == "selective"
+    return _layer_bytes(job, frozenset(job.parallel.recompute_modules if selective else ()))
+
+
+def _layer_bytes(job: StudentJob, recomputed: frozenset[str]) -> float:
     model, e, t = job.model, job.bytes_per_activation, job.parallel.tensor
     llama, width = model.arch == "llama", head_width(job.model)
     groups = model.num_query_groups or model.num_attention_heads
@@ -214,14 +274,24 @@ def layer_bytes(job: StudentJob) -> float:
     mixed = query + 2 * key
     # Grouped heads in fp32 are repeated before attention (mcore/modules.py).
     repeated = job.precision == "fp32" and groups != model.num_attention_heads
-    if repeated:
+    context = job.parallel.context
+    softmax = 4 * model.num_attention_heads / t
+    if "core_attn" in recomputed:
+        kept = mixed + (query + key if llama else 0)
+        softmax = 0.0
+    elif context > 1:
+        # Keys and values of the whole sequence, and the output once in its two pieces.
+        kept = (query if llama else mixed) + query
+        kept += 2 * context * (query if repeated else key)
+    elif repeated:
         kept = 3 * query + (0 if llama and not model.qk_norm else mixed - query)
     else:
         kept = mixed + (query + key if llama else 0)
-    attention = e * (hidden + kept + query) + 4 * model.num_attention_heads / t
+    attention = e * (hidden + kept + query) + softmax
     if model.qk_norm:
         attention += norm_bytes(job, query) + norm_bytes(job, key)
-    feed_forward = e * (hidden + (5 if llama else 2) * model.ffn_hidden_size / t)
+    inner = 0.0 if "mlp" in recomputed else (5 if llama else 2) * model.ffn_hidden_size / t
+    feed_forward = e * (hidden + inner)
     dropout = 2 * e * hidden if model.dropout else 0.0
     return 2 * norm_bytes(job, hidden) + attention + feed_forward + dropout
 
@@ -236,22 +306,17 @@ def _head_bytes(job: StudentJob) -> int:
 def _loss(job: StudentJob) -> tuple[int, int]:
     """Bytes the loss keeps of the logits [T, V/t], and the largest temporaries beside them.
 
-    Kept: exponentials in fp32, which become the gradient in place, and some numbers per entry. Forward: the logits and,
-    below fp32, their fp32 copy. Backward: the gradient with padding columns, and in the logits' own precision.
+    Kept: the logits, which become the gradient in place, and some numbers per entry. Temporaries: fp32 copies of some
+    rows in plain PyTorch, and the sums' inputs per entry. A chunked head, as on a GPU, takes less.
     """
     e, t = job.bytes_per_activation, job.parallel.tensor
     padded = padded_vocab_size(job.vocab_size, job.model.vocab_divisor, t) // t
-    # Padding columns are all on the last tensor-parallel ranks, the others hold `padded` real ones.
-    real = min(padded, job.vocab_size)
-    has_padding = padded * t != job.vocab_size
     picks = 1 + job.entries
-    kept = 4 * real + (8 + 1 + 4) * picks + 4 * (4 + picks) + 12
-    forward = e * padded + (4 * real if e < 4 else 0) + 24 * job.entries
-    backward = (4 * padded if has_padding else 0) + (e * padded if e < 4 else 0)
+    kept = e * padded + 12 * job.entries + 8 * picks + 48
+    chunk = 4 * min(LOSS_CHUNK_ELEMENTS, job.positions * padded) * (2 if e < 4 else 1)
+    rows = job.positions * 24 * picks
     head_gradient = e * padded * job.model.hidden_size
-    return job.positions * kept, max(
-        job.positions * forward, job.positions * backward, head_gradient
-    )
+    return job.positions * kept, max(chunk + rows, head_gradient)
 
 
 def _layer_temporaries(job: StudentJob) -> int:

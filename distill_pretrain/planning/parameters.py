@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 
 from distill_pretrain.mcore.config import ModelConfig, ParallelConfig
-from distill_pretrain.mcore.layout import padded_vocab_size
+from distill_pretrain.mcore.layout import padded_vocab_size, stage_layers
 
 Shape = tuple[int, ...]
 
@@ -63,7 +63,7 @@ def rank_shapes(
     rows = padded_vocab_size(vocab_size, model.vocab_divisor, tensor) // tensor
     vocabulary = (rows, model.hidden_size)
     is_first, is_last = stage == 0, stage == parallel.pipeline - 1
-    shapes = layer_shapes(model, tensor) * (model.num_layers // parallel.pipeline)
+    shapes = layer_shapes(model, tensor) * stage_layers(model.num_layers, parallel)[stage]
     if is_first:
         shapes.append(vocabulary)
         if model.arch == "gpt2":

@@ -52,8 +52,14 @@ class TrainConfig(Section):
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints kept."""
+    async_save: bool = False
+    """Write checkpoints from a copy in host memory while training goes on; they are published when complete."""
     export_interval: int | None = Field(default=None, ge=1)
     """Steps between exports to output_dir/hf/step-N for transformers, the last step's included; null means none."""
+    track: tuple[Literal["tensorboard", "wandb", "prometheus"], ...] = ()
+    """Where the records of metrics.jsonl go besides: output_dir/tensorboard, W&B, output_dir/metrics.prom."""
+    peak_tflops: float | None = Field(default=None, gt=0)
+    """Peak of a device in 1e12 operations per second, for `mfu`; null knows common GPUs in bf16."""
     bad_steps: BadStepsConfig = BadStepsConfig()
     """What becomes of a step with NaN, infinity or a jump of the loss."""
     stuck_after_s: float | None = Field(default=1800.0, gt=0)

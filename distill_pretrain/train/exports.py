@@ -51,10 +51,14 @@ class RunExports:
                 dtype=train.precision,
             )
 
+    def is_due(self, step: int) -> bool:
+        """Whether `after_step` will export."""
+        interval = self._train.export_interval
+        return interval is not None and (step % interval == 0 or step == self._train.steps)
+
     def after_step(self, step: int, chunks: Sequence[torch.nn.Module]) -> None:
         """Export if this step's turn has come. Every rank calls it."""
-        interval = self._train.export_interval
-        if interval is None or (step % interval and step != self._train.steps):
+        if not self.is_due(step):
             return
         from distill_pretrain.checkpoint.hf.export import export_model
 

@@ -27,16 +27,25 @@ from distill_pretrain.dist.process import (
     process_group,
     set_cpu_threads,
 )
+from distill_pretrain.kernels.chunked_head.head import CHUNK_TOKENS
 from distill_pretrain.losses.config import ObjectiveConfig
 from distill_pretrain.losses.dense_kd import TeacherObjective
 from distill_pretrain.losses.sparse_kd import DistillationObjective, require_entries_fit
 from distill_pretrain.losses.terms import Objective
 from distill_pretrain.mcore.config import ModelConfig, OptimizerConfig, ParallelConfig
 from distill_pretrain.mcore.deep import residual_identity
-from distill_pretrain.mcore.layout import check_layout, require_backend
+from distill_pretrain.mcore.flops import training_flops_per_token
+from distill_pretrain.mcore.layout import (
+    check_layout,
+    require_backend,
+    require_fusion,
+    require_spec,
+)
 from distill_pretrain.train.config import TrainConfig
 from distill_pretrain.train.exports import RunExports
-from distill_pretrain.train.metrics import MetricsLog
+from distill_pretrain.train.metrics import EventLog, MetricsLog
+from distill_pretrain.train.throughput import Throughput, peak_tflops
+from distill_pretrain.train.trackers import Trackers, require_trackers
 
 OpenTeacher = Callable[[SequenceData], LogitsEngine]
 """Loads the teacher of objective.target=teacher for the vocabulary and length of these sequences."""
@@ -68,9 +77,12 @@ def run_identity(
         "seq_len": first.plan.seq_len,
         "vocab_size": first.vocab_size,
         "tokenizer_sha256": first.tokenizer_sha256,
-        "model": model.model_dump(mode="json"),
+        # Not how its layers are computed: any of them goes on from the weights of another.
+        "model": model.model_dump(mode="json", exclude={"spec", "fp8", "fp8_recipe"}),
+        **({"fp8": [model.fp8, model.fp8_recipe]} if model.fp8 else {}),
         **residual_identity(model),
-        "objective": objective.model_dump(mode="json"),
+        # Not how it is computed.
+        "objective": objective.model_dump(mode="json", exclude={"kernel", "head"}),
         "precision": train.precision,
         "seed": train.seed,
         "global_batch_size": train.global_batch_size,
@@ -128,7 +140,15 @@ def make_objective(
     }
     if teacher is not None:
         return TeacherObjective(teacher, divergence=objective.divergence, **common)
-    return DistillationObjective(residual=objective.residual, **common)
+    chunked = objective.head == "chunked"
+    if objective.head == "auto":
+        chunked = local_device().type == "cuda"
+    return DistillationObjective(
+        residual=objective.residual,
+        implementation=objective.kernel,
+        chunk_tokens=CHUNK_TOKENS if chunked else None,
+        **common,
+    )
 
 
 def keep_on_last_stage(teacher: LogitsEngine | None, groups: ParallelGroups) -> LogitsEngine | None:
@@ -170,8 +190,12 @@ def train_student(
         global_batch_size=train.global_batch_size,
         seq_len=data.seq_len,
         optimizer=optimizer,
+        online_teacher=open_teacher is not None,
     )
     require_backend(optimizer)
+    require_spec(model)
+    require_fusion(parallel)
+    require_trackers(train.track)
     cached_weight = objective.peak_kd_weight if open_teacher is None else 0.0
     require_caches(data, cached_weight)
     set_cpu_threads(train.threads)
@@ -204,6 +228,9 @@ def train_student(
                 data_rank=dist.get_rank(groups.data),
                 data_size=dist.get_world_size(groups.data),
                 device=local_device(),
+                context_rank=dist.get_rank(groups.context),
+                context_size=dist.get_world_size(groups.context),
+                read_retry_s=data.read_retry_s,
             )
             vocab_size = sources[0].sequences.vocab_size
             has_targets = batches.has_targets or teacher is not None
@@ -239,14 +266,29 @@ def train_student(
                 identity=identity,
                 config=train,
                 open_metrics=lambda done: (
-                    MetricsLog(train.output_dir / "metrics.jsonl", resume_step=done)
-                    if launch_rank() == 0
-                    else None
+                    _open_metrics(train, done, identity, say) if launch_rank() == 0 else None
+                ),
+                events=EventLog(train.output_dir / "events.jsonl" if launch_rank() == 0 else None),
+                throughput=Throughput(
+                    flops_per_token=training_flops_per_token(
+                        model, vocab_size=vocab_size, seq_len=data.seq_len
+                    ),
+                    num_devices=launch_world_size(),
+                    peak_tflops=train.peak_tflops or peak_tflops(local_device(), train.precision),
                 ),
                 objective=loss,
                 has_targets=has_targets,
                 say=say,
             ).fit()
+
+
+def _open_metrics(
+    train: TrainConfig, done: int, settings: dict[str, Any], say: Callable[[str], None]
+) -> MetricsLog:
+    """The log of a run and what follows it, from a step on."""
+    folder = train.output_dir
+    trackers = Trackers(train.track, folder, done=done, settings=settings, say=say)
+    return MetricsLog(folder / "metrics.jsonl", resume_step=done, trackers=trackers)
 
 
 def _open_whole(open_teacher: OpenTeacher, sequences: SequenceData) -> LogitsEngine:

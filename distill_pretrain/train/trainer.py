@@ -12,16 +12,20 @@ from typing import Any
 from distill_pretrain.checkpoint.store import Checkpoint, CheckpointStore
 from distill_pretrain.data.batches import StudentBatches
 from distill_pretrain.data.prefetch import PrefetchedBatches
+from distill_pretrain.dist.env import launch_world_size
+from distill_pretrain.dist.memory import peak_gpu_bytes, peak_rss_bytes
 from distill_pretrain.dist.watchdog import watchdog
 from distill_pretrain.errors import TrainingStopped
 from distill_pretrain.losses.terms import Objective
 from distill_pretrain.mcore.schedule import StepResult, Student
-from distill_pretrain.mcore.state import load_student, save_student
+from distill_pretrain.mcore.state import load_student
 from distill_pretrain.train.config import TrainConfig
 from distill_pretrain.train.exports import RunExports
 from distill_pretrain.train.guard import StepGuard, Verdict
-from distill_pretrain.train.metrics import MetricsLog
+from distill_pretrain.train.metrics import EventLog, MetricsLog
+from distill_pretrain.train.saving import Saver
 from distill_pretrain.train.stopping import StopRequest, stop_on_sigterm
+from distill_pretrain.train.throughput import Throughput
 
 STOPPED_EXIT_CODE = 143  # 128 + SIGTERM, as a shell reports it
 
@@ -39,6 +43,8 @@ class Trainer:
         identity: what a checkpoint must share with this run.
         config: length and intervals.
         open_metrics: opens metrics.jsonl from a step on; returns None on ranks that do not write.
+        events: of the run.
+        throughput: tells TFLOP/s; None leaves them out.
         objective: the student's loss; told the step before each, since its weights may depend on it.
         has_targets: whether there is a divergence to report.
         say: prints one line, on rank 0.
@@ -59,6 +65,8 @@ class Trainer:
         objective: Objective,
         has_targets: bool,
         say: Callable[[str], None],
+        events: EventLog | None = None,
+        throughput: Throughput | None = None,
     ) -> None:
         self.student = student
         self.batches = batches
@@ -72,6 +80,10 @@ class Trainer:
         self.objective = objective
         self.has_targets = has_targets
         self.say = say
+        self.events = events or EventLog(None)
+        self.throughput = throughput
+        self.saver = Saver(student, checkpoints, identity, config, self.events, batches.device)
+        self._bytes_read = 0
         self.guard = StepGuard(config.bad_steps)
         self._verdict = Verdict.APPLY
         # Batches that rollbacks left out: step n trains on batch n + passed_over.
@@ -86,13 +98,21 @@ class Trainer:
         """
         done = self._resume()
         device = self.batches.device
-        with stop_on_sigterm(device) as stop, watchdog(self.config.stuck_after_s) as doing:
+        self.events.add("started", done, num_processes=launch_world_size())
+        with (
+            stop_on_sigterm(device) as stop,
+            watchdog(self.config.stuck_after_s) as doing,
+            self.saver.flushed(doing),
+        ):
             while done < self.config.steps:
                 done = self._train_from(done, stop, doing)
+        self.events.add("finished", done)
 
     def _train_from(self, done: int, stop: StopRequest, doing: Callable[[str], None]) -> int:
         """Train until the last step or a rollback; the steps done."""
         metrics = self.open_metrics(done)
+        if metrics is not None and metrics.dropped:
+            self.events.add("repeating", done, steps=metrics.dropped)
         batches = range(done + self._passed_over, self.config.steps + self._passed_over)
         with (
             metrics or nullcontext(),
@@ -113,18 +133,27 @@ class Trainer:
                 iterators = [iter(micro_batches) for _ in self.student.chunks]
                 result = self.student.step(iterators, partial(self._accepts, done + 1))
                 if self._verdict is Verdict.ROLL_BACK:
+                    self.saver.flush(doing)
                     return self._roll_back(done + 1)
                 done += 1
-                self._report(done, result, metrics, time.perf_counter() - started, waited)
+                seconds = time.perf_counter() - started
+                figures = (self.saver.writing, *self._own_figures(waited))
+                asked, (writing, *most) = stop.anywhere(figures)
+                self._report(done, result, metrics, seconds, most)
                 doing(f"step {done}: saving")
+                if self.exports.is_due(done):
+                    self.student.settle_weights()
                 self.exports.after_step(done, self.student.chunks)
-                stopping = stop.anywhere() and done < self.config.steps
+                self.saver.end_step(bool(writing))
+                stopping = asked and done < self.config.steps
                 if stopping or done % self.config.checkpoint_interval == 0 or batch == batches[-1]:
                     if metrics is not None:
                         metrics.sync()
-                    self._save(done)
+                    self.saver.save(done, self._progress(), doing)
                 if stopping:
+                    self.saver.flush(doing)
                     self.say(f"asked to stop: saved step {done}; start it again to go on")
+                    self.events.add("stopped", done)
                     raise SystemExit(STOPPED_EXIT_CODE)
         return done
 
@@ -133,6 +162,7 @@ class Trainer:
         self._verdict = self.guard.judge(step, seen.terms[0].item(), seen.grad_norm)
         if self.guard.reason is not None:
             self.say(f"WARNING: bad step {step}: {self.guard.reason} ({self._verdict.value})")
+            self.events.add("bad_step", step, reason=self.guard.reason, verdict=self._verdict.value)
         return self._verdict is Verdict.APPLY
 
     def _roll_back(self, bad_step: int) -> int:
@@ -149,7 +179,14 @@ class Trainer:
         load_student(self.student, checkpoint.folder)
         self.guard.go_back(checkpoint.progress["recent_losses"])
         self.say(f"back at step {checkpoint.step}; {self._passed_over} batches are passed over")
+        self.events.add("rolled_back", checkpoint.step, passed_over=self._passed_over)
         return checkpoint.step
+
+    def _own_figures(self, waited: float) -> tuple[float, float, int, int]:
+        """What this rank adds to a step's record: seconds waited, bytes of cache read, peaks of memory."""
+        before, self._bytes_read = self._bytes_read, self.batches.bytes_read
+        device = self.batches.device
+        return waited, self._bytes_read - before, peak_rss_bytes(), peak_gpu_bytes(device)
 
     def _report(
         self,
@@ -157,32 +194,40 @@ class Trainer:
         result: StepResult,
         metrics: MetricsLog | None,
         seconds: float,
-        waited: float,
+        most: list[float],
     ) -> None:
-        record = self._record(step, result, seconds, waited)
+        record = self._record(step, result, seconds, most)
         if metrics is not None:
             metrics.write(record)
         if step % self.config.log_interval == 0 or step == self.config.steps:
             self._print(record)
 
     def _record(
-        self, step: int, result: StepResult, seconds: float, waited: float
+        self, step: int, result: StepResult, seconds: float, most: list[float]
     ) -> dict[str, Any]:
+        """See `train.metrics`; `most` is what `_own_figures` gives, the most of all ranks."""
+        waited, bytes_read, rss, gpu = most
         tokens_per_step = self.batches.global_batch_size * self.batches.seq_len
         values = [value if math.isfinite(value) else None for value in result.terms.tolist()]
         terms = dict(zip(self.objective.term_names, values, strict=True))
         if not self.has_targets:
             terms["kl"] = None
+        speed = tokens_per_step / seconds
         return {
             "step": step,
             **terms,
             "grad_norm": result.grad_norm if math.isfinite(result.grad_norm) else None,
             "lr": result.learning_rate,
             "tokens": step * tokens_per_step,
-            "tokens_per_second": round(tokens_per_step / seconds, 1),
+            "tokens_per_second": round(speed, 1),
+            **(self.throughput.figures(speed) if self.throughput else {}),
             "seconds": round(seconds, 4),
             "data_wait": round(waited, 4),
+            "cache_mb_per_s": round(bytes_read / seconds / 1e6, 4) if bytes_read else None,
+            "rss_peak_gb": round(rss / 1e9, 4),
+            "gpu_peak_gb": round(gpu / 1e9, 4) if gpu else None,
             "applied": result.applied,
+            "time": round(time.time(), 3),
         }
 
     def _print(self, record: dict[str, Any]) -> None:
@@ -206,11 +251,6 @@ class Trainer:
         self.say(f"resumed at step {self.resume_from.step}")
         return self.resume_from.step
 
-    def _save(self, step: int) -> None:
-        self.checkpoints.save(
-            step,
-            self.identity,
-            lambda folder: save_student(self.student, folder),
-            keep=self.config.keep_checkpoints,
-            progress={"passed_over": self._passed_over, "recent_losses": self.guard.recent},
-        )
+    def _progress(self) -> dict[str, Any]:
+        """What a checkpoint keeps of a run besides its student."""
+        return {"passed_over": self._passed_over, "recent_losses": self.guard.recent}

@@ -596,7 +596,14 @@ def save(path):
     pieces = correspondence(model, vocab_size=1000, max_positions=64).pieces()
     with process_group():
         world = dist.group.WORLD
-        groups = ParallelGroups(tensor=world, pipeline=world, data=world, pipeline_last_rank=0)
+        groups = ParallelGroups(
+            tensor=world,
+            pipeline=world,
+            data=world,
+            context=world,
+            data_context=world,
+            pipeline_last_rank=0,
+        )
         parameters = {
             name: torch.ones(
                 sum(p.shape[0] for p in parts), *parts[0].shape[1:], dtype=torch.bfloat16)

@@ -52,6 +52,29 @@ def reports(kind: str) -> str:
         return ""
 
 
+class LostStore:
+    """The store of a rank 0 that is gone."""
+
+    def set(self, key: str, value: str) -> None:
+        raise dist.DistNetworkError("Broken pipe")
+
+    def check(self, keys: list[str]) -> bool:
+        raise dist.DistNetworkError("Broken pipe")
+
+
+def test_a_store_that_is_gone_is_said_and_the_process_ends(capsys):
+    codes: list[int] = []
+    with process_group():
+        dog = Watchdog(LostStore(), 0.4, end=codes.append)
+        dog.start()
+        dog.doing("step 7: computing")
+        dog._thread.join(timeout=60)
+        dog.close()
+    assert codes == [STUCK_EXIT_CODE]
+    said = capsys.readouterr().err
+    assert 'rank 0 is at "step 7: computing"' in said and "rank 0 is gone (Broken pipe)" in said
+
+
 def test_the_helpers_of_a_process_end_with_it():
     code = (
         "import multiprocessing, sys, threading\n"

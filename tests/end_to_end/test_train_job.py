@@ -62,7 +62,7 @@ def test_a_run_goes_on_under_another_layout(job, tmp_path):
     job.cli("train", *kd(job, whole, no_dropout))
     job.run(
         "train",
-        *kd(job, moved, no_dropout, "train.steps=5", "parallel.tensor=2"),
+        *kd(job, moved, no_dropout, "train.steps=5", "parallel.context=2"),
         num_processes=2,
     )
     job.run("train", *kd(job, moved, no_dropout, "parallel.pipeline=2"), num_processes=2)
@@ -106,7 +106,7 @@ def test_a_bit_flipped_in_the_newest_checkpoint_costs_its_steps_only(job, tmp_pa
     ("overrides", "expected"),
     [
         (["model.num_attention_heads=3", "model.num_query_groups=3"], "model.hidden_size"),
-        (["parallel.tensor=2"], "not tensor x pipeline x data parallel"),
+        (["parallel.tensor=2"], "not tensor x pipeline x context x data parallel"),
         (["model.num_layers=3", "parallel.pipeline=2"], "model.num_layers = 3"),
         (["objective.kd_weight=1.0"], "data.cache"),
         (["data.seq_len=100000000"], "seq_len"),

@@ -61,34 +61,51 @@ def test_streams_follow_the_layout(tmp_path):
 
 
 def resume_distributed_optimizer(folder: str) -> dict[str, Any]:
-    """One step under DP2 with the distributed optimizer, saved; two more there, resumed there, and under TP2."""
+    """Two steps under DP2, saved; on from there under DP2, under CP2, and from what CP2 saves at once under TP2.
+
+    All with the distributed optimizer.
+    """
     from distill_pretrain.mcore.parallel import model_parallel
     from distill_pretrain.mcore.state import load_student, save_student
 
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
-    data = ParallelConfig(distributed_optimizer=True)
+    data = ParallelConfig(
+        distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True
+    )
+    context = ParallelConfig(distributed_optimizer=True, context=2)
     tensor = ParallelConfig(distributed_optimizer=True, tensor=2)
     with process_group():
         with model_parallel(data, seed=1) as groups:
             student, batches = make_job(LLAMA, data, groups, kd=True, steps=8)
-            take_step(student, batches, 0)
+            for step in (0, 1):
+                take_step(student, batches, step)
             save_student(student, Path(folder))
-            found["unbroken"] = [take_step(student, batches, s).terms.tolist() for s in (1, 2, 3)]
+            found["unbroken"] = [take_step(student, batches, s).terms.tolist() for s in (2, 3, 4)]
         dist.barrier()
-        for name, layout in (("same", data), ("tp2", tensor)):
+        of_context = Path(folder, "cp2")
+        if dist.get_rank() == 0:
+            of_context.mkdir()
+        for name, layout, source in (
+            ("same", data, Path(folder)),
+            ("cp2", context, Path(folder)),
+            ("tp2", tensor, of_context),
+        ):
             with model_parallel(layout, seed=1) as groups:
                 student, batches = make_job(LLAMA, layout, groups, kd=True, steps=8)
-                load_student(student, Path(folder))
-                found[name] = [take_step(student, batches, s).terms.tolist() for s in (1, 2, 3)]
+                load_student(student, source)
+                if name == "cp2":
+                    save_student(student, of_context)
+                found[name] = [take_step(student, batches, s).terms.tolist() for s in (2, 3, 4)]
     return found
 
 
 def test_the_distributed_optimizers_state_is_restored_under_any_layout(tmp_path):
     found = run_distributed(resume_distributed_optimizer, 2, folder=str(tmp_path))
     assert found["same"] == found["unbroken"]
-    for resumed, expected in zip(found["tp2"], found["unbroken"], strict=True):
-        assert resumed == pytest.approx(expected, abs=2e-6)
+    for layout in ("cp2", "tp2"):
+        for resumed, expected in zip(found[layout], found["unbroken"], strict=True):
+            assert resumed == pytest.approx(expected, abs=2e-6)
 
 
 def attention_outputs() -> list[list[float]]:

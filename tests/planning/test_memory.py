@@ -15,6 +15,7 @@ from distill_pretrain.contracts import SparseTargets, TokenBatch
 from distill_pretrain.dist.process import process_group
 from distill_pretrain.losses.sparse_kd import DistillationObjective
 from distill_pretrain.mcore.config import ModelConfig, OptimizerConfig, ParallelConfig
+from distill_pretrain.mcore.layout import replica_size
 from distill_pretrain.planning.memory import StudentJob, fullest_rank, rank_memory
 from distill_pretrain.planning.parameters import num_parameters, rank_shapes
 from tests.support.distributed import run_distributed
@@ -45,6 +46,23 @@ CASES: dict[str, dict[str, Any]] = {
         "parallel": {"distributed_optimizer": True},
     },
 }
+# A rank of context parallelism is not given slices here: its batches are as long as its part of a sequence.
+CASES |= {
+    "llama bf16, context, distributed optimizer": {
+        "model": LLAMA,
+        "parallel": {"context": 2, "distributed_optimizer": True},
+        "precision": "bf16",
+    },
+    "llama, full recomputation, uneven pp": {
+        "model": {**LLAMA, "num_layers": 4},
+        "parallel": {"pipeline": 2, "first_stage_layers": 1, "recompute": "full"},
+    },
+    "gpt2 bf16, selective recomputation": {
+        "model": {**GPT2, "num_layers": 4},
+        "parallel": {"recompute": "selective"},
+        "precision": "bf16",
+    },
+}
 VOCAB_SIZE = 1000
 
 
@@ -59,13 +77,13 @@ def planned(case: dict[str, Any]) -> StudentJob:
         precision=case.get("precision", "fp32"),
         micro_batch_size=MICRO_BATCH,
         num_micro_batches=MICRO_BATCHES,
-        data_parallel=2 // (parallel.tensor * parallel.pipeline),
+        data_parallel=2 // replica_size(parallel),
         entries=ENTRIES,
     )
 
 
-def micro_batch() -> TokenBatch:
-    shape = (MICRO_BATCH, SEQ_LEN)
+def micro_batch(num_positions: int) -> TokenBatch:
+    shape = (MICRO_BATCH, num_positions)
     rows = torch.rand(*shape, VOCAB_SIZE).topk(ENTRIES, dim=-1).indices
     return TokenBatch(
         tokens=torch.randint(0, VOCAB_SIZE, shape),
@@ -114,7 +132,8 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
                 loss_function=loss,
                 num_terms=len(loss.term_names),
             )
-            batches = [micro_batch() for _ in range(MICRO_BATCHES)]
+            own = SEQ_LEN // job.parallel.context
+            batches = [micro_batch(own) for _ in range(MICRO_BATCHES)]
             student.step([iter(batches) for _ in student.chunks])
             gc.collect()
             memory.peak = memory.now

@@ -77,7 +77,6 @@ class WalkTargets:
     def read(
         self, sequence: int, tokens: np.ndarray, start: int = 0, stop: int | None = None
     ) -> RaggedTargets:
-        assert start == 0 and stop in (None, self.plan.seq_len)
         rng = np.random.Generator(np.random.Philox(sequence))
         following = self.plan.stream[sequence, 1:]
         _, labels = self.plan.read(np.array([sequence]))
@@ -85,6 +84,8 @@ class WalkTargets:
         for i, truth in enumerate(following):
             if labels[0, i] == IGNORED_LABEL:
                 entries.append(0)
+                ids.append(np.empty(0, np.int32))
+                counts.append(np.empty(0, np.int32))
                 continue
             draws = np.where(rng.random(10) < 0.7, truth, rng.integers(0, VOCAB_SIZE, 10))
             unique, count = np.unique(draws, return_counts=True)
@@ -94,9 +95,9 @@ class WalkTargets:
         return RaggedTargets(
             kind="counts",
             num_draws=10,
-            entries_per_token=np.array(entries, dtype=np.int32),
-            ids=np.concatenate(ids).astype(np.int32),
-            values=np.concatenate(counts).astype(np.int32),
+            entries_per_token=np.array(entries[start:stop], dtype=np.int32),
+            ids=np.concatenate(ids[start:stop]).astype(np.int32),
+            values=np.concatenate(counts[start:stop]).astype(np.int32),
         )
 
 
@@ -109,6 +110,7 @@ def make_job(
     steps: int,
     precision: str = "fp32",
     optimizer: dict[str, Any] | None = None,
+    chunk_tokens: int | None = None,
 ) -> tuple[Any, StudentBatches]:
     """A student and its batches on this rank; the process groups of the layout must exist."""
     from distill_pretrain.mcore.schedule import build_student
@@ -134,6 +136,8 @@ def make_job(
         data_rank=dist.get_rank(groups.data),
         data_size=dist.get_world_size(groups.data),
         device=local_device(),
+        context_rank=dist.get_rank(groups.context),
+        context_size=dist.get_world_size(groups.context),
     )
     student = build_student(
         model=model_config,
@@ -152,6 +156,7 @@ def make_job(
             kd_weight=0.7 if kd else 0.0,
             vocab_size=VOCAB_SIZE,
             tensor_group=groups.tensor,
+            chunk_tokens=chunk_tokens,
         ),
         num_terms=len(DistillationObjective.TERMS),
     )
@@ -172,6 +177,7 @@ def train_curves(
     steps: int,
     precision: str = "fp32",
     optimizer: dict[str, Any] | None = None,
+    chunk_tokens: int | None = None,
 ) -> dict[str, list[float]]:
     """Loss, CE, KL and gradient norm of every step, on every rank."""
     from distill_pretrain.mcore.parallel import model_parallel
@@ -180,7 +186,14 @@ def train_curves(
     # Many layouts in one process would leave hundreds of threads of their process groups.
     with released_groups(), model_parallel(layout, seed=1) as groups:
         student, batches = make_job(
-            model, layout, groups, kd=kd, steps=steps, precision=precision, optimizer=optimizer
+            model,
+            layout,
+            groups,
+            kd=kd,
+            steps=steps,
+            precision=precision,
+            optimizer=optimizer,
+            chunk_tokens=chunk_tokens,
         )
         curves: dict[str, list[float]] = {"loss": [], "ce": [], "kl": [], "grad_norm": []}
         for step in range(steps):

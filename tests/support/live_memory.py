@@ -6,6 +6,7 @@ import weakref
 from typing import Any
 
 import torch
+from torch._library.custom_ops import _maybe_get_opdef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -21,7 +22,13 @@ class LiveMemory(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = function(*args, **(kwargs or {}))
+        own = _maybe_get_opdef(function)
+        if own is not None:
+            # What this project's operations hold inside would not be seen otherwise.
+            with self:
+                result = own._init_fn(*args, **(kwargs or {}))
+        else:
+            result = function(*args, **(kwargs or {}))
         tree_map_only(torch.Tensor, self._count, result)
         return result
 

@@ -15,6 +15,7 @@ from distill_pretrain.data.config import DataConfig
 from distill_pretrain.data.sources import open_sequences
 from distill_pretrain.formats import CacheWriter
 from distill_pretrain.formats.manifest import Manifest
+from distill_pretrain.sampling import host_columns
 from distill_pretrain.teacher.capture import (
     CaptureWatch,
     capture_shards,
@@ -25,6 +26,7 @@ from distill_pretrain.teacher.config import CaptureConfig
 from distill_pretrain.teacher.crew import Crew, first_crew_first
 from distill_pretrain.teacher.gate import SanityGate
 from distill_pretrain.teacher.pilot import pilot_tables
+from distill_pretrain.teacher.sampling_backend import ReadColumns
 from distill_pretrain.teacher.telemetry import CaptureLog, Stopwatch, TimedTeacher, telemetry_path
 
 ALONE = Replica()
@@ -65,11 +67,13 @@ class SlowTeacher:
             )
 
 
-def capture(prefix: Path, output: Path, teacher: SlowTeacher) -> dict[Path, Manifest] | None:
+def capture(
+    prefix: Path, output: Path, teacher: SlowTeacher, *, read: ReadColumns = host_columns
+) -> dict[Path, Manifest] | None:
     """What the verb does, but for the teacher."""
     sequences = open_sequences(DataConfig(tokens=prefix, vocab_size=VOCAB_SIZE, seq_len=SEQ_LEN))
     stopwatch = Stopwatch()
-    crew = Crew(TimedTeacher(teacher, stopwatch), sequences)
+    crew = Crew(TimedTeacher(teacher, stopwatch), sequences, read=read)
     config = CaptureConfig(output_dir=output, **LAYOUT)
     ((folder, plan),) = make_plans(sequences, config, teacher.identity).items()
 

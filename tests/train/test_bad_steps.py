@@ -27,6 +27,9 @@ MODEL = {**LLAMA, "num_layers": 1}
 
 
 class NoExports:
+    def is_due(self, step: int) -> bool:
+        return False
+
     def after_step(self, step: int, chunks: Any) -> None:
         pass
 
@@ -135,7 +138,8 @@ def every_policy(folder: str) -> dict[str, Any]:
     torch.set_num_threads(1)
 
     def ask(line: str) -> None:
-        if line.startswith("step 6/"):
+        # Said after the ranks have agreed on step 5: it is step 6 that is saved.
+        if line.startswith("step 5/"):
             os.kill(os.getpid(), signal.SIGTERM)
 
     root = Path(folder)

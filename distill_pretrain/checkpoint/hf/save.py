@@ -177,7 +177,7 @@ class _Export:
 
     def write(self, files: Sequence[PlannedFile], folder: Path) -> None:
         """Write this stage's files."""
-        if dist.get_rank(self.groups.data) != 0:
+        if dist.get_rank(self.groups.data_context) != 0:
             return
         for file in files:
             if file.stage != self.stage:

@@ -1,0 +1,54 @@
+"""Reading again what a disk, a network or a store failed to give."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from distill_pretrain.errors import CacheUnreadable
+
+Result = TypeVar("Result")
+
+FIRST_WAIT_S = 0.5
+LONGEST_WAIT_S = 30.0
+
+
+def warn_on_stderr(line: str) -> None:
+    """Any rank may read; its log is its standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def read_patiently(
+    read: Callable[[], Result],
+    *,
+    patience_s: float,
+    warn: Callable[[str], None] = warn_on_stderr,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Result:
+    """What `read` returns, tried again after waits that double, each announced by a warning.
+
+    Only failures of the storage are tried again: damaged or foreign data would be found again.
+
+    Args:
+        read: may be called several times.
+        patience_s: seconds of waiting in all; 0 tries once.
+        warn: prints one line.
+        sleep: waits.
+
+    Raises:
+        CacheUnreadable: the last failure, which names the file.
+    """
+    wait, waited = FIRST_WAIT_S, 0.0
+    while True:
+        try:
+            return read()
+        except CacheUnreadable as error:
+            wait = min(wait, patience_s - waited)
+            if wait <= 0:
+                raise
+            warn(f"WARNING: {error}; trying again in {wait:g} s")
+        sleep(wait)
+        waited += wait
+        wait = min(2 * wait, LONGEST_WAIT_S)

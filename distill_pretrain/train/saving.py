@@ -1,0 +1,137 @@
+"""The checkpoints of a run: written before training goes on, or while it does (`train.async_save`)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+from distill_pretrain.checkpoint.store import CheckpointStore, PendingSave
+from distill_pretrain.errors import TrainingStopped
+from distill_pretrain.mcore.background_save import BackgroundSave
+from distill_pretrain.mcore.schedule import Student
+from distill_pretrain.mcore.state import save_student
+from distill_pretrain.train.config import TrainConfig
+from distill_pretrain.train.metrics import EventLog
+from distill_pretrain.train.stopping import most_anywhere
+
+LOOK_INTERVAL_S = 1.0
+
+
+class Saver:
+    """Saves the student of a run, one checkpoint at a time.
+
+    A checkpoint written in the background is published by all ranks at the end of the first step at which none is
+    writing, or by the next `save` or `flush`. Until then nothing else sees it.
+
+    Args:
+        student: what is saved.
+        checkpoints: where.
+        identity: what a checkpoint must share with the run.
+        config: whether in the background, and how many are kept.
+        events: told of every checkpoint once it is published.
+        device: where a flag of the default process group lives.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        checkpoints: CheckpointStore,
+        identity: dict[str, Any],
+        config: TrainConfig,
+        events: EventLog,
+        device: torch.device,
+    ) -> None:
+        self._student = student
+        self._checkpoints = checkpoints
+        self._identity = identity
+        self._config = config
+        self._events = events
+        self._device = device
+        self._pending: PendingSave | None = None
+        self._begun = 0.0
+        self._stalled = 0.0
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank is writing a checkpoint in the background."""
+        return self._pending is not None and self._pending.files.writing
+
+    def save(self, step: int, progress: dict[str, Any], doing: Callable[[str], None]) -> None:
+        """Save, or begin to save once the save before is published. Every rank calls it.
+
+        Args:
+            step: optimizer steps done.
+            progress: see `Checkpoint`.
+            doing: told what this rank waits for.
+        """
+        self.flush(doing)
+        started = time.perf_counter()
+        arguments = (step, self._identity)
+        more: dict[str, Any] = {"keep": self._config.keep_checkpoints, "progress": progress}
+        if self._config.async_save:
+            self._pending = self._checkpoints.begin_save(
+                *arguments, partial(BackgroundSave, self._student), **more
+            )
+            self._begun, self._stalled = started, time.perf_counter() - started
+        else:
+            self._checkpoints.save(*arguments, partial(save_student, self._student), **more)
+            self._events.add("saved", step, seconds=round(time.perf_counter() - started, 3))
+
+    def end_step(self, writing_anywhere: bool) -> None:
+        """Publish what every rank has finished writing. Every rank calls it with the same."""
+        if self._pending is not None and not writing_anywhere:
+            self._publish(time.perf_counter())
+
+    def flush(self, doing: Callable[[str], None]) -> None:
+        """Wait for the save that is in flight, if there is one, and publish it. Every rank calls it.
+
+        As long as some rank's files grow, `doing` hears of it on every rank.
+
+        Raises:
+            CheckpointError: its files could not be written.
+        """
+        if self._pending is None:
+            return
+        started = time.perf_counter()
+        files, step = self._pending.files, self._pending.step
+        moves = -1
+        writing = moving = 1.0
+        while writing:
+            if moving:
+                what = "writing the" if files.writing else "waiting for the other ranks'"
+                doing(f"step {step}: {what} checkpoint")
+            files.wait(LOOK_INTERVAL_S)
+            before, moves = moves, files.moves
+            writing, moving = most_anywhere((files.writing, moves != before), self._device)
+        self._publish(started)
+
+    @contextmanager
+    def flushed(self, doing: Callable[[str], None]) -> Iterator[None]:
+        """Leaves no save in flight behind the block, unless an error of one rank alone ends it."""
+        try:
+            yield
+        except (TrainingStopped, SystemExit):  # which every rank raises
+            self.flush(doing)
+            raise
+        except BaseException:
+            if self._pending is not None:
+                self._pending.files.give_up()
+            raise
+        self.flush(doing)
+
+    def _publish(self, waiting_since: float) -> None:
+        pending, self._pending = self._pending, None
+        assert pending is not None
+        pending.publish()
+        now = time.perf_counter()
+        self._events.add(
+            "saved",
+            pending.step,
+            seconds=round(self._stalled + now - waiting_since, 3),
+            published_after=round(now - self._begun, 3),
+        )

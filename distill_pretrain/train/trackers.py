@@ -1,0 +1,228 @@
+"""Experiment trackers that follow a run: TensorBoard, Weights & Biases, Prometheus.
+
+They get the records of metrics.jsonl, on rank 0. What one of them fails at is said once; it is then left out, and the
+run goes on.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from distill_pretrain.errors import MissingDependency
+
+PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
+"""Tracker -> package; prometheus needs none."""
+PROMETHEUS_INTERVAL_S = 5.0
+TENSORBOARD_FLUSH_S = 10
+
+_GROUPS = {
+    "optimizer": ("grad_norm", "lr", "applied"),
+    "speed": (
+        "tokens_per_second",
+        "tflops_per_device",
+        "mfu",
+        "seconds",
+        "data_wait",
+        "cache_mb_per_s",
+    ),
+    "memory": ("rss_peak_gb", "gpu_peak_gb"),
+    "progress": ("tokens",),
+}
+_GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names}
+_NOT_PLOTTED = ("step", "time")
+
+
+class Tracker(Protocol):
+    """What a run's records go to."""
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Take the record of one step; see `train.metrics`."""
+
+    def close(self) -> None:
+        """Take leave; everything written so far is kept."""
+
+
+def require_trackers(names: Iterable[str]) -> None:
+    """Raise MissingDependency where the package of a tracker is not installed."""
+    for name in names:
+        package = PACKAGES.get(name)
+        if package is None:
+            continue
+        spec = importlib.util.find_spec(package)
+        # A folder of that name in the working directory, which W&B itself leaves there, is no package.
+        if spec is None or spec.origin is None:
+            raise MissingDependency(package, extra="track", needed_for=f"train.track: {name}")
+
+
+def numbers(record: Mapping[str, Any]) -> dict[str, float]:
+    """Figures of a record that can be plotted, as GROUP/NAME; loss terms are what no other group has."""
+    return {
+        f"{_GROUP_OF.get(name, 'loss')}/{name}": float(value)
+        for name, value in record.items()
+        if isinstance(value, int | float) and name not in _NOT_PLOTTED
+    }
+
+
+class TensorBoardTracker:
+    """Event files in FOLDER/tensorboard.
+
+    Args:
+        folder: of the run.
+        done: steps done; what earlier starts of the run wrote beyond them is hidden.
+    """
+
+    def __init__(self, folder: Path, done: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(
+            str(folder / "tensorboard"), purge_step=done + 1, flush_secs=TENSORBOARD_FLUSH_S
+        )
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Scalars of one step."""
+        for tag, value in numbers(record).items():
+            self._writer.add_scalar(tag, value, record["step"], walltime=record.get("time"))
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()
+
+
+class WandbTracker:
+    """A Weights & Biases run of the folder's name, the same for every start; its settings are W&B's environment.
+
+    Args:
+        folder: of the run; its W&B id is kept there.
+        settings: shown as the run's configuration.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        import wandb
+
+        id_file = folder / "wandb_run_id"
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex)
+        self._run: Any = wandb.init(
+            id=id_file.read_text(),
+            name=folder.name,
+            dir=str(folder),
+            resume="allow",
+            config=dict(settings),
+        )
+        # A run that goes on from a checkpoint repeats steps, which W&B's own counter would refuse.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """The figures of one step."""
+        self._run.log({"step": record["step"], **numbers(record)})
+
+    def close(self) -> None:
+        """End the W&B run."""
+        self._run.finish()
+
+
+class PrometheusTracker:
+    """FOLDER/metrics.prom for the textfile collector of node_exporter: the last record, replaced as a whole.
+
+    Args:
+        folder: of the run.
+        clock: seconds.
+    """
+
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path = folder / "metrics.prom"
+        name = folder.resolve().name
+        for plain, escaped in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n")):
+            name = name.replace(plain, escaped)
+        self._label = f'{{run="{name}"}}'
+        self._clock = clock
+        self._written: float | None = None
+        self._last: Mapping[str, Any] | None = None
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Publish a record, if the last one is some seconds old."""
+        self._last = record
+        if self._written is None or self._clock() - self._written >= PROMETHEUS_INTERVAL_S:
+            self._publish()
+
+    def close(self) -> None:
+        """Publish the last record; it stays."""
+        self._publish()
+
+    def _publish(self) -> None:
+        if self._last is None:
+            return
+        self._written = self._clock()
+        lines = []
+        for name, value in (("step", self._last["step"]), *numbers(self._last).items()):
+            metric = f"distill_pretrain_{name.rpartition('/')[2]}"
+            lines += [f"# TYPE {metric} gauge", f"{metric}{self._label} {float(value)!r}"]
+        # Nothing is lost with a file that is replaced in seconds: no fsync.
+        temporary = self._path.with_name(f".{self._path.name}.tmp")
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        os.replace(temporary, self._path)
+        self._last = None
+
+
+class Trackers:
+    """Every tracker of a run; the first failure of one is a warning, and its end.
+
+    Args:
+        names: of `train.track`.
+        folder: of the run.
+        done: steps done.
+        settings: see `WandbTracker`.
+        say: prints one line.
+    """
+
+    def __init__(
+        self,
+        names: Iterable[str],
+        folder: Path,
+        *,
+        done: int,
+        settings: Mapping[str, Any],
+        say: Callable[[str], None],
+    ) -> None:
+        opens: dict[str, Callable[[], Tracker]] = {
+            "tensorboard": lambda: TensorBoardTracker(folder, done),
+            "wandb": lambda: WandbTracker(folder, settings),
+            "prometheus": lambda: PrometheusTracker(folder),
+        }
+        self._say = say
+        self._trackers: dict[str, Tracker] = {}
+        for name in names:
+            tracker = self._guarded(name, opens[name])
+            if tracker is not None:
+                self._trackers[name] = tracker
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Hand a record to all of them."""
+        for name, tracker in list(self._trackers.items()):
+            self._guarded(name, partial(tracker.write, record))
+
+    def close(self) -> None:
+        """Close all of them."""
+        for name, tracker in list(self._trackers.items()):
+            self._guarded(name, tracker.close)
+        self._trackers.clear()
+
+    def _guarded(self, name: str, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        # A tracker may fail in any way: network, disk, quota, a version of its package.
+        except Exception as error:
+            self._trackers.pop(name, None)
+            self._say(
+                f"WARNING: train.track: {name} failed and is left out from here on: "
+                f"{type(error).__name__}: {error}"
+            )
+            return None
