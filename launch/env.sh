@@ -59,6 +59,8 @@ _env_setup() {
     fi
     # shellcheck disable=SC1091
     source "$venv/bin/activate"
+    # Nothing was compiled as it was installed, so Python has to keep what it compiles.
+    export PYTHONDONTWRITEBYTECODE=
 }
 
 # Modules are compiled as they are imported: most of torch's and transformers' never are.
