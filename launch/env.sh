@@ -63,12 +63,29 @@ _env_setup() {
     export PYTHONDONTWRITEBYTECODE=
 }
 
-# Modules are compiled as they are imported: most of torch's and transformers' never are.
+# uv installs in a fraction of pip's time, with pip's own settings of where packages are. It does not see the packages
+# of an interpreter around the environment, such as a container's torch: there, and where uv fails, pip installs.
 _env_pip() {
     local venv=$1 log=$2
     shift 2
-    "$venv/bin/python" -m pip install --disable-pip-version-check --no-compile "$@" >>"$log" 2>&1
+    { grep -qx 'include-system-site-packages = false' "$venv/pyvenv.cfg" && _env_uv "$venv" "$@"; } >>"$log" 2>&1 ||
+        "$venv/bin/python" -m pip install --disable-pip-version-check --no-compile "$@" >>"$log" 2>&1
 }
+
+_env_uv() (
+    venv=$1
+    shift
+    pip=("$venv/bin/python" -m pip --disable-pip-version-check)
+    setting() { "${pip[@]}" config get "global.$1" 2>/dev/null || "${pip[@]}" config get ":env:.$1" 2>/dev/null || true; }
+    [ -x "$venv/bin/uv" ] || "${pip[@]}" install uv || return 1
+    index=$(setting index-url)
+    certificate=$(setting cert)
+    [ -z "$index" ] || export UV_DEFAULT_INDEX=$index
+    [ -z "$certificate" ] || export SSL_CERT_FILE=$certificate
+    UV_INDEX=$(setting extra-index-url | tr '\n' ' ') UV_FIND_LINKS=$(setting find-links | tr -s ' \n' ',' | sed 's/,$//') \
+        UV_INDEX_STRATEGY=unsafe-best-match UV_LINK_MODE=copy \
+        "$venv/bin/uv" pip install --python "$venv/bin/python" "$@"
+)
 
 # The extras asked for and those installed before.
 _env_union() {

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Sets up and checks everything: ruff, mypy, the directions of imports, then all tests. Options go to pytest:
 #
-#   launch/test.sh                       everything that needs no GPU
-#   launch/test.sh -m gpu                the tests that need one
+#   launch/test.sh                       everything that needs no GPU and ends in minutes
+#   launch/test.sh -m long               the longest tests, a quarter of the whole time: left out otherwise
+#   launch/test.sh -m gpu                the tests that need a GPU
 #   launch/test.sh tests/corpus -k split
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -23,5 +24,5 @@ echo "== mypy"
 mypy
 echo "== lint-imports"
 lint-imports
-echo "== pytest"
-exec python -m pytest -n "$workers" --dist loadfile -rs -m "not gpu" "$@"
+echo "== pytest (deselected unless asked for: tests that need a GPU, -m gpu, and the longest, -m long)"
+exec python -m pytest -n "$workers" --dist loadfile -rs -m "not gpu and not long" "$@"

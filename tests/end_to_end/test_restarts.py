@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support.distributed import REPOSITORY
 from tests.support.jobs import kill_all
 
@@ -26,6 +28,7 @@ with process_group():
 """
 
 
+@pytest.mark.long
 def test_a_killed_rank_is_started_again_under_the_launchers_settings(tmp_path: Path) -> None:
     job = tmp_path / "job.py"
     job.write_text(JOB)

@@ -28,6 +28,8 @@ from distill_pretrain.train.config import BadStepsConfig, TrainConfig
 from tests.support.distributed import run_distributed
 from tests.support.layouts import LLAMA, make_job, take_step
 
+pytestmark = pytest.mark.long
+
 STEPS = 9
 INTERVAL = 3
 SLOW_S = 600.0
