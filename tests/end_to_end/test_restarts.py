@@ -28,7 +28,7 @@ with process_group():
 """
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_killed_rank_is_started_again_under_the_launchers_settings(tmp_path: Path) -> None:
     job = tmp_path / "job.py"
     job.write_text(JOB)

@@ -92,7 +92,7 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.timeout(3 * PATIENCE_S)
 def test_an_agent_that_is_killed_and_comes_back_leaves_no_mark_on_the_curve(recipe, tmp_path):
     whole, broken, log = tmp_path / "whole", tmp_path / "broken", tmp_path / "log"

@@ -83,7 +83,7 @@ def one_process():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_processes", "layouts"),
-    [(2, TWO_PROCESSES), pytest.param(4, FOUR_PROCESSES, marks=pytest.mark.long)],
+    [(2, TWO_PROCESSES), (4, FOUR_PROCESSES)],
     ids=["2", "4"],
 )
 def test_curves_equal_one_process(one_process, num_processes, layouts):
