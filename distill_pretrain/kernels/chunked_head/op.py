@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from distill_pretrain.kernels.chunked_head.head import head_and_loss
+from distill_pretrain.kernels.sparse_kd.op import flattened, unflattened
 from distill_pretrain.kernels.sparse_kd.stages import Loss
-from distill_pretrain.kernels.sparse_kd.targets import RowTargets
 
 
 def chunked_head(
@@ -26,23 +26,11 @@ def chunked_head(
     Returns:
         the loss summed over the tokens, fp32[], and terms fp32[3, T] without a gradient.
     """
-    targets = loss.targets
     needed = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     summed, terms, *_ = _chunked_head(
         hidden,
         weight,
-        loss.labels,
-        None if targets is None else targets.ids,
-        None if targets is None else targets.probs,
-        None if targets is None else targets.floor,
-        None if targets is None else targets.bucket,
-        loss.kd_scale,
-        loss.vocab_size,
-        loss.ce_weight,
-        loss.z_loss,
-        loss.temperature,
-        loss.group,
-        loss.implementation,
+        *flattened(loss),
         chunk_tokens,
         needed,
     )
@@ -68,20 +56,9 @@ def _chunked_head(
     chunk_tokens: int,
     with_gradients: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    targets = None
-    if ids is not None:
-        assert probs is not None
-        targets = RowTargets(ids=ids, probs=probs, floor=floor, bucket=bucket)
-    loss = Loss(
-        labels=labels,
-        targets=targets,
-        kd_scale=kd_scale,
-        vocab_size=vocab_size,
-        ce_weight=ce_weight,
-        z_loss=z_loss,
-        temperature=temperature,
-        group=group,
-        implementation=implementation,  # type: ignore[arg-type]
+    loss = unflattened(
+        *(labels, ids, probs, floor, bucket, kd_scale),
+        *(vocab_size, ce_weight, z_loss, temperature, group, implementation),
     )
     losses, terms, grad_hidden, grad_weight = head_and_loss(
         hidden, weight, loss, chunk_tokens=chunk_tokens, with_gradients=with_gradients

@@ -24,22 +24,7 @@ def sparse_kd(logits: torch.Tensor, loss: stages.Loss) -> tuple[torch.Tensor, to
     Returns:
         losses fp32[T], and terms fp32[3, T]: cross-entropy, KL and lse^2, unweighted and without a gradient.
     """
-    targets = loss.targets
-    losses, terms, *_ = _sparse_kd(
-        logits,
-        loss.labels,
-        None if targets is None else targets.ids,
-        None if targets is None else targets.probs,
-        None if targets is None else targets.floor,
-        None if targets is None else targets.bucket,
-        loss.kd_scale,
-        loss.vocab_size,
-        loss.ce_weight,
-        loss.z_loss,
-        loss.temperature,
-        loss.group,
-        loss.implementation,
-    )
+    losses, terms, *_ = _sparse_kd(logits, *flattened(loss))
     return losses, terms.detach()
 
 
@@ -59,7 +44,7 @@ def _sparse_kd(
     group: str | None,
     implementation: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    loss = _loss(
+    loss = unflattened(
         *(labels, ids, probs, floor, bucket, kd_scale),
         *(vocab_size, ce_weight, z_loss, temperature, group, implementation),
     )
@@ -99,7 +84,7 @@ def _sparse_kd_gradient_(
     group: str | None,
     implementation: str,
 ) -> None:
-    loss = _loss(
+    loss = unflattened(
         *(labels, ids, probs, floor, bucket, kd_scale),
         *(vocab_size, ce_weight, z_loss, temperature, group, implementation),
     )
@@ -113,7 +98,27 @@ def _(*_: Any) -> None:
     return None
 
 
-def _loss(
+def flattened(loss: stages.Loss) -> tuple[Any, ...]:
+    """A loss as the arguments of an operation: torch takes tensors and numbers alone."""
+    targets = loss.targets
+    return (
+        loss.labels,
+        *(
+            (None, None, None, None)
+            if targets is None
+            else (targets.ids, targets.probs, targets.floor, targets.bucket)
+        ),
+        loss.kd_scale,
+        loss.vocab_size,
+        loss.ce_weight,
+        loss.z_loss,
+        loss.temperature,
+        loss.group,
+        loss.implementation,
+    )
+
+
+def unflattened(
     labels: torch.Tensor,
     ids: torch.Tensor | None,
     probs: torch.Tensor | None,
@@ -127,6 +132,7 @@ def _loss(
     group: str | None,
     implementation: Any,
 ) -> stages.Loss:
+    """The loss that was `flattened`."""
     targets = None
     if ids is not None:
         assert probs is not None
