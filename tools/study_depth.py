@@ -3,7 +3,7 @@
     python tools/study_depth.py launch/recipes/depth/cell.yaml [section.key=value ...] [--folder runs/depth]
 
 The corpus, and the cache of the distilled students, are the recipe's; launch/quickstart.sh makes both. Students are
-trained one after another in this process, the most telling first, by the trainer's own step; each leaves one line in
+trained by the trainer's own step, the most telling first and `--processes` at a time; each leaves one line in
 FOLDER/cells.jsonl, so that the study can be stopped, started again, and ended in good order by `--hours`. In the end
 report.md, study.json and a figure are written to `--report`; with `--hours 0`, of what is there.
 """
@@ -15,8 +15,10 @@ import gc
 import itertools
 import json
 import math
+import multiprocessing
 import time
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -225,31 +227,32 @@ def read_cells(path: Path) -> dict[Cell, dict[str, Any]]:
     return {Cell(**{f.name: record[f.name] for f in fields(Cell)}): record for record in records}
 
 
+def train_cell(args: argparse.Namespace, deadline: float, cell: Cell) -> dict[str, Any] | None:
+    """What became of one student; None where time was up before it began. Called in a process of the pool."""
+    if time.time() > deadline:
+        return None
+    set_cpu_threads(args.threads)
+    with process_group(), model_parallel(ParallelConfig(), seed=1) as groups:
+        record = Study(args.recipe, args.overrides, args.held_out).train(cell, groups)
+    # A model is full of reference cycles.
+    gc.collect()
+    return record
+
+
 def run_study(args: argparse.Namespace) -> None:
     """Train what is planned and not there yet, until time is up."""
-    deadline = time.monotonic() + 3600 * args.hours
+    deadline = time.time() + 3600 * args.hours
     log = args.folder / "cells.jsonl"
     args.folder.mkdir(parents=True, exist_ok=True)
     done = read_cells(log)
-    set_cpu_threads(args.threads)
-    with (
-        process_group(),
-        model_parallel(ParallelConfig(), seed=1) as groups,
-        log.open("a") as lines,
-    ):
-        study = Study(args.recipe, args.overrides, args.held_out)
-        for cell in planned_cells():
-            if cell in done:
+    missing = [cell for cell in planned_cells() if cell not in done]
+    with multiprocessing.get_context("spawn").Pool(args.processes) as pool, log.open("a") as lines:
+        for record in pool.imap_unordered(partial(train_cell, args, deadline), missing):
+            if record is None:
                 continue
-            if time.monotonic() > deadline:
-                break
-            record = study.train(cell, groups)
             lines.write(json.dumps(record) + "\n")
             lines.flush()
-            shown = ("steps_done", "train_ce", "held_out_ce", "seconds")
-            print(cell, {key: record[key] for key in shown}, flush=True)
-            # A model is full of reference cycles.
-            gc.collect()
+            print({key: value for key, value in record.items() if key != "curve"}, flush=True)
 
 
 def main() -> None:
@@ -257,7 +260,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/depth"))
     parser.add_argument("--hours", type=float, default=2.9, help="start no cell after this")
     parser.add_argument("--held-out", type=int, default=64, help="sequences to score students on")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--processes", type=int, default=2, help="students trained at the same time"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--report", type=Path, help="folder (default: FOLDER/report)")
     args = parser.parse_intermixed_args()
     if args.hours > 0:
