@@ -33,7 +33,7 @@ from distill_pretrain.mcore.parallel import model_parallel
 from distill_pretrain.train.guard import StepGuard, Verdict
 from distill_pretrain.train.job import make_objective
 
-WARMUP, ROUNDS, STEPS_PER_ROUND = 3, 12, 5
+WARMUP, ROUNDS, STEPS_PER_ROUND = 3, 40, 3
 CE = ObjectiveConfig(ce_weight=1.0, kd_weight=0.0)
 Step = Callable[[], None]
 

@@ -197,7 +197,7 @@ class StudentBatches:
         """Source and sequence numbers, int64[B] each, of one micro-batch of this rank."""
         first = step * self.global_batch_size
         first += (micro_batch * self.data_size + self.data_rank) * self.micro_batch_size
-        return self.order[np.arange(first, first + self.micro_batch_size, dtype=np.int64)]
+        return self.order.span(first, self.micro_batch_size)
 
     def step_batches(self, step: int, *, with_targets: bool) -> list[TokenBatch]:
         """This rank's micro-batches of one step; targets are read only where the loss is computed."""

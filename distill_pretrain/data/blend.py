@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ from distill_pretrain.errors import ConfigError
 _BITS = 32
 _ONE = 1 << _BITS
 _GOLDEN = 0x9E3779B97F4A7C15
+_BLOCK = 4096
 
 
 class BlendOrder:
@@ -47,6 +49,7 @@ class BlendOrder:
             VisitOrder(count, seed=(seed + number * _GOLDEN) % (1 << 64))
             for number, count in enumerate(num_sequences)
         ]
+        self._block = lru_cache(maxsize=2)(self._compute_block)
 
     def __getitem__(
         self, positions: npt.NDArray[np.int64]
@@ -58,6 +61,20 @@ class BlendOrder:
             mine = sources == number
             sequences[mine] = order[places[mine]]
         return sources, sequences
+
+    def span(self, first: int, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The same at `count` positions from `first` on.
+
+        Made and kept by the block: a few positions take as long as thousands.
+        """
+        blocks = range(first // _BLOCK, (first + count - 1) // _BLOCK + 1)
+        sources, sequences = np.concatenate([self._block(number) for number in blocks], axis=1)
+        wanted = slice(first - blocks[0] * _BLOCK, first - blocks[0] * _BLOCK + count)
+        return sources[wanted], sequences[wanted]
+
+    def _compute_block(self, number: int) -> npt.NDArray[np.int64]:
+        """int64[2, _BLOCK]: sources, sequences."""
+        return np.stack(self[np.arange(_BLOCK, dtype=np.int64) + number * _BLOCK])
 
     def split(
         self, positions: npt.NDArray[np.int64]

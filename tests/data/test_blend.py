@@ -55,6 +55,18 @@ def test_positions_may_be_asked_in_any_grouping():
         assert np.array_equal(whole[column], np.concatenate([piece[column] for piece in pieces]))
 
 
+@pytest.mark.parametrize(
+    ("first", "count"), [(0, 5), (4090, 6), (4090, 7), (4095, 8200), (8192, 1)]
+)
+def test_a_span_is_the_positions_it_names(first, count):
+    blend = order([0.5, 0.2, 0.3])
+    for _ in range(2):
+        for found, wanted in zip(
+            blend.span(first, count), blend[np.arange(first, first + count)], strict=True
+        ):
+            assert np.array_equal(found, wanted)
+
+
 def test_every_source_has_epochs_of_its_own():
     blend = order([2, 1], sizes=[30, 10])
     sources, sequences = blend[np.arange(90)]

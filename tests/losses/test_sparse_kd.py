@@ -104,20 +104,33 @@ def test_bf16_gradient_is_the_fp32_gradient_rounded_once():
 def test_large_logits_do_not_overflow_and_minus_infinity_gets_no_gradient():
     logits, labels, targets = make_case(4)
     logits += 3e4
-    targets.ids[:, 0][targets.ids[:, 0] == 36] = 0
-    logits[:, 36] = float("-inf")
-    labels[labels == 36] = 0
-    ids = targets.ids.masked_fill(targets.ids == 36, -1)
+    # Where there is no target, the loss reads column 0 for nothing.
+    gone = [0, 36]
+    logits[:, gone] = float("-inf")
+    labels = labels.masked_fill((labels == 0) | (labels == 36), 1)
+    ids = targets.ids.masked_fill((targets.ids == 0) | (targets.ids == 36), -1)
+    assert (ids < 0).any()
     targets = SparseTargets(ids=ids, probs=targets.probs.masked_fill(ids < 0, 0.0))
     z = logits.clone().requires_grad_()
     loss, _ = sparse_kd_loss(
         z, labels, targets, ce_weight=0.5, kd_weight=0.5, vocab_size=37, tensor_group=None
     )
     loss.sum().backward()
-    ce, kl = reference_terms(logits[:, :36].double(), labels, targets, 36)
+    finite = logits.double().clamp(min=-1e9)
+    ce, kl = reference_terms(finite, labels, targets, 37)
     torch.testing.assert_close(loss.double(), 0.5 * (ce + kl), rtol=1e-5, atol=1e-4)
     assert torch.isfinite(z.grad).all()
-    assert z.grad[:, 36].abs().max() == 0
+    assert z.grad[:, gone].abs().max() == 0
+
+
+def test_a_target_of_probability_0_by_the_student_is_infinitely_far():
+    logits, labels, targets = make_case(4)
+    row, entry = (targets.probs > 0).nonzero()[0].tolist()
+    logits[row, targets.ids[row, entry]] = float("-inf")
+    _, terms = sparse_kd_loss(
+        logits, labels, targets, ce_weight=0.0, kd_weight=1.0, vocab_size=37, tensor_group=None
+    )
+    assert terms[1, row] == float("inf")
 
 
 def test_a_second_backward_is_refused():

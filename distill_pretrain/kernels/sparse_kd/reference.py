@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -29,55 +30,54 @@ NUM_SUMS = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Picks:
-    """The 1 + K columns of each row that the loss reads: the label's first, then the targets'.
+    """Columns of each row that the loss reads: the label's, or the targets'.
 
     Attributes:
-        columns: int64[T, 1+K], local column, any where this rank does not own it.
-        owned: bool[T, 1+K].
+        relative: int64[T, M], column counted from this rank's first.
+        columns: int64[T, M], the same where this rank owns it, else any of its columns.
     """
 
+    relative: torch.Tensor
     columns: torch.Tensor
-    owned: torch.Tensor
+
+    @cached_property
+    def owned(self) -> torch.Tensor:
+        """bool[T, M]: whether this rank owns the column."""
+        return self.relative == self.columns
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowScalars:
-    """Everything of the gradient that is one number per row, or per pick; see README.md.
+    """Everything of the gradient that is one number per row; see README.md.
 
     Attributes:
         at_one: fp32[T], A1: coefficient of softmax(z)_j.
         at_tau: fp32[T], A2: coefficient of softmax(z/tau)_j; at the targets' columns `at_tau_kept` takes its place.
         at_tau_kept: fp32[T]; None where it is the same.
         floor: fp32[T], U: subtracted at every column; None for zero.
-        at_picks: fp32[T, 1+K], what each pick subtracts.
+        at_label: fp32[T], subtracted at the label.
+        at_target: fp32[T], subtracted at the targets, times their probability; None without targets.
     """
 
     at_one: torch.Tensor
     at_tau: torch.Tensor
     at_tau_kept: torch.Tensor | None
     floor: torch.Tensor | None
-    at_picks: torch.Tensor
+    at_label: torch.Tensor
+    at_target: torch.Tensor | None
 
 
-def pick_columns(
-    labels: torch.Tensor, targets: RowTargets | None, *, first_column: int, num_columns: int
-) -> Picks:
-    """Columns of this rank's slice [first_column, first_column + num_columns) that labels and targets name.
+def pick_columns(ids: torch.Tensor, *, first_column: int, num_columns: int) -> Picks:
+    """Columns of this rank's slice [first_column, first_column + num_columns) that ids [T, M] name.
 
     Args:
-        labels: int64[T]; negative means no label.
-        targets: None for K = 0.
+        ids: int64[T, M]; negative means none.
         first_column: global id of the slice's first column.
-        num_columns: real (unpadded) columns in the slice.
+        num_columns: real (unpadded) columns in the slice, at least 1.
     """
-    ids = labels.unsqueeze(-1)
-    if targets is not None:
-        ids = torch.cat((ids, targets.ids), dim=-1)
-    relative = ids - first_column
-    columns = relative.clamp(0, max(0, num_columns - 1))
     # No id at all is negative, so never owned.
-    owned = relative == columns if num_columns else torch.zeros_like(ids, dtype=torch.bool)
-    return Picks(columns=columns, owned=owned)
+    relative = ids - first_column
+    return Picks(relative=relative, columns=relative.clamp(0, num_columns - 1))
 
 
 def row_max(logits: torch.Tensor) -> torch.Tensor:
@@ -90,35 +90,46 @@ def row_max(logits: torch.Tensor) -> torch.Tensor:
 def row_sums(
     logits: torch.Tensor,
     maxima: torch.Tensor,
-    picks: Picks,
-    *,
-    temperature: float,
+    labels: torch.Tensor,
     targets: RowTargets | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's part of the row's sums, fp32[T, 6] as `NUM_SUMS` says, and s = z - max of each pick, fp32[T, 1+K].
-
-    A pick that is not owned is another column's; sums that no target needs are 0.
+    *,
+    first_column: int,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """This rank's part of the row's sums, fp32[T, 6] as `NUM_SUMS` says; those that no target needs are 0.
 
     Args:
         logits: [T, n], real columns.
         maxima: fp32[T], over all ranks.
-        picks: label and targets.
-        temperature: tau.
+        labels: int64[T]; negative means no label.
         targets: None for K = 0.
+        first_column: global id of the first column.
+        temperature: tau.
+
+    Returns:
+        The sums; and for the gradient, fp32[T, 1+K], of each target from the second column on: s = z - max, left out
+        where no target has a bucket and another column's where this rank does not own the target, and the target's
+        probability, 0 where this rank does not own it.
     """
+    num_columns = logits.size(-1)
     outside = targets is not None and targets.bucket is not None
     total = targets is not None and targets.floor is not None
     packed = maxima.new_zeros(len(logits), NUM_SUMS)
-    if logits.size(-1) == 0:
-        return packed, maxima.new_zeros(picks.columns.shape)
-    picked = logits.gather(-1, picks.columns).float().sub_(maxima.unsqueeze(-1))
-    packed[:, 4] = torch.where(picks.owned[:, 0], picked[:, 0], 0.0)
+    shape = (len(logits), 1 + (0 if targets is None else targets.ids.size(-1)))
+    picked, probs = maxima.new_zeros(shape), maxima.new_zeros(shape)
+    if num_columns == 0:
+        return packed, picked, probs
+    picks = pick_columns(labels.unsqueeze(-1), first_column=first_column, num_columns=num_columns)
+    packed[:, 4] = torch.where(picks.owned, _picked(logits, maxima, picks), 0.0).squeeze(-1)
     if targets is not None:
-        probs = targets.probs * picks.owned[:, 1:]
-        # A probability of 0 is no target, even of a logit that is -inf.
-        packed[:, 5] = torch.where(probs > 0, probs * picked[:, 1:], 0.0).sum(-1)
+        picks = pick_columns(targets.ids, first_column=first_column, num_columns=num_columns)
+        at_targets = _picked(logits, maxima, picks)
+        torch.mul(targets.probs, picks.owned, out=probs[:, 1:])
+        if outside:
+            picked[:, 1:] = at_targets
+        # A probability of 0 is no target, even of a logit that is -inf; torch.where takes several times as long.
+        packed[:, 5] = at_targets.mul_(probs[:, 1:]).nansum(-1)
     for rows in _row_chunks(logits):
-        chunk_picks = Picks(columns=picks.columns[rows], owned=picks.owned[rows])
         exponentials = _shifted(logits[rows], maxima[rows])
         if total:
             packed[rows, 3] = exponentials.sum(-1)
@@ -127,10 +138,13 @@ def row_sums(
             exponentials.div_(temperature)
         packed[rows, 1] = exponentials.exp_().sum(-1)
         if outside:
-            packed[rows, 2] = _outside_sum(exponentials, chunk_picks)
+            # Zeros in their places: a difference of sums would cancel.
+            columns, owned = picks.columns[rows], picks.owned[rows]
+            kept = torch.where(owned, exponentials.gather(-1, columns), 0.0)
+            packed[rows, 2] = exponentials.scatter_add_(-1, columns, -kept).sum(-1)
     if temperature == 1.0:
         packed[:, 0] = packed[:, 1]
-    return packed, picked
+    return packed, picked, probs
 
 
 def label_terms(
@@ -151,16 +165,17 @@ def sparse_kl(
     sum_j T_j (log T_j - log q_j), q = softmax(z/tau), over all ids, or over the kept ids and one bucket of the
     others (arXiv 2503.16870, eq. 1, with a target's mass below 1 kept as it is); 0 without targets.
     """
-    kept, floor = targets.kept, targets.floor
+    floor, probs = targets.floor, targets.probs
     log_sum = sums[:, 1].log()
-    probs = targets.probs
-    at_kept = probs if floor is None else probs + torch.where(kept, floor.unsqueeze(-1), 0.0)
+    at_kept = probs
+    if floor is not None:
+        at_kept = probs + torch.where(targets.kept, floor.unsqueeze(-1), 0.0)
     mass = probs.sum(-1)
     cross = torch.where(mass > 0, sums[:, 5] / temperature - mass * log_sum, 0.0)
     # Twice as fast as xlogy; 0 log 0 is 0 here too.
     kl = (at_kept * at_kept.clamp(min=torch.finfo(at_kept.dtype).tiny).log()).sum(-1) - cross
     if floor is not None:
-        others = vocab_size - kept.sum(-1)
+        others = vocab_size - targets.kept.sum(-1)
         all_log_probs = sums[:, 3] / temperature - vocab_size * log_sum
         kl = kl + others * torch.special.xlogy(floor, floor)
         kl = kl - torch.where(floor > 0, floor * all_log_probs, 0.0)
@@ -199,13 +214,13 @@ def row_scalars(
     at_label = (labels >= 0).float() * ce_weight
     at_one = at_label + 2.0 * z_loss * lse if z_loss else at_label
     if targets is None:
-        zero = torch.zeros_like(at_label)
         return RowScalars(
             at_one=at_one,
-            at_tau=zero,
+            at_tau=torch.zeros_like(at_label),
             at_tau_kept=None,
             floor=None,
-            at_picks=at_label.unsqueeze(-1),
+            at_label=at_label,
+            at_target=None,
         )
     weight = torch.as_tensor(kd_weight, device=sums.device).expand_as(at_label) / temperature
     mass, floor, at_tau_kept = targets.probs.sum(-1), None, None
@@ -217,13 +232,13 @@ def row_scalars(
         inside = sums[:, 1] - sums[:, 2]
         at_tau_kept = weight * (mass + targets.bucket)
         at_tau = at_tau - weight * targets.bucket * inside / _outside(sums)
-    at_targets = weight.unsqueeze(-1) * targets.probs
     return RowScalars(
         at_one=at_one,
         at_tau=at_tau,
         at_tau_kept=at_tau_kept,
         floor=floor,
-        at_picks=torch.cat((at_label.unsqueeze(-1), at_targets), -1),
+        at_label=at_label,
+        at_target=weight,
     )
 
 
@@ -231,29 +246,42 @@ def gradient_(
     logits: torch.Tensor,
     maxima: torch.Tensor,
     sums: torch.Tensor,
-    picks: Picks,
+    labels: torch.Tensor,
+    targets: RowTargets | None,
     picked: torch.Tensor,
+    probs: torch.Tensor,
     scalars: RowScalars,
     grad_output: torch.Tensor,
     *,
+    first_column: int,
     temperature: float,
 ) -> None:
     """Gradient of the loss by the logits [T, n], computed in fp32 and written over them.
 
-    dL/dz_j = A1 softmax(z)_j + A2 softmax(z/tau)_j - U - picks, times the incoming gradient fp32[T] of the row.
+    dL/dz_j = A1 softmax(z)_j + A2 softmax(z/tau)_j - U - label - targets, times the incoming gradient fp32[T] of the
+    row. Arguments as of `row_sums` and what that returned, summed over all ranks.
     """
-    if logits.size(-1) == 0:
+    num_columns = logits.size(-1)
+    if num_columns == 0:
         return
     at_one = scalars.at_one * grad_output / sums[:, 0]
     at_tau = scalars.at_tau * grad_output / sums[:, 1]
-    at_picks = -scalars.at_picks * grad_output.unsqueeze(-1)
-    if scalars.at_tau_kept is not None:
-        shifted = picked[:, 1:]
-        at_tau_kept = scalars.at_tau_kept * grad_output / sums[:, 1]
-        at_picks[:, 1:] += at_one.unsqueeze(-1) * shifted.exp()
-        at_picks[:, 1:] += at_tau_kept.unsqueeze(-1) * (shifted / temperature).exp()
-    at_picks = torch.where(picks.owned, at_picks, 0.0)
     at_both = (at_one + at_tau).unsqueeze(-1)
+    label = pick_columns(labels.unsqueeze(-1), first_column=first_column, num_columns=num_columns)
+    at_label = label.owned * (-scalars.at_label * grad_output).unsqueeze(-1)
+    if targets is not None:
+        assert scalars.at_target is not None
+        picks = pick_columns(targets.ids, first_column=first_column, num_columns=num_columns)
+        at_targets = (-scalars.at_target * grad_output).unsqueeze(-1) * probs[:, 1:]
+        if scalars.at_tau_kept is not None:
+            at_tau_kept = scalars.at_tau_kept * grad_output / sums[:, 1]
+            shifted = picked[:, 1:]
+            inside = at_one.unsqueeze(-1) * shifted.exp()
+            inside += at_tau_kept.unsqueeze(-1) * (shifted / temperature).exp()
+            at_targets += torch.where(picks.owned, inside, 0.0)
+            # Where the student is sure, A2 outside the targets is too large to be taken back at them: they start
+            # from exp(-inf).
+            nothing = torch.zeros_like(shifted).masked_fill_(picks.owned, float("-inf"))
     for rows in _row_chunks(logits):
         chunk = logits[rows]
         in_place = chunk.dtype == torch.float32
@@ -261,10 +289,7 @@ def gradient_(
             chunk.sub_(maxima[rows].unsqueeze(-1)) if in_place else _shifted(chunk, maxima[rows])
         )
         if scalars.at_tau_kept is not None:
-            # Where the student is sure, A2 outside the targets is too large to be taken back at them: they start
-            # from exp(-inf).
-            chunk_picks = Picks(columns=picks.columns[rows], owned=picks.owned[rows])
-            _add_at_targets(shifted, chunk_picks, float("-inf"))
+            shifted.scatter_add_(-1, picks.columns[rows], nothing[rows])
         if temperature == 1.0:
             gradient = shifted.exp_().mul_(at_both[rows])
         else:
@@ -272,9 +297,16 @@ def gradient_(
             gradient = shifted.div_(temperature).exp_().mul_(at_tau[rows].unsqueeze(-1)).add_(plain)
         if scalars.floor is not None:
             gradient.sub_((scalars.floor[rows] * grad_output[rows]).unsqueeze(-1))
-        gradient.scatter_add_(-1, picks.columns[rows], at_picks[rows])
+        gradient.scatter_add_(-1, label.columns[rows], at_label[rows])
+        if targets is not None:
+            gradient.scatter_add_(-1, picks.columns[rows], at_targets[rows])
         if not in_place:
             chunk.copy_(gradient)
+
+
+def _picked(logits: torch.Tensor, maxima: torch.Tensor, picks: Picks) -> torch.Tensor:
+    """fp32[T, M]: z - max at the picks' columns."""
+    return logits.gather(-1, picks.columns).float().sub_(maxima.unsqueeze(-1))
 
 
 def _shifted(logits: torch.Tensor, maxima: torch.Tensor) -> torch.Tensor:
@@ -285,25 +317,6 @@ def _shifted(logits: torch.Tensor, maxima: torch.Tensor) -> torch.Tensor:
 def _outside(sums: torch.Tensor) -> torch.Tensor:
     """fp32[T]: sum of exp(s/tau) outside the targets, over all ranks."""
     return sums[:, 2].clamp(min=LEAST_OUTSIDE)
-
-
-def _outside_sum(exponentials: torch.Tensor, picks: Picks) -> torch.Tensor:
-    """fp32[T]: row sums over the columns that no target names, without the cancellation of a difference."""
-    kept = exponentials.gather(-1, picks.columns)
-    _add_at_targets(exponentials, picks, -kept)
-    outside = exponentials.sum(-1)
-    _add_at_targets(exponentials, picks, kept)
-    return outside
-
-
-def _add_at_targets(rows: torch.Tensor, picks: Picks, values: torch.Tensor | float) -> None:
-    """Add `values` [T, 1+K] to the owned targets' columns of [T, n], in place; the label's is left alone."""
-    owned = picks.owned[:, 1:]
-    if isinstance(values, torch.Tensor):
-        added = torch.where(owned, values[:, 1:], 0.0)
-    else:
-        added = torch.zeros_like(owned, dtype=rows.dtype).masked_fill_(owned, values)
-    rows.scatter_add_(-1, picks.columns[:, 1:], added)
 
 
 def _row_chunks(rows: torch.Tensor) -> Iterator[slice]:

@@ -205,14 +205,16 @@ def _real_columns(logits: torch.Tensor, loss: Loss) -> tuple[int, int]:
 def _reference_forward(logits: torch.Tensor, loss: Loss) -> Forward:
     first, num_columns = _real_columns(logits, loss)
     targets = loss.targets
-    picks = reference.pick_columns(
-        loss.labels, targets, first_column=first, num_columns=num_columns
-    )
     real = logits[:, :num_columns]
     maxima = reference.row_max(real)
     _all_reduce(maxima, dist.ReduceOp.MAX, loss.group)
-    sums, picked = reference.row_sums(
-        real, maxima, picks, temperature=loss.temperature, targets=targets
+    sums, picked, probs = reference.row_sums(
+        real,
+        maxima,
+        loss.labels,
+        targets,
+        first_column=first,
+        temperature=loss.temperature,
     )
     _all_reduce(sums, dist.ReduceOp.SUM, loss.group)
     ce, lse = reference.label_terms(sums, maxima, loss.labels)
@@ -229,9 +231,7 @@ def _reference_forward(logits: torch.Tensor, loss: Loss) -> Forward:
         losses = losses + loss.z_loss * lse.square()
     # The gradient needs the first three sums, and lse to which the others added.
     numbers = torch.stack((maxima, *sums[:, :3].unbind(-1), lse, torch.zeros_like(lse)), -1)
-    return Forward(
-        losses, torch.stack((ce, kl, lse.square())), numbers, picked, torch.zeros_like(picked)
-    )
+    return Forward(losses, torch.stack((ce, kl, lse.square())), numbers, picked, probs)
 
 
 def _reference_gradient_(
@@ -250,17 +250,17 @@ def _reference_gradient_(
         temperature=loss.temperature,
         vocab_size=loss.vocab_size,
     )
-    picks = reference.pick_columns(
-        loss.labels, loss.targets, first_column=first, num_columns=num_columns
-    )
     reference.gradient_(
         logits[:, :num_columns],
         maxima,
         sums,
-        picks,
+        loss.labels,
+        loss.targets,
         seen.picks,
+        seen.subtracted,
         scalars,
         grad_losses,
+        first_column=first,
         temperature=loss.temperature,
     )
     logits[:, num_columns:] = 0
