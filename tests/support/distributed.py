@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import socket
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +56,19 @@ def run_distributed(
                 }
             )
         )
-        run_ranks(
-            ["-m", "tests.support.distributed", str(request)], num_processes, environment or {}
-        )
+        run_ranks("tests.support.distributed", [str(request)], num_processes, environment)
         return json.loads(answer.read_text())
 
 
 def run_ranks(
-    arguments: list[str], num_processes: int, environment: dict[str, str] | None = None
+    module: str,
+    arguments: list[str],
+    num_processes: int,
+    environment: dict[str, str] | None = None,
 ) -> str:
-    """Run `python ...arguments` in every rank of a job as torchrun would, without the seconds that it takes itself.
+    """Run `python -m module ...arguments` in every rank of a job as torchrun would, without the seconds that it takes.
+
+    The ranks are forked from a server that has imported torch and megatron-core: see `rank`.
 
     Returns:
         What the ranks printed, one after another.
@@ -83,33 +89,44 @@ def run_ranks(
         ranks = []
         for number, path in enumerate(logs):
             own = {"RANK": str(number), "LOCAL_RANK": str(number)}
-            with path.open("wb") as log:
-                ranks.append(
-                    subprocess.Popen(
-                        [sys.executable, "-u", *arguments],
-                        cwd=REPOSITORY,
-                        env={**os.environ, **job, **own, **(environment or {})},
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
+            variables = {**os.environ, **job, **own, **(environment or {})}
+            rank = _server().Process(
+                target=_run_module,
+                args=(module, arguments, variables, str(REPOSITORY), str(path)),
+            )
+            rank.start()
+            ranks.append(rank)
         _wait(ranks)
-        texts = [path.read_text() for path in logs]
-        if any(rank.returncode for rank in ranks):
+        texts = [path.read_text() if path.exists() else "" for path in logs]
+        if any(rank.exitcode for rank in ranks):
             ends = [
-                f"rank {number} ended with {rank.returncode}:\n{text[-6000:]}"
+                f"rank {number} ended with {rank.exitcode}:\n{text[-6000:]}"
                 for number, (rank, text) in enumerate(zip(ranks, texts, strict=True))
             ]
             raise AssertionError("distributed run failed:\n" + "\n".join(ends))
         return "".join(texts)
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]]) -> None:
+@cache
+def _server() -> ForkServerContext:
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["tests.support.rank"])
+    return server
+
+
+def _run_module(*arguments: Any) -> None:
+    # Imported in the ranks alone.
+    from tests.support.rank import run_module
+
+    run_module(*arguments)
+
+
+def _wait(ranks: Sequence[BaseProcess]) -> None:
     """Until all have ended, or one has failed: the others would wait for it."""
     deadline = time.monotonic() + LIMIT_S
     try:
-        while any(rank.poll() is None for rank in ranks):
-            if any(rank.poll() for rank in ranks) or time.monotonic() > deadline:
+        while any(rank.exitcode is None for rank in ranks):
+            if any(rank.exitcode for rank in ranks) or time.monotonic() > deadline:
                 # A moment for the others to say what they saw.
                 time.sleep(1)
                 break
@@ -117,7 +134,7 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> None:
     finally:
         for rank in ranks:
             rank.kill()
-            rank.wait()
+            rank.join()
 
 
 def _module_name(function: Callable[..., Any]) -> str:

@@ -117,7 +117,7 @@ class Job:
         """Run a verb in other processes; fail the test unless it succeeds; return its output."""
         if num_processes > 1:
             return run_ranks(
-                ["-m", "distill_pretrain", verb, str(self.recipe), *overrides], num_processes
+                "distill_pretrain", [verb, str(self.recipe), *overrides], num_processes
             )
         process = self.start(verb, *overrides, num_processes=num_processes)
         output, errors = process.communicate(timeout=600)
