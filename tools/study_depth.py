@@ -105,9 +105,13 @@ def planned_cells() -> list[Cell]:
         # As many parameters in the layers as 96 of width 64 have.
         *cells((6,), main, (3e-3,), hidden=256, ffn=704),
         *cells((12, 48, 96), ("xavier", "completep"), rates),
+        *cells((192,), ("completep",), rates),
+        *cells((96, 192), ("completep",), (1e-2,), (2, 3)),
+        # Both were best at the highest rate of the others.
+        *cells((12, 48, 96, 192), ("deepscale", "completep"), (3e-2,)),
         *cells((192,), main, (1e-3,)),
         *cells((12, 48, 96), ("xavier", "completep"), (1e-3,)),
-        *cells((192,), ("xavier", "completep"), (*rates, 1e-3)),
+        *cells((192,), ("xavier",), rates),
     ]
     return list(dict.fromkeys(ordered))
 

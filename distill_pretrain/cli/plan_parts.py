@@ -76,7 +76,8 @@ def plan_report(recipe: Recipe) -> PlanReport:
     if recipe.model and recipe.train:
         job = student_job(recipe, corpus, world_size=settings.gpus)
         beside = online_teacher_bytes(recipe, corpus)
-        report.parts.append(memory_part(job, settings, beside))
+        on_cpu = student_job(recipe, corpus, world_size=settings.gpus, on_gpu=False)
+        report.parts.append(memory_part(job, settings, beside, on_cpu=on_cpu))
         report.parts.append(_student(recipe, job, stored))
         if stored and speed and capture_hours is not None and recipe.teacher:
             report.parts.append(

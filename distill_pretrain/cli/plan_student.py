@@ -78,13 +78,16 @@ def corpus_of(recipe: Recipe) -> Corpus:
     return Corpus(vocab_size=vocab_size, seq_len=recipe.data.seq_len, num_sequences=num_sequences)
 
 
-def student_job(recipe: Recipe, corpus: Corpus, *, world_size: int | None) -> StudentJob:
+def student_job(
+    recipe: Recipe, corpus: Corpus, *, world_size: int | None, on_gpu: bool = True
+) -> StudentJob:
     """The job of the sections model, parallel, optimizer, objective and train.
 
     Args:
         recipe: has them.
         corpus: what it trains on.
         world_size: processes; None takes the launcher's.
+        on_gpu: what it is to run on.
 
     Raises:
         LayoutError: the layout does not fit.
@@ -114,6 +117,7 @@ def student_job(recipe: Recipe, corpus: Corpus, *, world_size: int | None) -> St
         num_micro_batches=recipe.train.global_batch_size // per_pass,
         data_parallel=data_parallel,
         entries=_most_entries(recipe),
+        chunk_tokens=recipe.objective.chunk_tokens(on_gpu=on_gpu),
     )
 
 
@@ -151,8 +155,10 @@ def online_teacher_bytes(recipe: Recipe, corpus: Corpus) -> int | None:
     return round(weight * parameters) + 3 * 4 * positions * corpus.vocab_size
 
 
-def memory_part(job: StudentJob, settings: PlanConfig, beside: int | None) -> Part:
-    """Memory of the fullest rank under the recipe's layout, and under others."""
+def memory_part(
+    job: StudentJob, settings: PlanConfig, beside: int | None, *, on_cpu: StudentJob
+) -> Part:
+    """Memory of the fullest rank under the recipe's layout, and under others; `on_cpu` is the same job there."""
     fullest = fullest_rank(job)
     whole = num_parameters(job.model, vocab_size=job.vocab_size, seq_len=job.seq_len)
     room = settings.gpu_memory_gb * GB
@@ -190,7 +196,7 @@ def memory_part(job: StudentJob, settings: PlanConfig, beside: int | None) -> Pa
         ),
         Figure(
             name="process on a CPU",
-            value=cpu_process_bytes(fullest, settings.process_base_gb * GB),
+            value=cpu_process_bytes(fullest_rank(on_cpu), settings.process_base_gb * GB),
             unit="B",
             basis="estimate",
             how=f"resident host memory: {settings.process_base_gb:g} GB base (plan.process_base_gb) + peak + what "
@@ -223,8 +229,10 @@ def memory_figures(job: StudentJob, memory: RankMemory) -> list[Figure]:
         "batch": "tokens, labels and targets of every micro-batch of a step",
         "activations": "what autograd keeps of the layers in flight (planning/memory.py); recomputation: "
         + job.parallel.recompute,
-        "loss": "exponentials [T, V/tp] in fp32, kept for the gradient",
-        "temporaries": "logits and their copies, or the gradients inside a feed-forward block",
+        "loss": "logits [T, V/tp], which become their gradient"
+        if job.chunk_tokens is None
+        else f"gradients of the LM head; its logits are made by {job.chunk_tokens} tokens (objective.head)",
+        "temporaries": "of loss and LM head, or the gradients inside a feed-forward block",
         "step_temporaries": "4 B per updated parameter; activations are gone by then",
     }
     figures = [

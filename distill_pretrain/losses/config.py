@@ -10,6 +10,9 @@ from pydantic import Field, field_validator, model_validator
 from distill_pretrain.config import Section
 from distill_pretrain.losses.points import Points, Scheduled, extremes
 
+CHUNK_TOKENS = 4096
+"""Of a chunked head: enough for the products to run at full speed."""
+
 
 class ObjectiveConfig(Section):
     """What the student minimises per token: ce_weight * CE(label) + kd_weight * divergence(teacher, student).
@@ -47,6 +50,13 @@ class ObjectiveConfig(Section):
     def peak_kd_weight(self) -> float:
         """The largest kd_weight of any step; 0 means that no targets are needed."""
         return extremes(self.kd_weight)[1]
+
+    def chunk_tokens(self, *, on_gpu: bool) -> int | None:
+        """Tokens whose logits are made at a time; None for those of a whole micro-batch."""
+        chosen = (
+            on_gpu and self.target == "cache" if self.head == "auto" else self.head == "chunked"
+        )
+        return CHUNK_TOKENS if chosen else None
 
     @field_validator("ce_weight", "kd_weight")
     @classmethod

@@ -46,6 +46,7 @@ class StudentJob:
         num_micro_batches: forward passes per step and data-parallel rank.
         data_parallel: replicas.
         entries: K, the most target entries of a position; 0 without targets.
+        chunk_tokens: positions whose logits are made at a time; None for all of a micro-batch.
     """
 
     model: ModelConfig
@@ -58,6 +59,7 @@ class StudentJob:
     num_micro_batches: int
     data_parallel: int
     entries: int = 0
+    chunk_tokens: int | None = None
 
     @property
     def positions(self) -> int:
@@ -91,7 +93,7 @@ class RankMemory:
         optimizer: moments, and fp32 master weights beside bf16 ones.
         batch: tokens, labels and targets of a whole step, on the device at once.
         activations: of all micro-batches in flight.
-        loss: what the loss keeps of the logits, on the last stage.
+        loss: what the loss keeps for its gradient, on the last stage.
         temporaries: the largest on top of these.
         step_temporaries: of the update, when activations are gone.
     """
@@ -304,19 +306,37 @@ def _head_bytes(job: StudentJob) -> int:
 
 
 def _loss(job: StudentJob) -> tuple[int, int]:
-    """Bytes the loss keeps of the logits [T, V/t], and the largest temporaries beside them.
+    """Bytes the loss keeps for its gradient, and the largest temporaries beside them.
 
-    Kept: the logits, which become the gradient in place, and some numbers per entry. Temporaries: fp32 copies of some
-    rows in plain PyTorch, and the sums' inputs per entry. A chunked head, as on a GPU, takes less.
+    Kept of logits [T, V/t]: themselves, which become the gradient in place, and some numbers per entry. A chunked head
+    keeps the gradients by the hidden states [T, H] and by the head's weight [V/t, H], which it sums in fp32; the logits
+    of one chunk are a temporary. Temporaries besides: fp32 copies of some rows in plain PyTorch (CUDA kernels need
+    none), and the sums' inputs per entry.
     """
-    e, t = job.bytes_per_activation, job.parallel.tensor
+    e, t, hidden = job.bytes_per_activation, job.parallel.tensor, job.model.hidden_size
     padded = padded_vocab_size(job.vocab_size, job.model.vocab_divisor, t) // t
-    picks = 1 + job.entries
-    kept = e * padded + 12 * job.entries + 8 * picks + 48
-    chunk = 4 * min(LOSS_CHUNK_ELEMENTS, job.positions * padded) * (2 if e < 4 else 1)
-    rows = job.positions * 24 * picks
-    head_gradient = e * padded * job.model.hidden_size
-    return job.positions * kept, max(chunk + rows, head_gradient)
+    per_entry = 12 * job.entries + 8 * (1 + job.entries) + 48
+    head_gradient = e * padded * hidden
+    if job.chunk_tokens is None:
+        kept = job.positions * (e * padded + per_entry)
+        return kept, max(_loss_temporaries(job, job.positions, padded), head_gradient)
+    chunks = -(-job.positions // job.chunk_tokens)
+    rows = -(-job.positions // chunks)
+    kept = head_gradient + job.positions * (e * hidden + 16)
+    sums = GRADIENT_BYTES * padded * hidden
+    chunk = rows * (e * padded + per_entry) + _loss_temporaries(job, rows, padded)
+    temporaries = sums + chunk + job.positions * 12 * job.entries
+    if e < GRADIENT_BYTES:
+        # The sums are rounded when the logits are still there.
+        temporaries = max(temporaries, sums + head_gradient + rows * e * padded)
+    return kept, temporaries - head_gradient
+
+
+def _loss_temporaries(job: StudentJob, positions: int, columns: int) -> int:
+    """Of the loss over so many positions, in plain PyTorch."""
+    copies = 2 if job.bytes_per_activation < 4 else 1
+    chunk = 4 * min(LOSS_CHUNK_ELEMENTS, positions * columns) * copies
+    return chunk + positions * 24 * (1 + job.entries)
 
 
 def _layer_temporaries(job: StudentJob) -> int:

@@ -27,7 +27,6 @@ from distill_pretrain.dist.process import (
     process_group,
     set_cpu_threads,
 )
-from distill_pretrain.kernels.chunked_head.head import CHUNK_TOKENS
 from distill_pretrain.losses.config import ObjectiveConfig
 from distill_pretrain.losses.dense_kd import TeacherObjective
 from distill_pretrain.losses.sparse_kd import DistillationObjective, require_entries_fit
@@ -140,13 +139,10 @@ def make_objective(
     }
     if teacher is not None:
         return TeacherObjective(teacher, divergence=objective.divergence, **common)
-    chunked = objective.head == "chunked"
-    if objective.head == "auto":
-        chunked = local_device().type == "cuda"
     return DistillationObjective(
         residual=objective.residual,
         implementation=objective.kernel,
-        chunk_tokens=CHUNK_TOKENS if chunked else None,
+        chunk_tokens=objective.chunk_tokens(on_gpu=local_device().type == "cuda"),
         **common,
     )
 

@@ -63,6 +63,20 @@ CASES |= {
         "precision": "bf16",
     },
 }
+CASES |= {
+    "llama, chunked head, tp": {
+        "model": LLAMA,
+        "parallel": {"tensor": 2, "sequence_parallel": True},
+        "chunk_tokens": 100,
+        "vocab_size": 10000,
+    },
+    "gpt2 bf16, chunked head": {
+        "model": GPT2,
+        "precision": "bf16",
+        "chunk_tokens": 64,
+        "vocab_size": 5000,
+    },
+}
 VOCAB_SIZE = 1000
 
 
@@ -72,13 +86,14 @@ def planned(case: dict[str, Any]) -> StudentJob:
         model=ModelConfig(**case["model"]),
         parallel=parallel,
         optimizer=OptimizerConfig(),
-        vocab_size=VOCAB_SIZE,
+        vocab_size=case.get("vocab_size", VOCAB_SIZE),
         seq_len=SEQ_LEN,
         precision=case.get("precision", "fp32"),
         micro_batch_size=MICRO_BATCH,
         num_micro_batches=MICRO_BATCHES,
         data_parallel=2 // replica_size(parallel),
         entries=ENTRIES,
+        chunk_tokens=case.get("chunk_tokens"),
     )
 
 
@@ -115,14 +130,18 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         memory = LiveMemory()
         with memory:
             loss = DistillationObjective(
-                ce_weight=0.5, kd_weight=0.5, vocab_size=VOCAB_SIZE, tensor_group=groups.tensor
+                ce_weight=0.5,
+                kd_weight=0.5,
+                vocab_size=job.vocab_size,
+                tensor_group=groups.tensor,
+                chunk_tokens=job.chunk_tokens,
             )
             student = build_student(
                 model=job.model,
                 parallel=job.parallel,
                 optimizer=job.optimizer,
                 groups=groups,
-                vocab_size=VOCAB_SIZE,
+                vocab_size=job.vocab_size,
                 seq_len=SEQ_LEN,
                 precision=job.precision,
                 seed=1,
@@ -173,7 +192,7 @@ def test_every_parameter_of_every_rank_is_foreseen(measured, name):
         shapes = rank_shapes(
             job.model,
             job.parallel,
-            vocab_size=VOCAB_SIZE,
+            vocab_size=job.vocab_size,
             seq_len=SEQ_LEN,
             stage=rank["stage"],
         )

@@ -25,6 +25,6 @@ def test_the_quickstarts_process_is_within_15_percent(run):
         [f"parallel.tensor={run['tensor']}"],
     )
     corpus = Corpus(vocab_size=MEASURED["vocab_size"], seq_len=128, num_sequences=6144)
-    job = student_job(recipe, corpus, world_size=run["tensor"])
+    job = student_job(recipe, corpus, world_size=run["tensor"], on_gpu=False)
     foreseen = cpu_process_bytes(fullest_rank(job), PlanConfig().process_base_gb * 1e9)
     assert foreseen == pytest.approx(run["rss_peak_gb"] * 1e9, rel=0.15)

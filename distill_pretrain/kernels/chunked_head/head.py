@@ -13,9 +13,6 @@ import torch
 
 from distill_pretrain.kernels.sparse_kd.stages import Loss, forward, loss_and_gradient_
 
-CHUNK_TOKENS = 4096
-"""Enough for the products to run at full speed."""
-
 BLOCK_ELEMENTS = 1 << 24
 """Size of the fp32 copies where a product with fp32 sums has to be made from them."""
 
