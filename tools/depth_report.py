@@ -19,6 +19,9 @@ COLOURS = {
     "xavier": "#CC79A7",
     "megatron": "#000000",
 }
+RIVALS = ("megatron", "fan_in", "completep")
+"""What `deepscale` is compared with, seed by seed."""
+
 SHARED_STEPS = slice(40, 60)
 """Of the training losses compared over depth: steps that students of every depth take."""
 
@@ -145,14 +148,11 @@ def claims_table(study: Study) -> str:
     rows = []
     for depth in study.every("depth"):
         for lr in study.every("lr", depth=depth):
-            found = {
-                other: _against(study, other, depth, lr, lr) for other in ("megatron", "fan_in")
-            }
-            if all(found.values()):
-                shown = [mean.signed() for mean in found.values() if mean]
-                seeds = min(mean.count for mean in found.values() if mean)
-                rows.append([str(depth), f"{lr:g}", *shown, str(seeds)])
-    return _table(["layers", "lr", "less `megatron`", "less `fan_in`", "seeds"], rows)
+            found = [_against(study, other, depth, lr, lr) for other in RIVALS]
+            if any(found):
+                shown = [mean and f"{mean.signed()} ({mean.count})" for mean in found]
+                rows.append([str(depth), f"{lr:g}", *map(_shown, shown)])
+    return _table(["layers", "lr", *(f"less `{other}` (seeds)" for other in RIVALS)], rows)
 
 
 def depth_table(study: Study, lr: float) -> str:
@@ -195,7 +195,7 @@ def verdicts(study: Study) -> list[str]:
     for depth in study.every("depth"):
         if depth < 96:
             continue
-        for other in ("megatron", "fan_in"):
+        for other in RIVALS:
             for lr in study.every("lr", depth=depth):
                 mean = _against(study, other, depth, lr, lr)
                 if mean is not None:
