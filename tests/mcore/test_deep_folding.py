@@ -18,6 +18,7 @@ transformers = pytest.importorskip("transformers")
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama, 96 layers": {**LLAMA, "num_layers": 96, "init": "deepscale"},
+    "llama, 48 layers, completep": {**LLAMA, "num_layers": 48, "init": "completep"},
     "gpt2, 48 layers": {**GPT2, "num_layers": 48, "init": "deepscale"},
 }
 
