@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Sets up and checks everything: ruff, mypy, the directions of imports, then all tests. Options go to pytest:
 #
-#   launch/test.sh                       everything that needs no GPU and ends in minutes
-#   launch/test.sh -m long               the longest tests, a quarter of the whole time: left out otherwise
+#   launch/test.sh                       everything that needs no GPU
 #   launch/test.sh -m gpu                the tests that need a GPU
 #   launch/test.sh tests/corpus -k split
 set -euo pipefail
@@ -24,5 +23,5 @@ echo "== mypy"
 mypy
 echo "== lint-imports"
 lint-imports
-echo "== pytest (deselected unless asked for: tests that need a GPU, -m gpu, and the longest, -m long)"
-exec python -m pytest -n "$workers" --dist loadfile -rs -m "not gpu and not long" "$@"
+echo "== pytest (deselected unless asked for: tests that need a GPU, -m gpu)"
+exec python -m pytest -n "$workers" --dist loadfile -rs -m "not gpu" "$@"

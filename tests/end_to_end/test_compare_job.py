@@ -111,7 +111,7 @@ def test_one_command_ends_in_a_report(unbroken):
     assert (unbroken.folder / "compare/report/recipe.yaml").is_file()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_killed_comparison_goes_on_without_training_anything_twice(unbroken, tokens, tmp_path):
     job = make_comparison(tmp_path, tokens)
     process = job.start("compare", num_processes=2)

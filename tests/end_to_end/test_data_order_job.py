@@ -82,7 +82,7 @@ def newest_step(run: Path) -> int:
     return max(int(p.name[5:]) for p in (run / "checkpoints").glob("step-*[0-9]"))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_killed_run_on_one_then_two_ranks_sees_every_sequence_once_per_epoch(job, tmp_path):
     """One rank, killed in mid-epoch; two ranks, killed in another; one rank to the end of the third epoch."""
     arguments = [

@@ -21,28 +21,20 @@ import torch.distributed as dist
 
 from distill_pretrain.checkpoint.store import RECORD, Checkpoint, CheckpointStore
 from distill_pretrain.dist.process import on_first_rank, process_group, released_groups
-from distill_pretrain.errors import CheckpointError, TrainingStopped
 from distill_pretrain.formats.atomic import sha256_file
 from distill_pretrain.mcore.config import ParallelConfig
 from distill_pretrain.train.config import BadStepsConfig, TrainConfig
 from tests.support.distributed import run_distributed
 from tests.support.layouts import LLAMA, make_job, take_step
+from tests.support.training import Fault, run_trainer
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 STEPS = 9
 INTERVAL = 3
 SLOW_S = 600.0
 LAYOUT = ParallelConfig(tensor=2)  # both ranks have files to write
 MODEL = {**LLAMA, "num_layers": 1, "dropout": 0.1}
-
-
-class NoExports:
-    def is_due(self, step: int) -> bool:
-        return False
-
-    def after_step(self, step: int, chunks: Any) -> None:
-        pass
 
 
 @contextmanager
@@ -72,84 +64,29 @@ def run(
     **policy: Any,
 ) -> dict[str, Any]:
     """Train, from where the folder is; the losses, what was said, how it ended, the complete checkpoints."""
-    from distill_pretrain.mcore.model import unwrap
     from distill_pretrain.mcore.parallel import model_parallel
-    from distill_pretrain.train.metrics import EventLog, MetricsLog
-    from distill_pretrain.train.trainer import Trainer
 
-    first = dist.get_rank() == 0
-    folder.mkdir(exist_ok=True)
     with released_groups(), model_parallel(LAYOUT, seed=1) as groups:
-        student, batches = make_job(MODEL, LAYOUT, groups, kd=True, steps=STEPS)
-        objective = unwrap(student.chunks[0]).loss_function
-        if spoil is not None:
-            objective = Spoiled(objective, spoil)
-            unwrap(student.chunks[0]).loss_function = objective
-        store = CheckpointStore(folder / "checkpoints")
-        said: list[str] = []
-
-        def say(line: str) -> None:
-            said.append(line)
-            on_line(line)
-
-        trainer = Trainer(
-            student=student,
-            batches=batches,
-            prefetch_steps=1,
-            checkpoints=store,
-            exports=NoExports(),
-            resume_from=store.find({}, say),
-            identity={},
-            config=TrainConfig(
-                output_dir=folder,
-                steps=STEPS,
-                global_batch_size=8,
-                checkpoint_interval=INTERVAL,
-                keep_checkpoints=2,
-                log_interval=1,
-                async_save=async_save,
-                bad_steps=BadStepsConfig(**policy),
-            ),
-            open_metrics=lambda done: (
-                MetricsLog(folder / "metrics.jsonl", resume_step=done) if first else None
-            ),
-            events=EventLog(folder / "events.jsonl" if first else None),
-            objective=objective,
-            has_targets=True,
-            say=say,
+        run = run_trainer(
+            folder,
+            groups,
+            model=MODEL,
+            parallel=LAYOUT,
+            fault=None if spoil is None else Fault(at=spoil, factor=math.nan),
+            on_line=on_line,
+            steps=STEPS,
+            checkpoint_interval=INTERVAL,
+            keep_checkpoints=2,
+            async_save=async_save,
+            bad_steps=BadStepsConfig(**policy),
         )
-        ended = ""
-        try:
-            trainer.fit()
-        except (TrainingStopped, SystemExit, CheckpointError) as error:
-            ended = f"{type(error).__name__}: {error}"
-        dist.barrier()
         return {
             "loss": losses(folder),
-            "said": said,
-            "ended": ended,
+            "said": run.said,
+            "ended": "" if run.error is None else f"{type(run.error).__name__}: {run.error}",
             "saved": steps_saved(folder),
-            "complete": [Checkpoint.open(path).step for path in store.complete()],
+            "complete": [Checkpoint.open(path).step for path in run.checkpoints.complete()],
         }
-
-
-class Spoiled:
-    """An objective that is NaN once, at one step."""
-
-    def __init__(self, objective: Any, at: int) -> None:
-        self.objective, self.at, self.step = objective, at, 0
-        self.term_names = objective.term_names
-
-    def begin_step(self, step: int) -> None:
-        self.step = step
-        self.objective.begin_step(step)
-
-    def __call__(self, logits: torch.Tensor, batch: Any) -> torch.Tensor:
-        terms = self.objective(logits, batch)
-        if self.step == self.at:
-            self.at = -1
-            return terms * math.nan
-        return terms
 
 
 def losses(folder: Path) -> list[float]:

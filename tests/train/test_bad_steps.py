@@ -14,11 +14,11 @@ import torch.distributed as dist
 
 from distill_pretrain.checkpoint.store import CheckpointStore
 from distill_pretrain.dist.process import process_group, released_groups
-from distill_pretrain.errors import TrainingStopped
 from distill_pretrain.mcore.config import ParallelConfig
-from distill_pretrain.train.config import BadStepsConfig, TrainConfig
+from distill_pretrain.train.config import BadStepsConfig
 from tests.support.distributed import run_distributed
 from tests.support.layouts import LLAMA, make_job
+from tests.support.training import Fault, run_trainer
 
 STEPS = 12
 BAD = 7
@@ -26,92 +26,30 @@ LAYOUT = ParallelConfig(distributed_optimizer=True)
 MODEL = {**LLAMA, "num_layers": 1}
 
 
-class NoExports:
-    def is_due(self, step: int) -> bool:
-        return False
-
-    def after_step(self, step: int, chunks: Any) -> None:
-        pass
-
-
-class Faulty:
-    """An objective that once, at step BAD, spoils rank 1's loss."""
-
-    def __init__(self, objective: Any, factor: float, at: int = BAD) -> None:
-        self.objective, self.factor, self.at = objective, factor, at
-        self.term_names = objective.term_names
-        self.step = 0
-
-    def begin_step(self, step: int) -> None:
-        self.step = step
-        self.objective.begin_step(step)
-
-    def __call__(self, logits: torch.Tensor, batch: Any) -> torch.Tensor:
-        terms = self.objective(logits, batch)
-        if self.step == self.at and dist.get_rank() == 1:
-            self.at = 0
-            return terms * self.factor
-        return terms
-
-
 def train(folder: Path, factor: float, on_step: Any = None, **policy: Any) -> Any:
     """Train STEPS steps with a fault: the log's losses and `applied`, or what stopped it; and the weights' sum."""
-    from distill_pretrain.mcore.model import unwrap
     from distill_pretrain.mcore.parallel import model_parallel
-    from distill_pretrain.train.metrics import MetricsLog
-    from distill_pretrain.train.trainer import Trainer
 
     with released_groups(), model_parallel(LAYOUT, seed=1) as groups:
-        student, batches = make_job(MODEL, LAYOUT, groups, kd=True, steps=STEPS)
-        model = unwrap(student.chunks[0])
-        model.loss_function = objective = Faulty(model.loss_function, factor)
-        store = CheckpointStore(folder / "checkpoints")
-        said: list[str] = []
-
-        def say(line: str) -> None:
-            said.append(line)
-            if on_step is not None:
-                on_step(line)
-
-        trainer = Trainer(
-            student=student,
-            batches=batches,
-            prefetch_steps=1,
-            checkpoints=store,
-            exports=NoExports(),
-            resume_from=store.find({}, say),
-            identity={},
-            config=TrainConfig(
-                output_dir=folder,
-                steps=STEPS,
-                global_batch_size=8,
-                checkpoint_interval=4,
-                log_interval=1,
-                bad_steps=BadStepsConfig(window=3, **policy),
-            ),
-            open_metrics=lambda done: (
-                MetricsLog(folder / "metrics.jsonl", resume_step=done)
-                if dist.get_rank() == 0
-                else None
-            ),
-            objective=objective,
-            has_targets=True,
-            say=say,
+        run = run_trainer(
+            folder,
+            groups,
+            model=MODEL,
+            parallel=LAYOUT,
+            fault=Fault(at=BAD, factor=factor, rank=1),
+            on_line=on_step,
+            steps=STEPS,
+            checkpoint_interval=4,
+            bad_steps=BadStepsConfig(window=3, **policy),
         )
-        ended = ""
-        try:
-            trainer.fit()
-        except (TrainingStopped, SystemExit) as error:
-            ended = str(error)
-        dist.barrier()
         records = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
-        weights = sum(p.double().abs().sum() for p in model.parameters()).item()
+        weights = sum(p.double().abs().sum() for p in run.model.parameters()).item()
         return {
             "loss": [r["loss"] for r in records],
             "applied": [r["applied"] for r in records],
             "weights": weights,
-            "ended": ended,
-            "said": said,
+            "ended": "" if run.error is None else str(run.error),
+            "said": run.said,
         }
 
 

@@ -1,0 +1,127 @@
+"""The trainer on a small job, inside the process group of a test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from distill_pretrain.checkpoint.store import CheckpointStore
+from distill_pretrain.errors import CheckpointError, TrainingStopped
+from distill_pretrain.mcore.config import ParallelConfig
+from distill_pretrain.train.config import TrainConfig
+from tests.support.layouts import make_job
+
+
+@dataclass(frozen=True)
+class Fault:
+    """At step `at`, once, the loss is multiplied by `factor`; on one rank, or on all."""
+
+    at: int
+    factor: float
+    rank: int | None = None
+
+
+class Faulty:
+    """An objective with a fault."""
+
+    def __init__(self, objective: Any, fault: Fault) -> None:
+        self.objective, self.fault = objective, fault
+        self.term_names = objective.term_names
+        self.step, self.is_over = 0, False
+
+    def begin_step(self, step: int) -> None:
+        self.step = step
+        self.objective.begin_step(step)
+
+    def __call__(self, logits: torch.Tensor, batch: Any) -> torch.Tensor:
+        terms = self.objective(logits, batch)
+        here = self.fault.rank is None or self.fault.rank == dist.get_rank()
+        if self.step == self.fault.at and here and not self.is_over:
+            self.is_over = True
+            return terms * self.fault.factor
+        return terms
+
+
+class NoExports:
+    def is_due(self, step: int) -> bool:
+        return False
+
+    def after_step(self, step: int, chunks: Any) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Run:
+    """What became of a run.
+
+    Attributes:
+        model: this rank's part.
+        checkpoints: of the run.
+        said: every line.
+        error: what ended it early.
+    """
+
+    model: torch.nn.Module
+    checkpoints: CheckpointStore
+    said: list[str]
+    error: BaseException | None
+
+
+def run_trainer(
+    folder: Path,
+    groups: Any,
+    *,
+    model: dict[str, Any],
+    parallel: ParallelConfig,
+    fault: Fault | None = None,
+    on_line: Callable[[str], None] | None = None,
+    **train: Any,
+) -> Run:
+    """Train from where the folder is, logging every step, with the settings `train` of the section of that name."""
+    from distill_pretrain.mcore.model import unwrap
+    from distill_pretrain.train.metrics import EventLog, MetricsLog
+    from distill_pretrain.train.trainer import Trainer
+
+    first = dist.get_rank() == 0
+    folder.mkdir(exist_ok=True)
+    student, batches = make_job(model, parallel, groups, kd=True, steps=train["steps"])
+    part = unwrap(student.chunks[0])
+    if fault is not None:
+        part.loss_function = Faulty(part.loss_function, fault)
+    store = CheckpointStore(folder / "checkpoints")
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        if on_line is not None:
+            on_line(line)
+
+    trainer = Trainer(
+        student=student,
+        batches=batches,
+        prefetch_steps=1,
+        checkpoints=store,
+        exports=NoExports(),
+        resume_from=store.find({}, say),
+        identity={},
+        config=TrainConfig(output_dir=folder, global_batch_size=8, log_interval=1, **train),
+        open_metrics=lambda done: (
+            MetricsLog(folder / "metrics.jsonl", resume_step=done) if first else None
+        ),
+        events=EventLog(folder / "events.jsonl" if first else None),
+        objective=part.loss_function,
+        has_targets=True,
+        say=say,
+    )
+    error: BaseException | None = None
+    try:
+        trainer.fit()
+    except (TrainingStopped, SystemExit, CheckpointError) as end:
+        error = end
+    dist.barrier()
+    return Run(part, store, said, error)
