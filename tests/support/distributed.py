@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 import os
+import runpy
 import socket
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -68,7 +70,7 @@ def run_ranks(
 ) -> str:
     """Run `python -m module ...arguments` in every rank of a job as torchrun would, without the seconds that it takes.
 
-    The ranks are forked from a server that has imported torch and megatron-core: see `rank`.
+    The ranks are forked from a server that has imported torch and megatron-core: see `preloaded`.
 
     Returns:
         What the ranks printed, one after another.
@@ -90,9 +92,8 @@ def run_ranks(
         for number, path in enumerate(logs):
             own = {"RANK": str(number), "LOCAL_RANK": str(number)}
             variables = {**os.environ, **job, **own, **(environment or {})}
-            rank = _server().Process(
-                target=_run_module,
-                args=(module, arguments, variables, str(REPOSITORY), str(path)),
+            rank = _processes().Process(
+                target=_run_module, args=(module, arguments, variables, str(path))
             )
             rank.start()
             ranks.append(rank)
@@ -108,17 +109,32 @@ def run_ranks(
 
 
 @cache
-def _server() -> ForkServerContext:
+def _processes() -> BaseContext:
+    """How ranks are started: forked; on a GPU's machine from nothing, since CUDA may be awake in what forks."""
+    import torch
+
+    if torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["tests.support.rank"])
+    server.set_forkserver_preload(["tests.support.preloaded"])
     return server
 
 
-def _run_module(*arguments: Any) -> None:
-    # Imported in the ranks alone.
-    from tests.support.rank import run_module
-
-    run_module(*arguments)
+def _run_module(module: str, arguments: list[str], environment: dict[str, str], log: str) -> None:
+    """What `python -u -m module ...arguments` does in the repository, all that it prints in the file `log`."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(REPOSITORY)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for standard in (1, 2):
+        os.dup2(output, standard)
+    os.close(output)
+    sys.stdout, sys.stderr = (
+        io.TextIOWrapper(io.FileIO(standard, "w", closefd=False), write_through=True)
+        for standard in (1, 2)
+    )
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def _wait(ranks: Sequence[BaseProcess]) -> None:
