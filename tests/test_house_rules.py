@@ -76,9 +76,9 @@ def test_only_mcore_and_formats_import_megatron():
                 assert module.split(".")[0] != "megatron", f"{name}:{node.lineno}"
 
 
-def test_only_dist_reads_what_the_launcher_set():
+def test_only_processes_reads_what_the_launcher_set():
     for name, tree in python_files():
-        if name.startswith("dist/"):
+        if name.startswith("processes/"):
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Constant) and node.value in LAUNCH_VARIABLES:
@@ -113,3 +113,43 @@ def test_no_file_names_a_machine_or_a_folder_outside_the_repository():
             continue
         for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), 1):
             assert not private.search(line), f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+
+
+def test_every_test_file_is_collected():
+    # Folders named as pytest's norecursedirs (dist, build, venv, ...) would be passed over without a word.
+    collected = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "--collect-only",
+            "-qq",
+            "-p",
+            "no:cacheprovider",
+            "tests",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert collected.returncode == 0, collected.stdout + collected.stderr
+    seen = {line.rpartition(":")[0].partition("::")[0] for line in collected.stdout.splitlines()}
+    files = {
+        str(path.relative_to(ROOT))
+        for path in repository_files()
+        if path.name.startswith("test_") and path.suffix == ".py"
+    }
+    assert files and files <= seen, sorted(files - seen)
+
+
+def test_every_python_file_is_linted():
+    # ruff's default exclude has dist, build, venv and others.
+    if shutil.which("ruff") is None:
+        pytest.skip("ruff is not installed (extra dev)")
+    listed = subprocess.run(
+        ["ruff", "check", "--show-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    seen = {Path(line) for line in listed.stdout.splitlines()}
+    files = {path for path in repository_files() if path.suffix == ".py" and path.exists()}
+    assert files and files <= seen, sorted(map(str, files - seen))

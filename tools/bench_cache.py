@@ -28,7 +28,6 @@ from distill_pretrain.contracts import RaggedTargets
 from distill_pretrain.data.batches import BatchSource, StudentBatches
 from distill_pretrain.data.order import VisitOrder
 from distill_pretrain.data.sources import SequenceData, open_cache, open_sequences
-from distill_pretrain.dist.process import set_cpu_threads
 from distill_pretrain.formats import CacheReader
 from distill_pretrain.formats.cache_plan import CachePlan
 from distill_pretrain.formats.codecs import BlockCodec
@@ -36,6 +35,7 @@ from distill_pretrain.formats.hc_build import build_tables
 from distill_pretrain.formats.hc_codec import HcCodec
 from distill_pretrain.formats.raw_codec import RawCodec
 from distill_pretrain.formats.storage import open_storage
+from distill_pretrain.processes.process import set_cpu_threads
 
 PASSES = 5
 TRAINING_TOKENS_PER_S = 400_000

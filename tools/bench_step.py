@@ -27,9 +27,9 @@ from distill_pretrain.contracts import TokenBatch
 from distill_pretrain.data.batches import StudentBatches
 from distill_pretrain.data.prefetch import PrefetchedBatches
 from distill_pretrain.data.sources import open_sources
-from distill_pretrain.dist.process import local_device, process_group, set_cpu_threads
 from distill_pretrain.losses.config import ObjectiveConfig
 from distill_pretrain.mcore.parallel import model_parallel
+from distill_pretrain.processes.process import local_device, process_group, set_cpu_threads
 from distill_pretrain.train.guard import StepGuard, Verdict
 from distill_pretrain.train.job import make_objective
 

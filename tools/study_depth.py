@@ -32,8 +32,6 @@ from distill_pretrain.config import load_recipe
 from distill_pretrain.contracts import TokenBatch
 from distill_pretrain.data.batches import StudentBatches
 from distill_pretrain.data.sources import open_sequences, open_sources
-from distill_pretrain.dist.groups import ParallelGroups
-from distill_pretrain.dist.process import local_device, process_group, set_cpu_threads
 from distill_pretrain.mcore.config import ParallelConfig
 from distill_pretrain.mcore.parallel import model_parallel
 from distill_pretrain.mcore.schedule import (
@@ -43,6 +41,8 @@ from distill_pretrain.mcore.schedule import (
     forward_micro_batch,
     valid_tokens,
 )
+from distill_pretrain.processes.groups import ParallelGroups
+from distill_pretrain.processes.process import local_device, process_group, set_cpu_threads
 from distill_pretrain.train.job import make_objective
 
 LAST_STEPS = 20

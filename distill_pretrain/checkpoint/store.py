@@ -24,7 +24,6 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from distill_pretrain import __version__
-from distill_pretrain.dist.process import on_first_rank
 from distill_pretrain.errors import CheckpointError, ConfigError
 from distill_pretrain.formats.atomic import (
     canonical_json,
@@ -32,6 +31,7 @@ from distill_pretrain.formats.atomic import (
     publish_bytes,
     sha256_file,
 )
+from distill_pretrain.processes.process import on_first_rank
 
 RECORD = "checkpoint.json"
 SHARED_FOLDER_WAIT_S = 10.0

@@ -12,7 +12,7 @@ from distill_pretrain.cli.console import duration, progress
 from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.cli.teachers import load_replica
 from distill_pretrain.config import dump_recipe, require
-from distill_pretrain.dist.env import launch_rank
+from distill_pretrain.processes.env import launch_rank
 
 if TYPE_CHECKING:
     from distill_pretrain.contracts import TeacherEngine
@@ -177,7 +177,7 @@ def open_replica(recipe: Recipe) -> Iterator[tuple[SequenceData, TeacherEngine]]
     """
     assert recipe.data and recipe.teacher and recipe.capture
     from distill_pretrain.data.sources import open_sequences
-    from distill_pretrain.dist.process import process_group, set_cpu_threads
+    from distill_pretrain.processes.process import process_group, set_cpu_threads
     from distill_pretrain.teacher.engines import teacher_groups
 
     set_cpu_threads(recipe.capture.threads)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_pretrain.cli.recipe import Recipe
-from distill_pretrain.dist.env import launch_rank, launch_world_size
 from distill_pretrain.errors import CacheError, ConfigError, DistillPretrainError
+from distill_pretrain.processes.env import launch_rank, launch_world_size
 
 if TYPE_CHECKING:
     from distill_pretrain.data.sources import SequenceData

@@ -14,8 +14,8 @@ from distill_pretrain.cli import capture, eval, train
 from distill_pretrain.cli.console import say
 from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.config import dump_recipe, require
-from distill_pretrain.dist.env import launch_rank, launch_world_size
 from distill_pretrain.errors import ConfigError, DistillPretrainError
+from distill_pretrain.processes.env import launch_rank, launch_world_size
 
 if TYPE_CHECKING:
     from distill_pretrain.cli.compare_plan import ComparisonPlan, StudentRun
@@ -78,8 +78,8 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
     """Runs, or goes on with, the comparison of a recipe."""
     require(recipe, "compare", "data", "teacher", "capture", "model", "train", "compare")
     from distill_pretrain.cli.compare_plan import ComparisonPlan
-    from distill_pretrain.dist.process import process_group
     from distill_pretrain.eval.picture import require_matplotlib
+    from distill_pretrain.processes.process import process_group
 
     require_matplotlib()
     plan = ComparisonPlan.of(recipe)
@@ -177,7 +177,7 @@ def _train(plan: ComparisonPlan, runs: Sequence[StudentRun]) -> list[StudentRun]
 
 
 def _train_one(recipe: Recipe) -> None:
-    from distill_pretrain.dist.process import released_groups
+    from distill_pretrain.processes.process import released_groups
 
     with released_groups():
         train.run(recipe, argparse.Namespace())
@@ -198,7 +198,7 @@ def _guarded(name: str, folder: Path, job: Callable[[], None]) -> None:
 def _is_finished(run: StudentRun) -> bool:
     """Whether the last checkpoint of a student is there; `train` compares its identity with the recipe."""
     from distill_pretrain.checkpoint.store import CheckpointStore
-    from distill_pretrain.dist.process import on_first_rank
+    from distill_pretrain.processes.process import on_first_rank
 
     assert run.recipe.train
     steps = run.recipe.train.steps
@@ -214,8 +214,8 @@ def _capture(recipe: Recipe) -> None:
     """Capture until every cache is complete: another job may still hold shards, or have died with them."""
     import torch.distributed as dist
 
-    from distill_pretrain.dist.process import on_first_rank
     from distill_pretrain.formats.names import MANIFEST_NAME
+    from distill_pretrain.processes.process import on_first_rank
 
     assert recipe.capture and recipe.capture.sets
     manifests = [recipe.capture.output_dir / name / MANIFEST_NAME for name in recipe.capture.sets]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from distill_pretrain.dist.process import on_first_rank
+from distill_pretrain.processes.process import on_first_rank
 
 FILE = ".lease"
 

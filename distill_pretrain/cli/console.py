@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TextIO
 
-from distill_pretrain.dist.env import launch_rank
+from distill_pretrain.processes.env import launch_rank
 
 TERMINAL_INTERVAL_S = 0.1
 LOG_INTERVAL_S = 5.0

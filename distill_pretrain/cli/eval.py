@@ -11,8 +11,8 @@ from distill_pretrain.cli.console import progress, say
 from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.cli.teachers import load_teacher
 from distill_pretrain.config import dump_recipe, require
-from distill_pretrain.dist.env import launch_rank, launch_world_size
 from distill_pretrain.errors import ConfigError
+from distill_pretrain.processes.env import launch_rank, launch_world_size
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +75,7 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
     models = _models(recipe)
     _check_extras(recipe)
     from distill_pretrain.data.sources import open_sequences
-    from distill_pretrain.dist.process import process_group, set_cpu_threads
+    from distill_pretrain.processes.process import process_group, set_cpu_threads
 
     set_cpu_threads(0)
     with process_group():
@@ -132,10 +132,10 @@ def _check_extras(recipe: Recipe) -> None:
 
 
 def _score(recipe: Recipe, models: dict[str, Path], held_out: SequenceData) -> EvalResults:
-    from distill_pretrain.dist.process import on_first_rank
     from distill_pretrain.eval.report import installed_versions, today
     from distill_pretrain.eval.results import EvalResults
     from distill_pretrain.eval.targets import open_cache_of
+    from distill_pretrain.processes.process import on_first_rank
     from distill_pretrain.teacher.engines import open_engine
 
     assert recipe.data and recipe.eval
@@ -292,10 +292,10 @@ def _tasks(
     if not config.tasks:
         return None
     from distill_pretrain.corpus.tokenizers import load_recorded_tokenizer
-    from distill_pretrain.dist.process import on_first_rank
     from distill_pretrain.eval.heldout import TEACHER
     from distill_pretrain.eval.tasks import run_tasks
     from distill_pretrain.formats.tokens_record import TokensRecord
+    from distill_pretrain.processes.process import on_first_rank
 
     record = TokensRecord.beside(tokens)
     if record is None:
@@ -388,7 +388,7 @@ def _earlier(output: Path) -> EvalResults | None:
 def _all_reduce_sum(state: torch.Tensor) -> None:
     import torch.distributed as dist
 
-    from distill_pretrain.dist.process import local_device
+    from distill_pretrain.processes.process import local_device
 
     moved = state.to(local_device())
     dist.all_reduce(moved)

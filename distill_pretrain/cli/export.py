@@ -66,7 +66,7 @@ def run(recipe: Recipe | None, args: argparse.Namespace) -> None:
     if args.tokenizer is not None:
         tokenizer = None if args.tokenizer == "none" else Path(args.tokenizer)
     from distill_pretrain.checkpoint.hf.export import export_checkpoint
-    from distill_pretrain.dist.process import process_group, set_cpu_threads
+    from distill_pretrain.processes.process import process_group, set_cpu_threads
 
     set_cpu_threads(0)
     with process_group():

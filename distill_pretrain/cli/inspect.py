@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from distill_pretrain.cli.console import say
 from distill_pretrain.cli.recipe import Recipe
-from distill_pretrain.dist.env import launch_rank
 from distill_pretrain.errors import ConfigError, DistillPretrainError
+from distill_pretrain.processes.env import launch_rank
 
 if TYPE_CHECKING:
     from distill_pretrain.corpus.tokenizers import Tokenizer

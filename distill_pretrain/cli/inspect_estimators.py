@@ -13,8 +13,8 @@ from distill_pretrain.cli.capture import open_replica
 from distill_pretrain.cli.console import say
 from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.config import load_recipe, require
-from distill_pretrain.dist.env import launch_world_size
 from distill_pretrain.errors import ConfigError
+from distill_pretrain.processes.env import launch_world_size
 
 if TYPE_CHECKING:
     from distill_pretrain.sampling import Sampler

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from distill_pretrain.cli.console import say
 from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.config import load_recipe, require
-from distill_pretrain.dist.env import launch_rank, launch_world_size
 from distill_pretrain.errors import ConfigError, LayoutError, TokenizerMismatch
+from distill_pretrain.processes.env import launch_rank, launch_world_size
 
 if TYPE_CHECKING:
     from distill_pretrain.checkpoint.store import Checkpoint
@@ -69,9 +69,9 @@ def show_signal(args: argparse.Namespace) -> None:
         require_matplotlib()
     from distill_pretrain.checkpoint.store import find_checkpoint
     from distill_pretrain.data.sources import open_sequences
-    from distill_pretrain.dist.process import process_group, set_cpu_threads
     from distill_pretrain.mcore.config import ModelConfig
     from distill_pretrain.mcore.deep_theory import predict
+    from distill_pretrain.processes.process import process_group, set_cpu_threads
 
     checkpoint = find_checkpoint(args.checkpoint) if args.checkpoint else None
     model = ModelConfig(**checkpoint.identity["model"]) if checkpoint else recipe.model
@@ -177,7 +177,7 @@ def _batch(sequences: SequenceData, num_sequences: int, positions: int) -> Token
     import torch
 
     from distill_pretrain.contracts import TokenBatch
-    from distill_pretrain.dist.process import local_device
+    from distill_pretrain.processes.process import local_device
 
     if num_sequences > sequences.num_sequences:
         raise ConfigError(

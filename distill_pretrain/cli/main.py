@@ -83,7 +83,7 @@ def _print_error(verb: str, error: DistillPretrainError) -> None:
 
     A mistake that every rank finds ends rank 0 first, and the launcher then ends the others while they wait.
     """
-    from distill_pretrain.dist.env import launch_rank
+    from distill_pretrain.processes.env import launch_rank
 
     rank = launch_rank()
     if rank:
@@ -101,7 +101,7 @@ def _leave(status: int) -> int:
     end the helper processes this one started (checkpoint saving keeps one), which would otherwise live on and hold
     the job's output open.
     """
-    from distill_pretrain.dist.env import launch_world_size
+    from distill_pretrain.processes.env import launch_world_size
 
     if launch_world_size() > 1:
         atexit._run_exitfuncs()

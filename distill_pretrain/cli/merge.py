@@ -7,8 +7,8 @@ from pathlib import Path
 
 from distill_pretrain.cli.console import progress, say
 from distill_pretrain.cli.recipe import Recipe
-from distill_pretrain.dist.env import launch_rank
 from distill_pretrain.errors import CacheIncomplete, ConfigError
+from distill_pretrain.processes.env import launch_rank
 
 SECTIONS = ()
 

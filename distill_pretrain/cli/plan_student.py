@@ -92,7 +92,7 @@ def student_job(
     Raises:
         LayoutError: the layout does not fit.
     """
-    from distill_pretrain.dist.env import launch_world_size
+    from distill_pretrain.processes.env import launch_world_size
 
     assert recipe.model and recipe.train
     data_parallel = check_layout(

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from distill_pretrain.cli.console import progress, say
 from distill_pretrain.cli.recipe import Recipe
-from distill_pretrain.dist.env import launch_rank, launch_world_size
 from distill_pretrain.errors import ConfigError
+from distill_pretrain.processes.env import launch_rank, launch_world_size
 
 if TYPE_CHECKING:
     from distill_pretrain.formats.manifest import Manifest

@@ -8,8 +8,8 @@ from pathlib import Path
 from distill_pretrain.cli.console import say
 from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.config import dump_recipe, require
-from distill_pretrain.dist.env import launch_rank
 from distill_pretrain.errors import ConfigError
+from distill_pretrain.processes.env import launch_rank
 
 SECTIONS = ("report",)
 

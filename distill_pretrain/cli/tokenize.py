@@ -7,7 +7,7 @@ import argparse
 from distill_pretrain.cli.console import progress, say
 from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.config import require
-from distill_pretrain.dist.env import launch_rank
+from distill_pretrain.processes.env import launch_rank
 
 SECTIONS = ("corpus", "tokenizer")
 

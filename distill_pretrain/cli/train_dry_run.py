@@ -18,11 +18,11 @@ from distill_pretrain.cli.plan_student import (
     student_job,
 )
 from distill_pretrain.cli.recipe import Recipe
-from distill_pretrain.dist.env import launch_world_size
 from distill_pretrain.errors import ConfigError, LayoutError
 from distill_pretrain.planning.figures import quantity
 from distill_pretrain.planning.memory import StudentJob, fullest_rank
 from distill_pretrain.planning.parameters import num_parameters, rank_shapes
+from distill_pretrain.processes.env import launch_world_size
 
 
 def dry_run(recipe: Recipe, world_size: int | None) -> None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from distill_pretrain.cli.console import progress, say
 from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.config import require
-from distill_pretrain.dist.env import launch_rank
 from distill_pretrain.errors import CacheCorrupt, CacheIncomplete, CacheMismatch, ConfigError
+from distill_pretrain.processes.env import launch_rank
 
 if TYPE_CHECKING:
     from distill_pretrain.data.sources import SequenceData

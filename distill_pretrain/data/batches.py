@@ -18,7 +18,7 @@ import torch
 from distill_pretrain.contracts import NO_ENTRY, RaggedTargets, SparseTargets, TokenBatch
 from distill_pretrain.data.blend import BlendOrder
 from distill_pretrain.data.patience import read_patiently
-from distill_pretrain.dist.context import context_spans
+from distill_pretrain.processes.context import context_spans
 
 
 class SequenceSource(Protocol):

@@ -10,12 +10,12 @@ from typing import Any
 
 from distill_pretrain.data.batches import BatchSource
 from distill_pretrain.data.config import DataConfig
-from distill_pretrain.dist.process import on_first_rank
 from distill_pretrain.errors import ConfigError, TokenDataError, TokenizerMismatch
 from distill_pretrain.formats.cache_reader import CacheReader
 from distill_pretrain.formats.sequence_plan import SequencePlan
 from distill_pretrain.formats.token_index import TokenIndex
 from distill_pretrain.formats.tokens_record import TokensRecord
+from distill_pretrain.processes.process import on_first_rank
 
 
 @dataclass(frozen=True, kw_only=True)

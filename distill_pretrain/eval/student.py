@@ -9,8 +9,8 @@ import torch
 
 from distill_pretrain.checkpoint.store import find_checkpoint
 from distill_pretrain.checkpoint.whole import load_whole_model, model_logits
-from distill_pretrain.dist.process import local_device
 from distill_pretrain.errors import TokenizerMismatch
+from distill_pretrain.processes.process import local_device
 
 
 class CheckpointStudent:

@@ -21,8 +21,6 @@ import torch
 import torch.distributed as dist
 
 from distill_pretrain.contracts import TokenBatch
-from distill_pretrain.dist.env import publish_local_rank
-from distill_pretrain.dist.groups import ParallelGroups
 from distill_pretrain.errors import ConfigError
 from distill_pretrain.mcore.config import ModelConfig, OptimizerConfig, ParallelConfig
 from distill_pretrain.mcore.core import (
@@ -41,6 +39,8 @@ from distill_pretrain.mcore.schedule import (
     reduce_terms,
     valid_tokens,
 )
+from distill_pretrain.processes.env import publish_local_rank
+from distill_pretrain.processes.groups import ParallelGroups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 LARGEST_BUCKET = 500_000_000

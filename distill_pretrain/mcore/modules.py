@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils._python_dispatch import _disable_current_modes
 
-from distill_pretrain.dist.context import context_spans
 from distill_pretrain.errors import ConfigError
 from distill_pretrain.mcore.config import ModelConfig
 from distill_pretrain.mcore.core import (
@@ -34,6 +33,7 @@ from distill_pretrain.mcore.core import (
 from distill_pretrain.mcore.deep import ResidualScaling
 from distill_pretrain.mcore.deep_layers import DeepLayer, PostNormLayer
 from distill_pretrain.mcore.layout import require_spec
+from distill_pretrain.processes.context import context_spans
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from distill_pretrain.dist.groups import ParallelGroups
 from distill_pretrain.mcore import cpu_compat
 from distill_pretrain.mcore.config import ParallelConfig
+from distill_pretrain.processes.groups import ParallelGroups
 
 
 def current_groups() -> ParallelGroups:

@@ -16,8 +16,6 @@ import torch
 import torch.distributed as dist
 
 from distill_pretrain.contracts import TokenBatch
-from distill_pretrain.dist.context import context_spans
-from distill_pretrain.dist.groups import ParallelGroups
 from distill_pretrain.mcore.config import ModelConfig, OptimizerConfig, ParallelConfig
 from distill_pretrain.mcore.core import (
     DistributedDataParallel,
@@ -40,6 +38,8 @@ from distill_pretrain.mcore.model import (
     sharding_metadata,
     unwrap,
 )
+from distill_pretrain.processes.context import context_spans
+from distill_pretrain.processes.groups import ParallelGroups
 
 
 @dataclass(frozen=True, kw_only=True)

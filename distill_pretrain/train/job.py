@@ -19,14 +19,6 @@ from distill_pretrain.data.sources import (
     open_sources,
     require_caches,
 )
-from distill_pretrain.dist.env import launch_rank, launch_world_size
-from distill_pretrain.dist.groups import ParallelGroups
-from distill_pretrain.dist.process import (
-    local_device,
-    on_first_rank,
-    process_group,
-    set_cpu_threads,
-)
 from distill_pretrain.losses.config import ObjectiveConfig
 from distill_pretrain.losses.dense_kd import TeacherObjective
 from distill_pretrain.losses.sparse_kd import DistillationObjective, require_entries_fit
@@ -39,6 +31,14 @@ from distill_pretrain.mcore.layout import (
     require_backend,
     require_fusion,
     require_spec,
+)
+from distill_pretrain.processes.env import launch_rank, launch_world_size
+from distill_pretrain.processes.groups import ParallelGroups
+from distill_pretrain.processes.process import (
+    local_device,
+    on_first_rank,
+    process_group,
+    set_cpu_threads,
 )
 from distill_pretrain.train.config import TrainConfig
 from distill_pretrain.train.exports import RunExports

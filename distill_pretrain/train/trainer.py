@@ -12,13 +12,13 @@ from typing import Any
 from distill_pretrain.checkpoint.store import Checkpoint, CheckpointStore
 from distill_pretrain.data.batches import StudentBatches
 from distill_pretrain.data.prefetch import PrefetchedBatches
-from distill_pretrain.dist.env import launch_world_size
-from distill_pretrain.dist.memory import peak_gpu_bytes, peak_rss_bytes
-from distill_pretrain.dist.watchdog import watchdog
 from distill_pretrain.errors import TrainingStopped
 from distill_pretrain.losses.terms import Objective
 from distill_pretrain.mcore.schedule import StepResult, Student
 from distill_pretrain.mcore.state import load_student
+from distill_pretrain.processes.env import launch_world_size
+from distill_pretrain.processes.memory import peak_gpu_bytes, peak_rss_bytes
+from distill_pretrain.processes.watchdog import watchdog
 from distill_pretrain.train.config import TrainConfig
 from distill_pretrain.train.exports import RunExports
 from distill_pretrain.train.guard import StepGuard, Verdict

@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from distill_pretrain.checkpoint import store
 from distill_pretrain.checkpoint.store import Checkpoint, CheckpointStore, require_shared_folder
-from distill_pretrain.dist.process import process_group
 from distill_pretrain.errors import CheckpointError, ConfigError
+from distill_pretrain.processes.process import process_group
 from tests.support.distributed import run_distributed
 
 

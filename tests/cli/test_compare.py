@@ -151,7 +151,7 @@ def count_groups() -> list[int]:
     """Process groups before, inside and after a block that makes two."""
     import torch.distributed as dist
 
-    from distill_pretrain.dist.process import process_group, released_groups
+    from distill_pretrain.processes.process import process_group, released_groups
 
     def count() -> int:
         return len(dist.distributed_c10d._world.pg_map)

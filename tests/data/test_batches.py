@@ -8,8 +8,8 @@ import torch
 
 from distill_pretrain.contracts import RaggedTargets
 from distill_pretrain.data.batches import BatchSource, StudentBatches, pad_targets
-from distill_pretrain.dist.context import context_spans
 from distill_pretrain.errors import LayoutError
+from distill_pretrain.processes.context import context_spans
 from tests.support.layouts import WalkPlan, WalkTargets
 
 

@@ -76,9 +76,9 @@ def test_the_cache_says_what_the_teacher_says(job):
     """The stored counts are the sampler's on the teacher's own logits, position by position."""
     import torch
 
-    from distill_pretrain.dist.process import process_group
     from distill_pretrain.mcore.config import ParallelConfig
     from distill_pretrain.mcore.parallel import model_parallel
+    from distill_pretrain.processes.process import process_group
     from distill_pretrain.teacher.engines import open_engine
 
     data = open_sequences(data_config(job))
@@ -185,7 +185,7 @@ def test_captures_run_inside_a_process_group_that_exists(job, tmp_path, caches_a
     from distill_pretrain.cli import capture
     from distill_pretrain.cli.recipe import Recipe
     from distill_pretrain.config import load_recipe
-    from distill_pretrain.dist.process import process_group
+    from distill_pretrain.processes.process import process_group
 
     with process_group():
         for number in range(2):

@@ -16,7 +16,7 @@ PATIENCE_S = 200
 
 JOB = """
 import os, signal, torch, torch.distributed as dist
-from distill_pretrain.dist.process import process_group
+from distill_pretrain.processes.process import process_group
 with process_group():
     total = torch.ones(1)
     dist.all_reduce(total)

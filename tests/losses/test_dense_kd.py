@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from distill_pretrain.contracts import SparseTargets, TokenBatch
-from distill_pretrain.dist.process import process_group
 from distill_pretrain.losses import dense_kd
 from distill_pretrain.losses.dense_kd import TeacherObjective, dense_kd_loss
 from distill_pretrain.losses.sparse_kd import DistillationObjective
 from distill_pretrain.losses.terms import Weights
+from distill_pretrain.processes.process import process_group
 from tests.support.distributed import run_distributed
 
 V, PADDED, L, B = 37, 48, 11, 3

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from distill_pretrain.contracts import SparseTargets
-from distill_pretrain.dist.process import process_group
 from distill_pretrain.kernels.sparse_kd import launch, stages
 from distill_pretrain.losses.sparse_kd import DistillationObjective, sparse_kd_loss
+from distill_pretrain.processes.process import process_group
 from tests.losses.cases import make_case
 from tests.support.distributed import run_distributed
 from tests.support.emulation import emulated

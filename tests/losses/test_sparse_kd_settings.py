@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from distill_pretrain.contracts import SparseTargets
-from distill_pretrain.dist.process import process_group
 from distill_pretrain.errors import ConfigError
 from distill_pretrain.kernels.sparse_kd import reference
 from distill_pretrain.losses.sparse_kd import sparse_kd_loss
+from distill_pretrain.processes.process import process_group
 from tests.losses.cases import make_case
 from tests.support.distributed import run_distributed
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from distill_pretrain.checkpoint.hf import save_hf_model
-from distill_pretrain.dist.process import process_group
 from distill_pretrain.mcore.config import ModelConfig, ParallelConfig
 from distill_pretrain.mcore.deep import residual_scaling
+from distill_pretrain.processes.process import process_group
 from tests.support.layouts import GPT2, LLAMA, SEQ_LEN, VOCAB_SIZE, make_job, take_step
 
 transformers = pytest.importorskip("transformers")

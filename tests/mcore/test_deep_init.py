@@ -14,7 +14,6 @@ from pydantic import ValidationError
 
 from distill_pretrain.checkpoint.store import Checkpoint, require_same_run
 from distill_pretrain.contracts import TokenBatch
-from distill_pretrain.dist.process import process_group
 from distill_pretrain.errors import CheckpointError
 from distill_pretrain.losses.sparse_kd import DistillationObjective
 from distill_pretrain.mcore.config import ModelConfig, ParallelConfig
@@ -27,6 +26,7 @@ from distill_pretrain.mcore.deep import (
 )
 from distill_pretrain.mcore.deep_theory import Signal, predict
 from distill_pretrain.mcore.moments import feed_forward_gain
+from distill_pretrain.processes.process import process_group
 from tests.support.distributed import run_distributed
 from tests.support.layouts import LLAMA, make_job, take_step
 

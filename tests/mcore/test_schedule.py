@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from distill_pretrain.dist.process import process_group
 from distill_pretrain.mcore.config import ParallelConfig
+from distill_pretrain.processes.process import process_group
 from tests.support.layouts import LLAMA, make_job, take_step
 
 

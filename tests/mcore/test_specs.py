@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from distill_pretrain.dist.process import process_group
 from distill_pretrain.errors import ConfigError
 from distill_pretrain.mcore.config import ModelConfig, ParallelConfig
+from distill_pretrain.processes.process import process_group
 from tests.support.layouts import LLAMA, VOCAB_SIZE
 
 

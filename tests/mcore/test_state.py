@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distill_pretrain.dist.process import process_group
 from distill_pretrain.mcore.config import ParallelConfig
+from distill_pretrain.processes.process import process_group
 from tests.support.distributed import run_distributed
 from tests.support.layouts import LLAMA, make_job, take_step
 

@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 
 from distill_pretrain.contracts import SparseTargets, TokenBatch
-from distill_pretrain.dist.process import process_group
 from distill_pretrain.losses.sparse_kd import DistillationObjective
 from distill_pretrain.mcore.config import ModelConfig, OptimizerConfig, ParallelConfig
 from distill_pretrain.mcore.layout import replica_size
 from distill_pretrain.planning.memory import StudentJob, fullest_rank, rank_memory
 from distill_pretrain.planning.parameters import num_parameters, rank_shapes
+from distill_pretrain.processes.process import process_group
 from tests.support.distributed import run_distributed
 from tests.support.live_memory import LiveMemory
 

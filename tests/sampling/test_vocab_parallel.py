@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from distill_pretrain.contracts import RaggedTargets
-from distill_pretrain.dist.process import process_group
 from distill_pretrain.errors import TeacherError
+from distill_pretrain.processes.process import process_group
 from distill_pretrain.sampling import (
     BadLogits,
     DistributionFigures,

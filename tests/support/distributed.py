@@ -43,7 +43,7 @@ def run_distributed(
 ) -> Any:
     """Call `function(**arguments)` in every process; arguments and rank 0's result travel as JSON.
 
-    The function opens the process group itself (`distill_pretrain.dist.process.process_group`).
+    The function opens the process group itself (`distill_pretrain.processes.process.process_group`).
     """
     with tempfile.TemporaryDirectory() as folder:
         request = Path(folder, "request.json")

@@ -10,11 +10,11 @@ import torch.distributed as dist
 
 from distill_pretrain.contracts import IGNORED_LABEL, RaggedTargets
 from distill_pretrain.data.batches import BatchSource, StudentBatches
-from distill_pretrain.dist.groups import ParallelGroups
-from distill_pretrain.dist.process import local_device, process_group, released_groups
 from distill_pretrain.losses.sparse_kd import DistillationObjective
 from distill_pretrain.mcore.config import ModelConfig, OptimizerConfig, ParallelConfig
 from distill_pretrain.mcore.layout import check_layout
+from distill_pretrain.processes.groups import ParallelGroups
+from distill_pretrain.processes.process import local_device, process_group, released_groups
 
 SEQ_LEN = 32
 VOCAB_SIZE = 150  # not a multiple of the vocabulary divisor: padding columns exist

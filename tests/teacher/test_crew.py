@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 
 from distill_pretrain.contracts import Replica
-from distill_pretrain.dist.process import process_group
 from distill_pretrain.errors import CacheError, ConfigError, TeacherError
 from distill_pretrain.formats import TokenIndexWriter
 from distill_pretrain.kernels.cuda.backend import KernelsUnavailable
 from distill_pretrain.kernels.teacher_sampling import SOURCE
+from distill_pretrain.processes.process import process_group
 from distill_pretrain.sampling import host_columns
 from distill_pretrain.teacher import capture as job
 from distill_pretrain.teacher import sampling_backend

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distill_pretrain.contracts import RaggedTargets
 from distill_pretrain.data.config import DataConfig
 from distill_pretrain.data.sources import SequenceData, open_sequences
-from distill_pretrain.dist.process import process_group
 from distill_pretrain.errors import ConfigError, LayoutError, TeacherError
 from distill_pretrain.formats import CachePlan
+from distill_pretrain.processes.process import process_group
 from distill_pretrain.teacher.capture import make_plans
 from distill_pretrain.teacher.config import CaptureConfig, TeacherConfig
 from distill_pretrain.teacher.engines import open_engine, open_teacher_engine, teacher_groups

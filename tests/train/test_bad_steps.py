@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from distill_pretrain.checkpoint.store import CheckpointStore
-from distill_pretrain.dist.process import process_group, released_groups
 from distill_pretrain.mcore.config import ParallelConfig
+from distill_pretrain.processes.process import process_group, released_groups
 from distill_pretrain.train.config import BadStepsConfig
 from tests.support.distributed import run_distributed
 from tests.support.layouts import LLAMA, make_job

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from distill_pretrain.checkpoint.store import CheckpointStore
 from distill_pretrain.checkpoint.whole import load_whole_model, model_logits
 from distill_pretrain.contracts import IGNORED_LABEL
-from distill_pretrain.dist.process import process_group
 from distill_pretrain.losses.sparse_kd import DistillationObjective
 from distill_pretrain.mcore.config import ModelConfig, ParallelConfig
 from distill_pretrain.mcore.deep import residual_identity
+from distill_pretrain.processes.process import process_group
 from tests.support.distributed import run_distributed
 from tests.support.layouts import (
     GPT2,

@@ -12,11 +12,11 @@ import torch.distributed as dist
 
 from distill_pretrain.checkpoint.hf.save import require_replaceable, save_hf_model
 from distill_pretrain.checkpoint.store import Checkpoint
-from distill_pretrain.dist.process import on_first_rank
 from distill_pretrain.formats.atomic import canonical_json
 from distill_pretrain.mcore.config import ModelConfig, ParallelConfig
 from distill_pretrain.mcore.deep import require_residual
 from distill_pretrain.mcore.layout import check_layout
+from distill_pretrain.processes.process import on_first_rank
 
 
 def export_source(identity: dict[str, Any], step: int) -> dict[str, Any]:

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from distill_pretrain.checkpoint.hf.config import read_hf_model
 from distill_pretrain.checkpoint.hf.files import WeightFiles
 from distill_pretrain.checkpoint.hf.tensors import Piece, correspondence
-from distill_pretrain.dist.process import on_first_rank
 from distill_pretrain.errors import CheckpointError
+from distill_pretrain.processes.process import on_first_rank
 
 
 def load_hf_weights(chunks: Sequence[torch.nn.Module], path: Path) -> None:

@@ -24,11 +24,11 @@ from distill_pretrain.checkpoint.hf.files import (
 )
 from distill_pretrain.checkpoint.hf.tensors import Piece, correspondence
 from distill_pretrain.checkpoint.hf.tokenizer import write_tokenizer
-from distill_pretrain.dist.groups import ParallelGroups
-from distill_pretrain.dist.process import on_first_rank
 from distill_pretrain.errors import CheckpointError
 from distill_pretrain.formats.atomic import fsync_path, publish_bytes
 from distill_pretrain.mcore.config import ModelConfig
+from distill_pretrain.processes.groups import ParallelGroups
+from distill_pretrain.processes.process import on_first_rank
 
 RECORD = "export.json"
 MAX_SHARD_BYTES = 5 * 10**9

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from distill_pretrain.contracts import LogitsEngine, TeacherEngine
-from distill_pretrain.dist.env import launch_world_size
 from distill_pretrain.errors import ConfigError, LayoutError
+from distill_pretrain.processes.env import launch_world_size
 from distill_pretrain.teacher.config import TeacherConfig
 
 

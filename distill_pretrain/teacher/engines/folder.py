@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from distill_pretrain.dist.process import on_first_rank
 from distill_pretrain.errors import MissingDependency, TeacherError, TokenizerMismatch
 from distill_pretrain.formats.atomic import sha256_file
+from distill_pretrain.processes.process import on_first_rank
 from distill_pretrain.teacher.engines.head import Finish
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from distill_pretrain.contracts import LogitsChunk, Replica
-from distill_pretrain.dist.env import launch_rank, launch_world_size
-from distill_pretrain.dist.process import local_device
+from distill_pretrain.processes.env import launch_rank, launch_world_size
+from distill_pretrain.processes.process import local_device
 from distill_pretrain.teacher.engines.folder import (
     DTYPES,
     cannot_be_loaded,

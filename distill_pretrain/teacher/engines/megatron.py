@@ -11,9 +11,9 @@ import torch
 from distill_pretrain.checkpoint.store import find_checkpoint
 from distill_pretrain.checkpoint.whole import load_model_part, model_logits
 from distill_pretrain.contracts import LogitsChunk
-from distill_pretrain.dist.process import local_device
 from distill_pretrain.errors import TeacherError, TokenizerMismatch
 from distill_pretrain.mcore.config import ParallelConfig
+from distill_pretrain.processes.process import local_device
 from distill_pretrain.teacher.engines.folder import (
     CONFIG_FILE,
     require_known_ids,

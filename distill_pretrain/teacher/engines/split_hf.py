@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 from distill_pretrain.contracts import LogitsChunk, Replica
-from distill_pretrain.dist.process import local_device
 from distill_pretrain.errors import LayoutError, MissingDependency, TeacherError
+from distill_pretrain.processes.process import local_device
 from distill_pretrain.teacher.config import TeacherConfig
 from distill_pretrain.teacher.engines.folder import (
     DTYPES,

@@ -1,6 +1,6 @@
 """Processes and process groups."""
 
-from distill_pretrain.dist.env import (
+from distill_pretrain.processes.env import (
     launch_local_rank,
     launch_local_world_size,
     launch_rank,

@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from distill_pretrain.dist.env import (
+from distill_pretrain.errors import DistillPretrainError, LayoutError
+from distill_pretrain.processes.env import (
     launch_local_rank,
     launch_local_world_size,
     launch_rank,
     launch_world_size,
 )
-from distill_pretrain.errors import DistillPretrainError, LayoutError
 
 Result = TypeVar("Result")
 

@@ -11,8 +11,8 @@ import time
 import torch
 import torch.distributed as dist
 
-from distill_pretrain.dist.process import process_group
-from distill_pretrain.dist.watchdog import STUCK_EXIT_CODE, Watchdog
+from distill_pretrain.processes.process import process_group
+from distill_pretrain.processes.watchdog import STUCK_EXIT_CODE, Watchdog
 from tests.support.distributed import run_distributed
 
 
@@ -78,7 +78,7 @@ def test_a_store_that_is_gone_is_said_and_the_process_ends(capsys):
 def test_the_helpers_of_a_process_end_with_it():
     code = (
         "import multiprocessing, sys, threading\n"
-        "from distill_pretrain.dist.watchdog import end_process\n"
+        "from distill_pretrain.processes.watchdog import end_process\n"
         "if __name__ == '__main__':\n"
         "    helper = multiprocessing.get_context('spawn').Manager()\n"
         "    threading.Thread(target=end_process, args=(75,)).start()\n"
