@@ -57,6 +57,14 @@ class LayoutError(ConfigError):
     """The parallel layout does not fit the model or the number of processes."""
 
 
+class InUse(DistillPretrainError):
+    """Another process writes the file or folder; the message says which one, and since when."""
+
+
+class StorageError(DistillPretrainError):
+    """A file or folder cannot be read or written: not there, not permitted, the disk full."""
+
+
 class CorpusError(DistillPretrainError):
     """A text corpus cannot be read."""
 

@@ -27,6 +27,7 @@ from distill_pretrain import __version__
 from distill_pretrain.errors import CheckpointError, ConfigError
 from distill_pretrain.formats.atomic import (
     canonical_json,
+    discard_stale_temporaries,
     fsync_path,
     publish_bytes,
     sha256_file,
@@ -172,6 +173,17 @@ def require_shared_folder(folder: Path) -> None:
             expected="a folder on a shared file system",
             remedy="set train.output_dir to one",
         )
+
+
+def drop_unfinished(run: Path) -> None:
+    """Remove what killed processes left half-written in a run folder; for its owner alone, before it writes.
+
+    On a full disk it is what fills it.
+    """
+    for pattern in ("checkpoints/step-*.tmp", "hf/step-*.tmp"):
+        for path in run.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+    discard_stale_temporaries(run, min_age_s=0.0)
 
 
 class BackgroundFiles(Protocol):

@@ -82,6 +82,7 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
     from distill_pretrain.teacher.telemetry import Stopwatch, TimedTeacher
 
     capture = recipe.capture
+    _require_writable(capture)
     with open_replica(recipe) as (sequences, engine):
         plans = make_plans(sequences, capture, engine.identity)
         stopwatch = Stopwatch()
@@ -90,8 +91,10 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
         # The first replica makes the tables of new caches, which the others then find.
         writers = first_crew_first(crew, lambda: _join(plans, capture, crew))
         if launch_rank() == 0:
-            for folder in plans:
-                dump_recipe(recipe, folder / "recipe.yaml")
+            for writer in writers or []:
+                # A finished cache may be kept read-only.
+                if writer.pending():
+                    dump_recipe(recipe, writer.folder / "recipe.yaml")
         # No barrier: shards differ in length by more than a collective may wait. The last to finish publishes.
         manifests = crew.run(lambda: _capture(writers or [], capture, crew, stopwatch))
     for folder, manifest in (manifests or {}).items():
@@ -247,6 +250,17 @@ def _require_codec_with_tables(capture: CaptureConfig) -> None:
             found=f"codec_tables: {capture.codec_tables}, codec: raw",
             remedy="set capture.codec=hc, or leave capture.codec_tables out",
         )
+
+
+def _require_writable(capture: CaptureConfig) -> None:
+    """Raise StorageError where a cache that is not finished cannot be written: before the teacher is loaded."""
+    from distill_pretrain.formats.disk import require_writable
+    from distill_pretrain.formats.names import MANIFEST_NAME
+
+    for name in capture.sets or ("",):
+        folder = capture.output_dir / name
+        if not (folder / MANIFEST_NAME).exists():
+            require_writable(folder / "recipe.yaml")
 
 
 def _summarise(folder: Path, manifest: Manifest, sequences: SequenceData) -> None:

@@ -14,7 +14,7 @@ from distill_pretrain.cli import capture, eval, train
 from distill_pretrain.cli.console import say
 from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.config import dump_recipe, require
-from distill_pretrain.errors import ConfigError, DistillPretrainError
+from distill_pretrain.errors import ConfigError, DistillPretrainError, InUse
 from distill_pretrain.processes.env import launch_rank, launch_world_size
 
 if TYPE_CHECKING:
@@ -99,11 +99,14 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
                 "no report yet; left to other jobs or to the next start:", "; ".join(map(str, busy))
             )
             return
-        for seed, job in plan.evaluations.items():
-            with _stage(plan, f"evaluate seed {seed}"):
-                eval.run(job, args)
-        if launch_rank() == 0:
-            _report(plan, args)
+        try:
+            for seed, job in plan.evaluations.items():
+                with _stage(plan, f"evaluate seed {seed}"):
+                    eval.run(job, args)
+            if launch_rank() == 0:
+                _report(plan, args)
+        except InUse as error:  # two jobs were the last at once
+            say(f"left to another job: {error}")
 
 
 def _check_before_hours_of_work(plan: ComparisonPlan) -> None:
@@ -134,20 +137,12 @@ def _check_before_hours_of_work(plan: ComparisonPlan) -> None:
 
 def _prepare(plan: ComparisonPlan) -> None:
     """The teacher, and the cache of every target set."""
-    from distill_pretrain.cli.compare_lease import lease
-
     if plan.teacher is not None:
         assert plan.teacher.train
         folder = plan.teacher.train.output_dir
-        with lease(folder) as mine:
-            if not mine:
-                raise ConfigError(
-                    "another job is training the teacher",
-                    where=folder,
-                    remedy="start this one when it is done; --prepare stops a job there",
-                )
-            with _stage(plan, "train the teacher"):
-                _guarded("the teacher", folder, partial(_train_one, plan.teacher))
+        # One that another job is training is refused there, and the message says by whom.
+        with _stage(plan, "train the teacher"):
+            _guarded("the teacher", folder, partial(_train_one, plan.teacher))
     if plan.needs_cache:
         with _stage(plan, "capture"):
             assert plan.capture.capture
@@ -157,7 +152,7 @@ def _prepare(plan: ComparisonPlan) -> None:
 
 def _train(plan: ComparisonPlan, runs: Sequence[StudentRun]) -> list[StudentRun]:
     """Train students until none is left that no other job holds; returns those held."""
-    from distill_pretrain.cli.compare_lease import lease
+    from distill_pretrain.checkpoint.ownership import lease
 
     waiting, progressed = list(runs), True
     while waiting and progressed:
@@ -244,17 +239,19 @@ def _report(plan: ComparisonPlan, args: argparse.Namespace) -> None:
     from distill_pretrain.eval.comparison import Comparison
     from distill_pretrain.eval.comparison_journal import read_stages
     from distill_pretrain.eval.comparison_report import write_comparison
+    from distill_pretrain.formats.ownership import owner_of, owning
 
     output_dir = plan.compare.output_dir
     folder = output_dir / "report"
-    path = write_comparison(
-        Comparison.load(plan.specs, plan.figures),
-        folder,
-        title=plan.compare.title,
-        command=_command(args),
-        stages=read_stages(output_dir),
-    )
-    dump_recipe(plan.recipe, folder / "recipe.yaml")
+    with owning(owner_of(folder), what=folder, remedy="wait for it"):
+        path = write_comparison(
+            Comparison.load(plan.specs, plan.figures),
+            folder,
+            title=plan.compare.title,
+            command=_command(args),
+            stages=read_stages(output_dir),
+        )
+        dump_recipe(plan.recipe, folder / "recipe.yaml")
     say("report is in", path)
 
 

@@ -80,10 +80,18 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
     set_cpu_threads(0)
     with process_group():
         held_out = open_sequences(recipe.data, recipe.data.held_out_tokens)
+        from distill_pretrain.checkpoint.ownership import job_owning
+        from distill_pretrain.formats.ownership import owner_beside
         from distill_pretrain.mcore.config import ParallelConfig
         from distill_pretrain.mcore.parallel import model_parallel
 
-        with model_parallel(ParallelConfig(), seed=0):
+        output = recipe.eval.output
+        with (
+            job_owning(
+                owner_beside(output), what=output, remedy="wait for it, or set another eval.output"
+            ),
+            model_parallel(ParallelConfig(), seed=0),
+        ):
             results = _score(recipe, models, held_out)
     _print_table(results)
     say("figures are in", recipe.eval.output)
@@ -135,6 +143,7 @@ def _score(recipe: Recipe, models: dict[str, Path], held_out: SequenceData) -> E
     from distill_pretrain.eval.report import installed_versions, today
     from distill_pretrain.eval.results import EvalResults
     from distill_pretrain.eval.targets import open_cache_of
+    from distill_pretrain.formats.disk import require_writable
     from distill_pretrain.processes.process import on_first_rank
     from distill_pretrain.teacher.engines import open_engine
 
@@ -170,6 +179,8 @@ def _score(recipe: Recipe, models: dict[str, Path], held_out: SequenceData) -> E
     output = recipe.eval.output
     earlier = on_first_rank(lambda: _earlier(output))
     found = earlier if earlier is not None and earlier.inputs == inputs else None
+    if found is None or recipe.eval.gradients is not None or recipe.eval.tasks:
+        on_first_rank(lambda: require_writable(output))
     # What other files can spoil comes first.
     gradients = _gradients(recipe, teacher, earlier)
     tasks = _tasks(recipe, engines, teacher, held_out)

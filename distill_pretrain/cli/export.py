@@ -66,13 +66,18 @@ def run(recipe: Recipe | None, args: argparse.Namespace) -> None:
     if args.tokenizer is not None:
         tokenizer = None if args.tokenizer == "none" else Path(args.tokenizer)
     from distill_pretrain.checkpoint.hf.export import export_checkpoint
+    from distill_pretrain.checkpoint.ownership import job_owning
+    from distill_pretrain.formats.ownership import owner_beside
     from distill_pretrain.processes.process import process_group, set_cpu_threads
 
     set_cpu_threads(0)
-    with process_group():
+    folder = Path(args.folder)
+    owner = owner_beside(folder)
+    remedy = "wait for it, or name another folder"
+    with process_group(), job_owning(owner, what=folder, remedy=remedy):
         export_checkpoint(
             checkpoint,
-            Path(args.folder),
+            folder,
             dtype=dtype,
             tensor=args.tensor,
             pipeline=args.pipeline,

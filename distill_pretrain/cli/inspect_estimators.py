@@ -66,10 +66,14 @@ def show_estimators(args: argparse.Namespace) -> None:
     require(recipe, "inspect --estimators", "data", "teacher", "capture")
     assert recipe.data and recipe.teacher and recipe.capture
     from distill_pretrain.data.sources import require_one_source
+    from distill_pretrain.formats.atomic import publish_bytes
+    from distill_pretrain.formats.disk import require_writable
     from distill_pretrain.teacher.capture import software_versions
     from distill_pretrain.teacher.estimators import moved_by_batch_shape, study_estimators
 
     require_one_source(recipe.data, "inspect --estimators", "capture.output_dir")
+    if args.output:
+        require_writable(args.output)
     samplers = _samplers(args.draws, args.top_p, recipe.capture.seed)
     size = recipe.capture.sequences_per_pass(recipe.data.seq_len)
     with open_replica(recipe) as (sequences, engine):
@@ -97,7 +101,7 @@ def show_estimators(args: argparse.Namespace) -> None:
                 for other, (m, of) in moved.items()
             ],
         }
-        args.output.write_text(json.dumps(_without_nan(report), indent=1) + "\n")
+        publish_bytes(args.output, (json.dumps(_without_nan(report), indent=1) + "\n").encode())
 
 
 def _check(args: argparse.Namespace) -> None:

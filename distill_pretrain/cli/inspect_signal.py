@@ -67,6 +67,11 @@ def show_signal(args: argparse.Namespace) -> None:
         from distill_pretrain.eval.picture import require_matplotlib
 
         require_matplotlib()
+    from distill_pretrain.formats.atomic import publish_bytes
+    from distill_pretrain.formats.disk import require_writable
+
+    for path in filter(None, (args.picture, args.output)):
+        require_writable(path)
     from distill_pretrain.checkpoint.store import find_checkpoint
     from distill_pretrain.data.sources import open_sequences
     from distill_pretrain.mcore.config import ModelConfig
@@ -105,7 +110,7 @@ def show_signal(args: argparse.Namespace) -> None:
     if args.picture:
         from distill_pretrain.eval.signal_picture import draw_signal
 
-        args.picture.write_bytes(draw_signal(measured, predicted, title=title))
+        publish_bytes(args.picture, draw_signal(measured, predicted, title=title))
         say(f"picture: {args.picture}")
     if args.output:
         report = {
@@ -117,7 +122,7 @@ def show_signal(args: argparse.Namespace) -> None:
             "measured": _lists(measured),
             "predicted": _lists(predicted),
         }
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+        publish_bytes(args.output, (json.dumps(report, indent=1) + "\n").encode())
 
 
 def _check(args: argparse.Namespace, positions: int) -> None:

@@ -70,6 +70,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DistillPretrainError as error:
         _print_error(verb, error)
         return _leave(2)
+    except OSError as error:
+        from distill_pretrain.formats.disk import is_of_storage, storage_error
+
+        if not is_of_storage(error):
+            traceback.print_exc()
+            return _leave(1)
+        _print_error(verb, storage_error(error))
+        return _leave(2)
     except KeyboardInterrupt:
         return 130
     except Exception:

@@ -76,9 +76,13 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
     if launch_rank() != 0:
         return
     from distill_pretrain.eval.report import write_report
+    from distill_pretrain.formats.ownership import owner_of, owning
 
     assert recipe.report
     named = args.recipe if "=" not in args.recipe else None
-    path = write_report(recipe.report, recipe=named)
-    dump_recipe(recipe, recipe.report.output_dir / "recipe.yaml")
+    output_dir = recipe.report.output_dir
+    remedy = "wait for it, or set another report.output_dir"
+    with owning(owner_of(output_dir), what=output_dir, remedy=remedy):
+        path = write_report(recipe.report, recipe=named)
+        dump_recipe(recipe, output_dir / "recipe.yaml")
     say("report is in", path)

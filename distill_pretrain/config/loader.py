@@ -59,11 +59,20 @@ def recipe_text(recipe: Section) -> str:
 
 
 def dump_recipe(recipe: Section, path: Path) -> None:
-    """Writes `recipe_text`, under its final name only once complete; a kill leaves at most a hidden file."""
+    """Writes `recipe_text`, under its final name only once complete; a kill leaves at most a hidden file.
+
+    A file that says the same already is left alone: it may be kept read-only.
+    """
+    text = recipe_text(recipe)
+    try:
+        if path.read_text(encoding="utf-8") == text:
+            return
+    except (OSError, ValueError):
+        pass
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
-            file.write(recipe_text(recipe))
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

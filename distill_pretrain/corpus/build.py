@@ -6,10 +6,8 @@ final name.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -32,6 +30,8 @@ from distill_pretrain.corpus.tokenizers import (
 )
 from distill_pretrain.errors import ConfigError, CorpusError, TokenizerMismatch
 from distill_pretrain.formats.atomic import fsync_path
+from distill_pretrain.formats.disk import naming
+from distill_pretrain.formats.ownership import owner_beside, owning
 from distill_pretrain.formats.token_index import TokenIndex
 from distill_pretrain.formats.token_writer import TokenIndexWriter
 from distill_pretrain.formats.tokens_record import FILE_NAME as RECORD
@@ -90,9 +90,26 @@ def tokenize_corpus(
     """
     sources = list_sources(corpus)
     recipe = TokenizeRecipe(corpus=corpus, tokenizer=tokenizer)
-    if (corpus.output_dir / RECORD).exists():
-        return _result(_check_done(recipe, sources), corpus.output_dir, sources, already_done=True)
-    with _building(corpus.output_dir) as folder:
+    output_dir = corpus.output_dir
+    if not (output_dir / RECORD).exists():
+        remedy = "wait for it, or set corpus.output_dir to another folder"
+        with owning(owner_beside(output_dir), what=output_dir, remedy=remedy):
+            # The owner before may have finished since.
+            if not (output_dir / RECORD).exists():
+                record = _tokenize(recipe, sources, say, on_progress)
+                return _result(record, output_dir, sources, already_done=False)
+    return _result(_check_done(recipe, sources), output_dir, sources, already_done=True)
+
+
+def _tokenize(
+    recipe: TokenizeRecipe,
+    sources: SourceList,
+    say: Callable[[str], None],
+    on_progress: Callable[[int, int], None],
+) -> TokensRecord:
+    """Writes the output folder, which this process owns."""
+    output_dir = recipe.corpus.output_dir
+    with _building(output_dir) as folder, naming(output_dir):
         tokens = _tokenizer(recipe, sources, say)
         tokenizer_file = tokens.save(folder)
         say(f"writing the tokens of {len(sources.files):,} files, {sources.num_bytes:,} bytes")
@@ -114,7 +131,7 @@ def tokenize_corpus(
             software=_software(tokens.kind),
         )
         record.save(folder)
-    return _result(record, corpus.output_dir, sources, already_done=False)
+    return record
 
 
 def load_tokenizer_of(tokens_dir: Path) -> Tokenizer:
@@ -228,44 +245,19 @@ def _building(output_dir: Path) -> Iterator[Path]:
     if output_dir.exists() and not output_dir.is_dir():
         raise CorpusError("corpus.output_dir is a file", where=output_dir)
     folder = output_dir.with_name(f"{output_dir.name}.part")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        _lock(lock, folder)
+    with naming(output_dir):
         # What is in it was left by a run that was killed.
-        _clear(folder)
-        try:
-            yield folder
-            fsync_path(folder)
-            folder.rename(output_dir)
-            fsync_path(output_dir.parent)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-    finally:
-        os.close(lock)
-
-
-def _lock(descriptor: int, folder: Path) -> None:
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise CorpusError(
-            "another process is tokenising into this folder",
-            where=folder,
-            remedy="wait for it, or set corpus.output_dir to another folder",
-        ) from None
-    except OSError:
-        # A file system without locks: two runs at once are then the user's to avoid.
-        return
-
-
-def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        yield folder
+        fsync_path(folder)
+        folder.rename(output_dir)
+        fsync_path(output_dir.parent)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _check_done(recipe: TokenizeRecipe, sources: SourceList) -> TokensRecord:

@@ -7,6 +7,8 @@ import json
 import os
 import secrets
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _CHUNK_BYTES = 1 << 20
@@ -35,13 +37,14 @@ def publish_bytes(path: Path, data: bytes) -> None:
     Raises:
         OSError: a write or fsync failed; `path` is as it was. A failed fsync is never retried.
     """
-    temporary = _write_temporary(path, data)
-    try:
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync_path(path.parent)
+    with _blaming(path):
+        temporary = _write_temporary(path, data)
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_path(path.parent)
 
 
 def publish_bytes_once(path: Path, data: bytes) -> bool:
@@ -50,7 +53,8 @@ def publish_bytes_once(path: Path, data: bytes) -> bool:
     On a file system without hard links the check and the rename are two steps, so callers compare
     what they find afterwards.
     """
-    temporary = _write_temporary(path, data)
+    with _blaming(path):
+        temporary = _write_temporary(path, data)
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -71,7 +75,7 @@ def discard_stale_temporaries(folder: Path, *, min_age_s: float = 3600.0) -> Non
         try:
             if time.time() - path.stat().st_mtime > min_age_s:
                 path.unlink()
-        except FileNotFoundError:
+        except OSError:  # gone meanwhile, or not ours to remove
             continue
 
 
@@ -98,6 +102,16 @@ def write_all(fd: int, data: bytes, offset: int) -> None:
         written = os.pwrite(fd, view, offset)
         view = view[written:]
         offset += written
+
+
+@contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    """Errors inside the block name the file that was to be, not the one under its temporary name or a descriptor."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = os.fspath(path)
+        raise
 
 
 def _write_temporary(path: Path, data: bytes) -> Path:

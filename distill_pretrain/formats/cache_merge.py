@@ -15,6 +15,7 @@ from distill_pretrain.formats.atomic import fsync_path, write_all
 from distill_pretrain.formats.cache_plan import CachePlan
 from distill_pretrain.formats.cache_reader import load_plan_of_extent
 from distill_pretrain.formats.cache_writer import CacheWriter
+from distill_pretrain.formats.disk import problem
 from distill_pretrain.formats.finished_shards import FinishedShards, require_same_plan
 from distill_pretrain.formats.hc_codec import HcCodec
 from distill_pretrain.formats.hc_tables import HcTables
@@ -168,7 +169,7 @@ def copy_recipe(source: str | Path, dest: Path) -> None:
         raise CacheError(
             "the recipe of the cache cannot be copied",
             where=target,
-            found=error.strerror or error,
+            found=problem(error, target),
             remedy="free space or correct permissions and run again; finished shards are kept",
         ) from error
 

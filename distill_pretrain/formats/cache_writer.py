@@ -1,18 +1,17 @@
 """Writing a cache: any number of processes, killed and restarted at will, one sequence of bytes.
 
-A shard is owned through an exclusive POSIX record lock on its `.part` file, which the kernel drops
-when the owner dies. Such locks belong to a process and vanish when it closes *any* descriptor of
-the file, so this module opens a `.part` it already owns never a second time.
+A shard is owned through an exclusive lock on its `.part` file (see `ownership`), which this module never opens a
+second time while it owns it.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +28,7 @@ from distill_pretrain.formats.atomic import (
 from distill_pretrain.formats.cache_plan import CachePlan
 from distill_pretrain.formats.closing import Closing
 from distill_pretrain.formats.codec_files import CodecFiles, tables_name
+from distill_pretrain.formats.disk import problem
 from distill_pretrain.formats.hc_tables import HcTables
 from distill_pretrain.formats.manifest import Manifest, ShardRecord, extent_bytes, extent_from
 from distill_pretrain.formats.names import (
@@ -39,6 +39,7 @@ from distill_pretrain.formats.names import (
     sequence_ranges,
     shard_name,
 )
+from distill_pretrain.formats.ownership import FileLock
 from distill_pretrain.formats.shard import (
     FRAME_HEAD_BYTES,
     HEADER_BYTES,
@@ -124,9 +125,10 @@ class CacheWriter:
                 remedy="set capture.output_dir to a new folder, or undo the change of the recipe",
             )
         with _io_errors(folder):
+            if _known_extent(folder / EXTENT_NAME) < plan.num_sequences:
+                with _publishing(folder):
+                    _raise_extent(folder / EXTENT_NAME, plan.num_sequences)
             discard_stale_temporaries(folder)
-            with _publishing(folder):
-                _raise_extent(folder / EXTENT_NAME, plan.num_sequences)
         return cls(folder, plan, labels_of, sync_every)
 
     def pending(self) -> list[int]:
@@ -157,7 +159,7 @@ class CacheWriter:
         part = self._path(shard, ".part")
         with _io_errors(part):
             while self._record(shard) is None:
-                owner = _Ownership.take(part)
+                owner = FileLock.take(part)
                 if owner is None:
                     return None
                 try:
@@ -204,6 +206,12 @@ class CacheWriter:
         )
         path = self.folder / MANIFEST_NAME
         data = manifest.to_json_bytes()
+        with _io_errors(path):
+            # A finished cache, which may be kept read-only, is only looked at.
+            published = path.read_bytes() if path.exists() else b""
+            larger = self._larger_manifest(published)
+            if (larger is not None or published == data) and not any(self._parts()):
+                return larger or manifest
         with _io_errors(path), _publishing(self.folder):
             self._remove_stale_parts()
             published = path.read_bytes() if path.exists() else b""
@@ -216,13 +224,19 @@ class CacheWriter:
 
     def _remove_stale_parts(self) -> None:
         """Remove the lock files that processes killed at the wrong moment left beside finished shards."""
-        for shard in range(self.plan.num_shards):
-            part = self._path(shard, ".part")
-            owner = _Ownership.take(part) if part.exists() else None
+        for part in self._parts():
+            owner = FileLock.take(part)
             if owner is not None:
                 if owner.is_current():
                     part.unlink()
                 owner.release()
+
+    def _parts(self) -> Iterator[Path]:
+        """The `.part` files there are."""
+        for shard in range(self.plan.num_shards):
+            part = self._path(shard, ".part")
+            if part.exists():
+                yield part
 
     def _larger_manifest(self, published: bytes) -> Manifest | None:
         try:
@@ -333,7 +347,7 @@ class ShardWriter(Closing):
     """
 
     def __init__(
-        self, cache: CacheWriter, spec: ShardSpec, owner: _Ownership, canary: Canary | None
+        self, cache: CacheWriter, spec: ShardSpec, owner: FileLock, canary: Canary | None
     ) -> None:
         """Use `CacheWriter.claim`."""
         self.shard = spec.shard
@@ -467,49 +481,6 @@ class ShardWriter(Closing):
         os.ftruncate(fd, self._end)
 
 
-class _Ownership:
-    """An exclusively locked `.part` file."""
-
-    _held: ClassVar[set[tuple[int, Path]]] = set()
-
-    def __init__(self, path: Path, fd: int) -> None:
-        self.path = path
-        self.fd = fd
-        self._key = (os.getpid(), path.absolute())
-        self._held.add(self._key)
-
-    @classmethod
-    def take(cls, path: Path) -> _Ownership | None:
-        """Create and lock the file; None when it is owned, by this process or by another one."""
-        if (os.getpid(), path.absolute()) in cls._held:
-            return None
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            os.close(fd)
-            return None
-        except BaseException:
-            os.close(fd)
-            raise
-        return cls(path, fd)
-
-    def is_current(self) -> bool:
-        """Whether the locked file still is the one under its name (not renamed or removed)."""
-        try:
-            found = os.stat(self.path)
-        except FileNotFoundError:
-            return False
-        mine = os.fstat(self.fd)
-        return (found.st_dev, found.st_ino) == (mine.st_dev, mine.st_ino)
-
-    def release(self) -> None:
-        if self.fd >= 0:
-            self._held.discard(self._key)
-            os.close(self.fd)
-            self.fd = -1
-
-
 def publish_tables(folder: Path, tables: HcTables) -> str:
     """Write codec tables into a cache folder under their sha256, which is returned."""
     path = folder / tables_name(tables.sha256)
@@ -519,20 +490,24 @@ def publish_tables(folder: Path, tables: HcTables) -> str:
 
 
 def _raise_extent(path: Path, num_sequences: int) -> None:
-    known = extent_from(path.read_bytes()) if path.exists() else None
-    if known is None or known < num_sequences:
+    if _known_extent(path) < num_sequences:
         publish_bytes(path, extent_bytes(num_sequences))
+
+
+def _known_extent(path: Path) -> int:
+    """Sequences that captures of a cache were asked for so far; 0 where none has said."""
+    return (extent_from(path.read_bytes()) or 0) if path.exists() else 0
 
 
 @contextmanager
 def _publishing(folder: Path) -> Iterator[None]:
     """One process at a time looks at what is published and replaces it by something larger."""
-    fd = os.open(folder / _PUBLISH_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    while (lock := FileLock.take(folder / _PUBLISH_LOCK, wait=True)) is None:
+        time.sleep(0.01)  # another thread of this process has it
     try:
-        fcntl.lockf(fd, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(fd)
+        lock.release()
 
 
 @contextmanager
@@ -545,6 +520,6 @@ def _io_errors(path: Path, besides: type[OSError] | tuple[()] = ()) -> Iterator[
         raise CacheError(
             "the cache cannot be written",
             where=error.filename or path,
-            found=error.strerror or str(error),
+            found=problem(error, path),
             remedy="free space or correct permissions and run again; finished blocks are kept",
         ) from error

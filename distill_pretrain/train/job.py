@@ -7,7 +7,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from distill_pretrain.checkpoint.store import CheckpointStore, require_shared_folder
+from distill_pretrain.checkpoint.ownership import job_owning
+from distill_pretrain.checkpoint.store import (
+    CheckpointStore,
+    drop_unfinished,
+    require_shared_folder,
+)
 from distill_pretrain.contracts import LogitsEngine
 from distill_pretrain.data.batches import StudentBatches
 from distill_pretrain.data.blend import blend_splits
@@ -19,6 +24,7 @@ from distill_pretrain.data.sources import (
     open_sources,
     require_caches,
 )
+from distill_pretrain.formats.ownership import owner_of
 from distill_pretrain.losses.config import ObjectiveConfig
 from distill_pretrain.losses.dense_kd import TeacherObjective
 from distill_pretrain.losses.sparse_kd import DistillationObjective, require_entries_fit
@@ -195,7 +201,14 @@ def train_student(
     cached_weight = objective.peak_kd_weight if open_teacher is None else 0.0
     require_caches(data, cached_weight)
     set_cpu_threads(train.threads)
-    with process_group(), open_sources(data, kd_weight=cached_weight) as sources:
+    owner = owner_of(train.output_dir)
+    with (
+        process_group(),
+        job_owning(
+            owner, what=train.output_dir, remedy="wait for it, or set another train.output_dir"
+        ),
+        open_sources(data, kd_weight=cached_weight) as sources,
+    ):
         teacher = _open_whole(open_teacher, sources[0].sequences) if open_teacher else None
         identity = run_identity(sources, model, parallel, optimizer, objective, train, teacher)
         exports = RunExports(train, identity, data.tokens, zero_stage=optimizer.zero_stage)
@@ -205,6 +218,7 @@ def train_student(
             say(f"already trained: {newest.folder}")
             return
         check_targets(sources, say)
+        on_first_rank(lambda: drop_unfinished(train.output_dir))
         require_shared_folder(train.output_dir)
         if launch_rank() == 0:
             save_recipe()

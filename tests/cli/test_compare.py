@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from distill_pretrain.cli.compare_lease import lease
+from distill_pretrain.checkpoint.ownership import lease
 from distill_pretrain.cli.compare_plan import ComparisonPlan
 from distill_pretrain.cli.main import main
 from distill_pretrain.cli.recipe import Recipe

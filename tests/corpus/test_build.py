@@ -15,9 +15,12 @@ import pytest
 
 from distill_pretrain.corpus import build, readers
 from distill_pretrain.corpus.config import CorpusConfig, TokenizerConfig
-from distill_pretrain.errors import ConfigError, CorpusError, TokenizerMismatch
+from distill_pretrain.errors import ConfigError, CorpusError, InUse, TokenizerMismatch
+from distill_pretrain.formats import ownership
+from distill_pretrain.formats.ownership import owner_beside
 from distill_pretrain.formats.token_index import TokenIndex
 from distill_pretrain.formats.tokens_record import TokensRecord
+from tests.support.owner import owned_elsewhere
 
 TOKENIZER = TokenizerConfig(vocab_size=350)
 
@@ -219,12 +222,28 @@ def test_a_folder_with_other_files_is_not_touched(texts, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
-def test_two_runs_into_one_folder_do_not_mix(texts, tmp_path):
+def test_two_runs_into_one_folder_do_not_mix(texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(ownership, "PATIENCE_S", 0.2)
+    out = tmp_path / "out"
     with (
-        build._building(tmp_path / "out"),
-        pytest.raises(CorpusError, match="another process is tokenising"),
+        owned_elsewhere(owner_beside(out)) as holder,
+        pytest.raises(InUse, match=rf"process {holder.pid} on node7, since .*corpus\.output_dir"),
     ):
-        build.tokenize_corpus(config(texts, tmp_path / "out"), TOKENIZER)
+        build.tokenize_corpus(config(texts, out), TOKENIZER)
+    # One that waited for the other finds that all is done.
+    build.tokenize_corpus(config(texts, out), TOKENIZER)
+    record = (out / "tokens.json").read_bytes()
+
+    def late(owner):
+        (tmp_path / "aside").rename(out)
+        return real(owner)
+
+    real = ownership.try_to_own
+    out.rename(tmp_path / "aside")
+    monkeypatch.setattr(ownership, "try_to_own", late)
+    assert build.tokenize_corpus(config(texts, out), TOKENIZER).already_done
+    assert (out / "tokens.json").read_bytes() == record
+    assert sorted(path.name for path in tmp_path.iterdir() if "out" in path.name) == ["out"]
 
 
 KILLED = """

@@ -10,7 +10,10 @@ import pytest
 
 from distill_pretrain.checkpoint.store import CheckpointStore
 from distill_pretrain.cli.main import main
+from distill_pretrain.formats import ownership
+from distill_pretrain.formats.ownership import owner_of
 from tests.support.jobs import kill_all
+from tests.support.owner import owned_elsewhere
 
 
 def losses(run: Path) -> list[tuple[int, float, float, float | None, float]]:
@@ -83,6 +86,17 @@ def test_a_checkpoint_of_another_run_is_refused_by_field(job, unbroken, capsys):
     error = capsys.readouterr().err
     assert "the checkpoint belongs to another run" in error and "hidden_size" in error
     assert "Traceback" not in error
+
+
+def test_a_run_folder_has_one_owner(job, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ownership, "PATIENCE_S", 0.2)
+    with owned_elsewhere(owner_of(tmp_path / "run")) as holder:
+        assert main(["train", str(job.recipe), *kd(job, tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert (
+        f"process {holder.pid} on node7, since 2026-09-21" in error and "train.output_dir" in error
+    )
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".owner"]
 
 
 def test_a_bit_flipped_in_the_newest_checkpoint_costs_its_steps_only(job, tmp_path, capsys):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from distill_pretrain.checkpoint.hf.tensors import Piece, correspondence
 from distill_pretrain.checkpoint.hf.tokenizer import write_tokenizer
 from distill_pretrain.errors import CheckpointError
 from distill_pretrain.formats.atomic import fsync_path, publish_bytes
+from distill_pretrain.formats.disk import naming, require_room
 from distill_pretrain.mcore.config import ModelConfig
 from distill_pretrain.processes.groups import ParallelGroups
 from distill_pretrain.processes.process import on_first_rank
@@ -64,6 +66,7 @@ def save_hf_model(
     Raises:
         CheckpointError: the folder exists and is something else, no class of transformers computes the model, or
             the tokenizer cannot be converted.
+        StorageError: there is no room for it, or it cannot be written.
     """
     from distill_pretrain.mcore.model import parameters_by_name
     from distill_pretrain.mcore.parallel import current_groups
@@ -79,6 +82,8 @@ def save_hf_model(
         require_replaceable(folder, known)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
+        needed = sum(tensor.num_bytes(dtype) for file in files for tensor in file.tensors)
+        require_room(temporary, needed, what="the model", remedy="name a folder on another disk")
         if tokenizer is not None:
             write_tokenizer(tokenizer, temporary, max_positions=max_positions)
 
@@ -93,14 +98,26 @@ def save_hf_model(
             publish_bytes(temporary / name, (json.dumps(content, indent=2) + "\n").encode())
         _replace(folder, temporary)
 
-    on_first_rank(prepare)
     pieces = correspondence(model, vocab_size=vocab_size, max_positions=max_positions).pieces()
     groups = current_groups()
     export = _Export(parameters_by_name(chunks), pieces, groups, dtype)
     files = plan_files(export.stages(), dtype=dtype, max_shard_bytes=max_shard_bytes)
-    export.write(files, temporary)
-    dist.barrier()
-    on_first_rank(publish)
+    with _building(temporary):
+        on_first_rank(prepare)
+        export.write(files, temporary)
+        dist.barrier()
+        on_first_rank(publish)
+
+
+@contextmanager
+def _building(temporary: Path) -> Iterator[None]:
+    """What an error leaves of the folder is dropped: on a full disk it is what fills it."""
+    try:
+        with naming(temporary):
+            yield
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def require_replaceable(folder: Path, source: Mapping[str, Any]) -> None:
