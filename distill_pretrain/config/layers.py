@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from distill_pretrain.config.scalars import RecipeLoader, read_yaml
 from distill_pretrain.errors import ConfigError
 
 KeyPath = tuple[str, ...]
@@ -120,8 +121,8 @@ def read_file(path: Path) -> Layer:
     """Reads one YAML file, keeping the line of every key."""
     try:
         text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        root = yaml.compose(text, Loader=RecipeLoader)
+        values = read_yaml(text)
     except FileNotFoundError:
         raise ConfigError("recipe not found", where=path) from None
     except OSError as error:
@@ -132,7 +133,7 @@ def read_file(path: Path) -> Layer:
         raise ConfigError(
             "recipe is not UTF-8 text", where=path, found=f"byte offset {error.start}"
         ) from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-45
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError("recipe is not valid YAML", **_yaml_problem(path, error)) from None
     layer = Layer(origins={(): str(path)})
     if root is None:

@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 
 from distill_pretrain.config.base import Section
 from distill_pretrain.config.layers import COMMAND_LINE, KeyPath, Layer, read_layers
+from distill_pretrain.config.scalars import as_annotated, read_yaml
 from distill_pretrain.errors import ConfigError
 
 S = TypeVar("S", bound=Section)
@@ -115,7 +116,7 @@ def _apply_override(schema: type[Section], layer: Layer, text: str) -> None:
         )
         return
     try:
-        value = yaml.safe_load(value_text)
+        value = read_yaml(value_text)
     except (yaml.YAMLError, ValueError) as error:
         what = getattr(error, "problem", None) or "not valid YAML"
         layer.problems.append(f"{COMMAND_LINE}: {key}: {what}; found: {value_text}")
@@ -171,9 +172,11 @@ def _known_part(
         annotation = schema.model_fields[name].annotation
         inner = section_of(annotation)
         if inner is not None and isinstance(value, dict):
-            value = _known_part(root, inner, layer, value, here)
-        elif isinstance(value, bool) and annotation_takes_number_only(annotation):
-            # pydantic would take `yes` for 1.
+            known[name] = _known_part(root, inner, layer, value, here)
+            continue
+        value = as_annotated(value, annotation)
+        if isinstance(value, bool) and annotation_takes_number_only(annotation):
+            # pydantic would take `true` for 1.
             layer.problems.append(
                 f"{layer.origin(here)}: {'.'.join(here)}: found: {str(value).lower()}; "
                 "expected: a number"
@@ -228,5 +231,11 @@ def _schema_problem(layer: Layer, detail: ErrorDetails) -> str:
         return f"{prefix}: {message}"
     message = "a path" if detail["type"] == "path_type" else message
     message = message.removeprefix("Input should be ")
-    found = yaml.safe_dump(detail["input"], default_flow_style=True).removesuffix("...\n").strip()
-    return f"{prefix}: found: {found}; expected: {message}"
+    return f"{prefix}: found: {_shown(detail['input'])}; expected: {message}"
+
+
+def _shown(value: Any) -> str:
+    """A value as a recipe would give it; text stands as it is, since the key decides what it is read as."""
+    if isinstance(value, str) and value.strip():
+        return value
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()

@@ -78,8 +78,60 @@ def test_all_problems_come_at_once_with_file_line_and_values(tmp_path):
 
 
 def test_a_switch_is_no_number(tmp_path):
-    path = write(tmp_path, TRAIN.replace("steps: 5", "steps: yes"))
+    path = write(tmp_path, TRAIN.replace("steps: 5", "steps: true"))
     assert problems_of(path) == [f"{path}:1: train.steps: found: true; expected: a number"]
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("capture.seed=010", "capture", "seed", 10),
+        ("capture.seed=0x10", "capture", "seed", 16),
+        ("capture.seed=1_000", "capture", "seed", 1000),
+        ("capture.sanity_gate=off", "capture", "sanity_gate", "off"),
+        ("capture.output_dir=2026-01-02", "capture", "output_dir", Path("2026-01-02")),
+        ("capture.output_dir=010", "capture", "output_dir", Path("010")),
+        ("capture.output_dir=1_0", "capture", "output_dir", Path("1_0")),
+        ("capture.output_dir=1.50", "capture", "output_dir", Path("1.50")),
+        ("capture.output_dir=true", "capture", "output_dir", Path("true")),
+        ("capture.telemetry=off", "capture", "telemetry", False),
+        ("capture.telemetry=yes", "capture", "telemetry", True),
+        (
+            "corpus.paths=[2024, 1e3, off]",
+            "corpus",
+            "paths",
+            (Path("2024"), Path("1e3"), Path("off")),
+        ),
+        ("eval.models={on: 007}", "eval", "models", {"on": Path("007")}),
+    ],
+)
+def test_a_plain_word_is_read_as_its_key_takes_it(tmp_path, override, section, key, value):
+    required = {
+        "capture": ["capture.output_dir=out", "capture.num_draws=4"],
+        "corpus": ["corpus.output_dir=out"],
+        "eval": ["eval.output=out"],
+    }[section]
+    recipe = load_recipe(Recipe, None, [*required, override])
+    found = getattr(getattr(recipe, section), key)
+    assert (found, type(found)) == (value, type(value))
+    path = tmp_path / "resolved.yaml"
+    dump_recipe(recipe, path)
+    assert load_recipe(Recipe, path, []) == recipe
+
+
+def test_spike_off_is_a_word_in_a_file(tmp_path):
+    path = write(tmp_path, TRAIN.replace("steps: 5", "steps: 5, bad_steps: {spike: off}"))
+    assert load_recipe(Recipe, path, []).train.bad_steps.spike == "off"
+
+
+@pytest.mark.parametrize("text", ["1:30", "0o17", "0b11", "08:15:00", "yes"])
+def test_a_number_is_written_in_decimal(text):
+    (problem,) = problems_of(
+        None, "capture.output_dir=out", "capture.num_draws=4", f"capture.seed={text}"
+    )
+    assert problem.startswith(
+        f"command line: capture.seed: found: {text}; expected: a valid integer"
+    )
 
 
 def test_exponents_are_numbers_in_files_and_on_the_command_line(tmp_path):
@@ -159,7 +211,6 @@ def test_two_children_may_share_a_base(tmp_path):
         ("a: 1\nb: [", r"recipe\.yaml:2"),
         ("base: missing.yaml", "base recipe not found"),
         ("base: {a: 1}", "`base` names no recipe"),
-        ("train: 2024-13-45", "not valid YAML"),
         ("train: &a {x: *a}", "alias contains itself"),
     ],
 )
