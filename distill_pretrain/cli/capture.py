@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill_pretrain.cli.console import duration, progress
+from distill_pretrain.cli.console import progress
 from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.cli.teachers import load_replica
 from distill_pretrain.config import dump_recipe, require
@@ -138,7 +138,7 @@ def _capture(
             gate,
             log=log,
             stopwatch=stopwatch,
-            progress=lambda positions: bar.advance(positions, **_shown(log)),
+            progress=lambda positions: bar.advance(positions, left_s=log.eta_s, **_shown(log)),
         )
         try:
             capture_shards(
@@ -156,15 +156,12 @@ def _shown(log: CaptureLog) -> dict[str, str]:
     """Facts behind the progress line."""
     if log.last is None:
         return {}
-    facts = {
+    return {
         "positions/s": f"{log.last['positions_per_s']:,.0f}",
         "entropy": f"{log.last['entropy']:.2f}",
         "hits": f"{log.last['hit_rate'] or 0:.1%}",
         "queue": str(log.last["queue_depth"]),
     }
-    if log.eta_s is not None:
-        facts["whole capture"] = f"{duration(log.eta_s)} left"
-    return facts
 
 
 def _print(line: str) -> None:

@@ -46,6 +46,8 @@ class Progress:
         self.unit = unit
         self.done = 0
         self._facts: dict[str, object] = {}
+        self._left_s: float | None = None
+        self._said: int | None = None
         self._stream = sys.stderr if stream is None else stream
         self._on_terminal = self._stream.isatty()
         self._quiet = launch_rank() != 0 if quiet is None else quiet
@@ -57,14 +59,18 @@ class Progress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None and self.done:
+        if kind is None and self.done and (self._on_terminal or self._said != self.done):
             self._print()
         if self._on_terminal and self._width and not self._quiet:
             print(file=self._stream, flush=True)
 
-    def advance(self, amount: int = 1, **facts: object) -> None:
-        """Adds to the work done; `facts` are shown behind it (`loss="2.31"`)."""
+    def advance(self, amount: int = 1, *, left_s: float | None = None, **facts: object) -> None:
+        """Adds to the work done; `facts` are shown behind it (`loss="2.31"`).
+
+        The line has one estimate of the time left: `left_s`, where the caller knows better than the pace until now.
+        """
         self.done += amount
+        self._left_s = left_s
         self._facts.update(facts)
         interval = TERMINAL_INTERVAL_S if self._on_terminal else LOG_INTERVAL_S
         if time.monotonic() - self._printed >= interval:
@@ -86,11 +92,13 @@ class Progress:
         parts = [f"{self.desc}: {share}", *(f"{k} {v}" for k, v in self._facts.items())]
         parts.append(duration(seconds))
         if self.total and 0 < self.done < self.total:
-            parts.append(f"{duration(seconds * (self.total - self.done) / self.done)} left")
+            at_this_pace = seconds * (self.total - self.done) / self.done
+            parts.append(f"{duration(at_this_pace if self._left_s is None else self._left_s)} left")
         return ", ".join(parts)
 
     def _print(self) -> None:
         self._printed = time.monotonic()
+        self._said = self.done
         if self._quiet:
             return
         line = self.line()

@@ -215,7 +215,8 @@ def _kernels() -> Finding:
         reason = f"{error}"
     return Finding(
         name="CUDA kernels",
-        found=reason or ", ".join(states),
+        # The remedy of a missing GPU is to run this very verb; the lines above have the answer.
+        found=(reason or ", ".join(states)).removesuffix("; remedy: see `distill-pretrain doctor`"),
         usable=reason is None,
         enables=enables,
     )

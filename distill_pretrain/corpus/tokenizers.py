@@ -6,7 +6,7 @@ import hashlib
 import io
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +15,8 @@ from distill_pretrain.corpus.readers import Slice, SourceList, read_sample
 from distill_pretrain.errors import ConfigError, CorpusError, MissingDependency, TokenizerMismatch
 
 SAMPLE_BYTES = 1 << 16
+LEAST_SAMPLE = 0.9
+"""Share of `training_bytes` that has to be missing for more than the chosen slices to be read."""
 HF_FILES = (
     "added_tokens.json",
     "merges.txt",
@@ -130,6 +132,8 @@ class HfTokenizer:
             )
         # Text that happens to spell a special token stays text.
         tokenizer.split_special_tokens = True
+        # Documents may be of any length; transformers warns of those that no model of its could take.
+        tokenizer.model_max_length = 10**30
         self._tokenizer = tokenizer
         self._folder = folder
         self.vocab_size = len(tokenizer)
@@ -257,10 +261,15 @@ def train_tokenizer(
     except RuntimeError as error:
         if found:
             raise found[0] from None
-        if "ocabulary size" not in str(error):
-            raise
         # "INTERNAL: file(line) [condition] sentence."
-        reason = str(error).rpartition("] ")[2] or str(error)
+        reason = str(error).rpartition("] ")[2].strip() or str(error).strip()
+        if "ocabulary size" not in str(error):
+            raise ConfigError(
+                "sentencepiece cannot train a tokenizer on this corpus",
+                where="corpus.paths",
+                found=reason,
+                remedy="use more text, or name a ready tokenizer in tokenizer.path",
+            ) from None
         raise ConfigError(
             "a tokenizer of this size cannot be trained on this corpus",
             where="tokenizer.vocab_size",
@@ -272,24 +281,44 @@ def train_tokenizer(
 
 def _sample(corpus: CorpusConfig, tokenizer: TokenizerConfig, sources: SourceList) -> Iterator[str]:
     """Pieces of text from all over the corpus, in corpus order, of `training_bytes` at most."""
-    parts = [
+    every = [
         Slice(file=file, start=start, end=min(start + SAMPLE_BYTES, file.size))
         for file in sources.files
         for start in range(0, file.size, SAMPLE_BYTES)
     ]
+    parts = every
     if sources.num_bytes > tokenizer.training_bytes:
-        parts = _choose(parts, tokenizer.training_bytes)
+        parts = _choose(every, tokenizer.training_bytes)
     left = tokenizer.training_bytes
+    for piece in _pieces(parts, corpus.text_key):
+        size = len(piece.encode("utf-8"))
+        if size > left:
+            yield _cut(piece, left)
+            return
+        left -= size
+        yield piece
+    if left < LEAST_SAMPLE * tokenizer.training_bytes:
+        return
+    # In lines longer than a slice hardly any of the chosen slices has the start of one: take what comes.
+    chosen = set(parts)
+    for piece in _pieces((part for part in every if part not in chosen), corpus.text_key):
+        size = len(piece.encode("utf-8"))
+        yield _cut(piece, left)
+        left -= size
+        if left <= 0:
+            return
+
+
+def _pieces(parts: Iterable[Slice], text_key: str) -> Iterator[str]:
     for part in parts:
-        for text in read_sample(part, corpus.text_key):
+        for text in read_sample(part, text_key):
             for start in range(0, len(text), SAMPLE_BYTES):
-                piece = text[start : start + SAMPLE_BYTES]
-                size = len(piece.encode("utf-8"))
-                if size > left:
-                    yield piece.encode("utf-8")[:left].decode("utf-8", "ignore")
-                    return
-                left -= size
-                yield piece
+                yield text[start : start + SAMPLE_BYTES]
+
+
+def _cut(text: str, num_bytes: int) -> str:
+    """The beginning of a text, of so many bytes of UTF-8 at most."""
+    return text.encode("utf-8")[:num_bytes].decode("utf-8", "ignore")
 
 
 def _choose(parts: list[Slice], num_bytes: int) -> list[Slice]:

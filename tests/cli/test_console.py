@@ -48,3 +48,15 @@ def test_a_failed_job_is_not_shown_as_finished():
     except ValueError:
         pass
     assert stream.getvalue() == ""
+
+
+def test_the_last_line_of_a_log_comes_once_and_has_one_estimate(monkeypatch):
+    monkeypatch.setattr(console, "LOG_INTERVAL_S", 0.0)
+    stream = io.StringIO()
+    with console.Progress(2, "capturing", stream=stream) as bar:
+        bar.advance(left_s=7200.0, hits="50%")
+        bar.advance(left_s=0.0, hits="51%")
+    assert stream.getvalue().splitlines() == [
+        "capturing: 1/2 (50%), hits 50%, 0s, 2h00m left",
+        "capturing: 2/2 (100%), hits 51%, 0s",
+    ]

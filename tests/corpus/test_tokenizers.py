@@ -3,6 +3,7 @@ from __future__ import annotations
 import builtins
 import inspect
 import json
+import random
 import textwrap
 
 import pytest
@@ -61,6 +62,26 @@ def test_the_sample_is_bounded_and_spread_over_the_corpus(tmp_path):
     assert any("long" in text for text in sample)
     tiny = TokenizerConfig(training_bytes=1000)
     assert sum(len(text.encode()) for text in tokenizers._sample(corpus, tiny, sources)) <= 1000
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_one_line_longer_than_every_slice_of_the_sample_trains_a_tokenizer(tmp_path, name):
+    text = "".join(random.Random(0).choices("abcdefgh ", k=1_000_000))
+    is_jsonl = name.endswith("l")
+    (tmp_path / name).write_text(json.dumps({"text": text}) if is_jsonl else text)
+    corpus = CorpusConfig(paths=[tmp_path / name], output_dir=tmp_path / "out")
+    config = TokenizerConfig(vocab_size=300, training_bytes=100_000)
+    sources = readers.list_sources(corpus)
+    sample = list(tokenizers._sample(corpus, config, sources))
+    assert sum(len(piece) for piece in sample) == 100_000
+    assert tokenizers.train_tokenizer(corpus, config, sources).vocab_size == 300
+
+
+def test_what_sentencepiece_refuses_is_no_traceback(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
+    corpus = CorpusConfig(paths=[tmp_path / "a.jsonl"], output_dir=tmp_path / "out")
+    with pytest.raises(ConfigError, match="cannot train a tokenizer on this corpus"):
+        tokenizers.train_tokenizer(corpus, TokenizerConfig(), readers.list_sources(corpus))
 
 
 @pytest.mark.parametrize("vocab_size", [64, 100_000])
