@@ -15,7 +15,8 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,10 +33,12 @@ from distill_pretrain.formats.atomic import (
     publish_bytes,
     sha256_file,
 )
+from distill_pretrain.formats.disk import free_bytes, problem, require_room
 from distill_pretrain.processes.process import on_first_rank
 
 RECORD = "checkpoint.json"
 SHARED_FOLDER_WAIT_S = 10.0
+_REASON_LENGTH = 300
 _STEP_FOLDER = re.compile(r"step-\d{8,}")
 
 
@@ -223,10 +226,15 @@ class PendingSave:
 
 
 class CheckpointStore:
-    """Checkpoints below one folder."""
+    """Checkpoints below one folder.
+
+    Attributes:
+        num_bytes: about what one takes, for messages; None where that is not known.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.num_bytes: int | None = None
 
     def complete(self) -> list[Path]:
         """Folders of complete checkpoints, oldest first."""
@@ -255,12 +263,17 @@ class CheckpointStore:
             write: puts this rank's files into the given empty folder.
             keep: checkpoints to keep, this one included.
             progress: see `Checkpoint`.
+
+        Raises:
+            CheckpointError: it could not be written, on every rank that found so; what was written of it is dropped.
         """
-        temporary = self._make_temporary(step)
-        write(temporary)
-        dist.barrier()
+        temporary = self._temporary(step)
         record = {"step": step, "identity": identity, "progress": progress or {}}
-        self._publish(temporary, record, keep=keep, known={})
+        with self._whole_or_nothing(temporary):
+            self._make(temporary)
+            write(temporary)
+            dist.barrier()
+            self._publish(temporary, record, keep=keep, known={})
 
     def begin_save(
         self,
@@ -272,24 +285,71 @@ class CheckpointStore:
         progress: dict[str, Any] | None = None,
     ) -> PendingSave:
         """As `save`, but `start` only begins to put this rank's files into the given folder. Every rank calls it."""
-        temporary = self._make_temporary(step)
-        files = start(temporary)
+        temporary = self._temporary(step)
+        with self._whole_or_nothing(temporary):
+            self._make(temporary)
+            files = start(temporary)
         record = {"step": step, "identity": identity, "progress": progress or {}}
-        return PendingSave(
-            step=step,
-            files=files,
-            publish=lambda: self._publish(temporary, record, keep=keep, known=files.finish()),
+
+        def publish() -> None:
+            with self._whole_or_nothing(temporary):
+                self._publish(temporary, record, keep=keep, known=files.finish())
+
+        return PendingSave(step=step, files=files, publish=publish)
+
+    def require_room(self, num_bytes: int, *, keep: int, say: Callable[[str], None]) -> None:
+        """Raise StorageError where the next checkpoint will not fit; warn where as many as are kept will not.
+
+        Args:
+            num_bytes: about what one takes.
+            keep: checkpoints that are kept.
+            say: prints one line.
+        """
+        self.num_bytes = num_bytes
+        remedy = "set train.output_dir to a folder on another disk"
+        require_room(self.root, num_bytes, what="a checkpoint", remedy=remedy)
+        # The oldest goes once the newest is there.
+        coming = max(1, keep + 1 - len(self.complete()))
+        free = free_bytes(self.root)
+        if free < coming * num_bytes:
+            say(
+                f"WARNING: {free:,} bytes are free in {self.root}; {coming} checkpoints more, until the oldest goes, "
+                f"take about {coming * num_bytes:,} (train.keep_checkpoints={keep})"
+            )
+
+    @contextmanager
+    def _whole_or_nothing(self, temporary: Path) -> Iterator[None]:
+        """What an error leaves of a checkpoint is dropped: on a full disk it is what fills it."""
+        try:
+            yield
+        except Exception as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise self._unwritten(temporary, error) from error
+
+    def _unwritten(self, temporary: Path, error: Exception) -> CheckpointError:
+        """A failed save in words. On a full disk torch raises whatever follows from a write cut short."""
+        free = free_bytes(self.root)
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        if isinstance(error, OSError):
+            reason = problem(error, self.root)
+        is_short = self.num_bytes is not None and free < self.num_bytes
+        return CheckpointError(
+            f"a checkpoint could not be written{': the disk is full' if is_short else ''}",
+            where=temporary.with_suffix(""),
+            found=f"{free:,} bytes free without what was written of it ({reason[:_REASON_LENGTH]})",
+            expected=None if self.num_bytes is None else f"about {self.num_bytes:,} bytes free",
+            remedy="free space or mend the file system, and start again: the run goes on from the checkpoint before",
         )
 
-    def _make_temporary(self, step: int) -> Path:
-        temporary = self.root / f"step-{step:08d}.tmp"
+    def _temporary(self, step: int) -> Path:
+        return self.root / f"step-{step:08d}.tmp"
 
+    def _make(self, temporary: Path) -> None:
         def make() -> None:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
 
         on_first_rank(make)
-        return temporary
 
     def _publish(
         self, temporary: Path, record: dict[str, Any], *, keep: int, known: dict[str, str]

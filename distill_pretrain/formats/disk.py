@@ -25,7 +25,7 @@ _PROBLEMS = {
     errno.EROFS: ("the file system is read-only", f"mount it for writing, {_ANOTHER}"),
     errno.ENOTDIR: ("a file is where a folder should be", f"move it, {_ANOTHER}"),
     errno.EISDIR: ("a folder is where a file should be", f"move it, {_ANOTHER}"),
-    errno.EEXIST: ("something else has this name", f"move it, {_ANOTHER}"),
+    errno.EEXIST: ("a file is where a folder should be", f"move it, {_ANOTHER}"),
     errno.ENOENT: ("no such file or folder", "correct the path"),
     errno.ELOOP: ("a circle of symbolic links", "correct the links, or the path"),
     errno.ENAMETOOLONG: ("a name is too long", "choose a shorter one"),

@@ -14,7 +14,9 @@ import torch.distributed as dist
 
 from distill_pretrain.mcore.core import dist_checkpointing, megatron_random
 from distill_pretrain.mcore.model import load_chunks, sharded_chunks
+from distill_pretrain.mcore.parallel import current_groups
 from distill_pretrain.mcore.schedule import Student
+from distill_pretrain.processes.process import local_device
 
 
 def _student_state(student: Student, *, is_loading: bool) -> dict[str, Any]:
@@ -69,6 +71,21 @@ def save_student(student: Student, folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         request.execute_sync()
+
+
+def saved_bytes(student: Student, *, precision: str) -> int:
+    """About what a checkpoint of a student takes, over all ranks: weights, masters of bf16 and Adam's moments.
+
+    Every rank calls it. What two pipeline stages share counts twice.
+    """
+    per_parameter = 14 if precision == "bf16" else 12
+    own = 0
+    if dist.get_rank(current_groups().data_context) == 0:
+        parameters = [p for chunk in student.chunks for p in chunk.parameters()]
+        own = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+    total = torch.tensor(own, dtype=torch.int64).to(local_device())
+    dist.all_reduce(total)
+    return int(total.item()) * per_parameter
 
 
 def load_student(student: Student, folder: Path) -> bool:

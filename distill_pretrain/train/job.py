@@ -228,6 +228,7 @@ def train_student(
 
         with model_parallel(parallel, seed=train.seed) as groups:
             from distill_pretrain.mcore.schedule import build_student
+            from distill_pretrain.mcore.state import saved_bytes
             from distill_pretrain.train.trainer import Trainer
 
             batches = StudentBatches(
@@ -265,6 +266,10 @@ def train_student(
                 num_micro_batches=batches.num_micro_batches,
                 loss_function=loss,
                 num_terms=len(loss.term_names),
+            )
+            needed = saved_bytes(student, precision=train.precision)
+            on_first_rank(
+                lambda: checkpoints.require_room(needed, keep=train.keep_checkpoints, say=say)
             )
             Trainer(
                 student=student,

@@ -28,8 +28,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from distill_pretrain.errors import DistillPretrainError
 from distill_pretrain.formats.atomic import publish_bytes
+from distill_pretrain.formats.disk import naming
 from distill_pretrain.train.trackers import Trackers
+
+
+class MetricsDamaged(DistillPretrainError):
+    """metrics.jsonl of a run cannot be continued; names the line."""
 
 
 class MetricsLog:
@@ -37,28 +43,26 @@ class MetricsLog:
 
     Args:
         path: the JSONL file.
-        resume_step: steps already done; later records, and a half-written last line, are dropped.
+        resume_step: steps already done; what follows their records is dropped, half-written lines too.
         trackers: get the same records; closed with the log.
 
     Attributes:
         dropped: records that were.
+
+    Raises:
+        MetricsDamaged: a line among the records that are kept is none.
     """
 
     def __init__(self, path: Path, *, resume_step: int, trackers: Trackers | None = None) -> None:
+        self._path = path
         self._trackers = trackers
-        self.dropped = 0
-        kept = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue
-                if record["step"] <= resume_step:
-                    kept.append(line + "\n")
-                else:
-                    self.dropped += 1
-        publish_bytes(path, "".join(kept).encode())
+        before = path.read_bytes() if path.exists() else b""
+        kept, self.dropped = _split(path, before, resume_step)
+        after = b"".join(line + b"\n" for line, _ in kept)
+        if after != before or not path.exists():
+            publish_bytes(path, after)
+        if trackers is not None:
+            trackers.catch_up([record for _, record in kept])
         self._file = path.open("a", buffering=1)
 
     def __enter__(self) -> MetricsLog:
@@ -69,19 +73,52 @@ class MetricsLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record."""
-        self._file.write(json.dumps(record) + "\n")
+        with naming(self._path):
+            self._file.write(json.dumps(record) + "\n")
         if self._trackers is not None:
             self._trackers.write(record)
 
     def sync(self) -> None:
         """Make the records so far durable: no checkpoint may outlive the records of its steps."""
-        os.fsync(self._file.fileno())
+        with naming(self._path):
+            os.fsync(self._file.fileno())
+        if self._trackers is not None:
+            self._trackers.flush()
 
     def close(self) -> None:
         """Close the file and the trackers."""
         self._file.close()
         if self._trackers is not None:
             self._trackers.close()
+
+
+def _split(
+    path: Path, data: bytes, resume_step: int
+) -> tuple[list[tuple[bytes, dict[str, Any]]], int]:
+    """The lines and records of steps up to one, and the number of later records."""
+    lines = [(line, _record(line)) for line in data.splitlines()]
+    kept = [n for n, (_, record) in enumerate(lines) if record and record["step"] <= resume_step]
+    end = kept[-1] + 1 if kept else 0
+    found = []
+    for number, (line, record) in enumerate(lines[:end], 1):
+        if record is None:
+            raise MetricsDamaged(
+                "a line of the log of the run is no record",
+                where=f"{path}:{number}",
+                found=line[:60].decode(errors="replace"),
+                expected="one JSON object per optimizer step",
+                remedy="repair or remove that line, and start again",
+            )
+        found.append((line, record))
+    return found, sum(record is not None for _, record in lines[end:])
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+        return record if type(record["step"]) is int else None
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 class EventLog:
@@ -99,5 +136,5 @@ class EventLog:
         if self._path is None:
             return
         record = {"event": event, "step": step, "time": round(time.time(), 3), **facts}
-        with self._path.open("a") as file:
+        with naming(self._path), self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")

@@ -10,7 +10,7 @@ import importlib.util
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,6 +44,12 @@ class Tracker(Protocol):
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Take the record of one step; see `train.metrics`."""
+
+    def catch_up(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Take the records of steps done before this start, where an earlier one may have lost them."""
+
+    def flush(self) -> None:
+        """Write out what waits in memory: a checkpoint follows."""
 
     def close(self) -> None:
         """Take leave; everything written so far is kept."""
@@ -90,6 +96,13 @@ class TensorBoardTracker:
         for tag, value in numbers(record).items():
             self._writer.add_scalar(tag, value, record["step"], walltime=record.get("time"))
 
+    def catch_up(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Nothing: no step of a checkpoint is lost, since every one is flushed first."""
+
+    def flush(self) -> None:
+        """Write out what waits in memory."""
+        self._writer.flush()
+
     def close(self) -> None:
         """Flush and close the event file."""
         self._writer.close()
@@ -106,6 +119,9 @@ class WandbTracker:
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         import wandb
 
+        # W&B writes in its own time, and keeps to itself how far it is: what a killed start gave it may be lost.
+        self._mark = folder / "wandb_last_step"
+        self._last: int | None = None
         id_file = folder / "wandb_run_id"
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex)
@@ -123,10 +139,30 @@ class WandbTracker:
     def write(self, record: Mapping[str, Any]) -> None:
         """The figures of one step."""
         self._run.log({"step": record["step"], **numbers(record)})
+        self._last = record["step"]
+
+    def catch_up(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Give it every step again since the last start that ended in order; equal figures at equal steps."""
+        try:
+            kept = int(self._mark.read_text())
+        except (OSError, ValueError):
+            kept = 0
+        last = records[-1]["step"] if records else 0
+        if kept > last:  # a run that went back repeats steps
+            kept = last
+            self._mark.write_text(str(kept))
+        for record in records:
+            if record["step"] > kept:
+                self.write(record)
+
+    def flush(self) -> None:
+        """Nothing that W&B lets be done."""
 
     def close(self) -> None:
         """End the W&B run."""
         self._run.finish()
+        if self._last is not None:
+            self._mark.write_text(str(self._last))
 
 
 class PrometheusTracker:
@@ -152,6 +188,12 @@ class PrometheusTracker:
         self._last = record
         if self._written is None or self._clock() - self._written >= PROMETHEUS_INTERVAL_S:
             self._publish()
+
+    def catch_up(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Nothing: only the last record counts."""
+
+    def flush(self) -> None:
+        """Nothing: the next record comes in seconds."""
 
     def close(self) -> None:
         """Publish the last record; it stays."""
@@ -208,6 +250,16 @@ class Trackers:
         """Hand a record to all of them."""
         for name, tracker in list(self._trackers.items()):
             self._guarded(name, partial(tracker.write, record))
+
+    def catch_up(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Tell all of them of the steps done before this start."""
+        for name, tracker in list(self._trackers.items()):
+            self._guarded(name, partial(tracker.catch_up, records))
+
+    def flush(self) -> None:
+        """Have all of them write out what waits in memory."""
+        for name, tracker in list(self._trackers.items()):
+            self._guarded(name, tracker.flush)
 
     def close(self) -> None:
         """Close all of them."""

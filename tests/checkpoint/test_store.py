@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 
 from distill_pretrain.checkpoint import store
 from distill_pretrain.checkpoint.store import Checkpoint, CheckpointStore, require_shared_folder
-from distill_pretrain.errors import CheckpointError, ConfigError
+from distill_pretrain.errors import CheckpointError, ConfigError, StorageError
 from distill_pretrain.processes.process import process_group
 from tests.support.distributed import run_distributed
 
@@ -127,3 +128,59 @@ def test_an_output_folder_that_is_not_shared_is_refused(tmp_path):
     message = run_distributed(folders_of_their_own, 2, root=str(tmp_path))
     assert "ranks 1 do not see what rank 0 writes" in message
     assert not list((tmp_path / "shared").iterdir())
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_save_on_a_full_disk_says_so_and_leaves_room_for_the_next_start(tmp_path, group, behind):
+    checkpoints = CheckpointStore(tmp_path)
+    checkpoints.save(5, {}, write("good"), keep=2)
+    checkpoints.num_bytes = 10**18
+
+    def fail(folder: Path) -> Any:
+        write("half")(folder)
+        # What torch says when a file of its own could not be written to the end.
+        raise RuntimeError("unexpected pos 704 vs 598\nframe 0: c10::Error\nframe 1: ...")
+
+    class Files:
+        def __init__(self, folder: Path) -> None:
+            self.folder = folder
+
+        def finish(self) -> dict[str, str]:
+            return fail(self.folder)
+
+    begun = checkpoints.begin_save(10, {}, Files, keep=2) if behind else None
+    with pytest.raises(CheckpointError) as error:
+        begun.publish() if begun else checkpoints.save(10, {}, fail, keep=2)
+    said = str(error.value)
+    assert "could not be written: the disk is full" in said and "bytes free" in said
+    assert f"where: {tmp_path / 'step-00000010'};" in said and "\n" not in said
+    assert "about 1,000,000,000,000,000,000 bytes" in said and "pos 704 vs 598" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
+    checkpoints.save(10, {}, write("whole"), keep=2)
+    assert checkpoints.newest().step == 10
+
+
+def test_what_killed_starts_left_unfinished_is_dropped_by_the_next(tmp_path, group):
+    checkpoints = CheckpointStore(tmp_path / "checkpoints")
+    checkpoints.save(5, {}, write("good"), keep=2)
+    for name in ("checkpoints/step-00000099.tmp", "hf/step-00000004.tmp", "hf/step-00000002"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "weights").write_text("...")
+    (tmp_path / ".recipe.yaml.123.tmp").write_text("half")
+    store.drop_unfinished(tmp_path)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_dir()}
+    assert left == {"checkpoints", "checkpoints/step-00000005", "hf", "hf/step-00000002"}
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_room_for_checkpoints_is_asked_for_before_the_first_step(tmp_path, group):
+    said: list[str] = []
+    checkpoints = CheckpointStore(tmp_path)
+    checkpoints.require_room(1000, keep=2, say=said.append)
+    assert not said
+    free = store.free_bytes(tmp_path)
+    checkpoints.require_room(free // 2, keep=2, say=said.append)  # three until the first goes
+    (line,) = said
+    assert "WARNING" in line and "3 checkpoints" in line and "train.keep_checkpoints=2" in line
+    with pytest.raises(StorageError, match="no room for a checkpoint"):
+        checkpoints.require_room(free * 2, keep=2, say=said.append)

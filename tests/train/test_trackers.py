@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from distill_pretrain.errors import MissingDependency
-from distill_pretrain.train.metrics import EventLog, MetricsLog
+from distill_pretrain.train.metrics import EventLog, MetricsDamaged, MetricsLog
 from distill_pretrain.train.trackers import PrometheusTracker, Trackers, require_trackers
 
 
@@ -188,3 +188,37 @@ def test_events_are_kept_over_starts_and_other_ranks_write_none(tmp_path: Path) 
     EventLog(None).add("started", 0)
     events = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(event["event"], event["step"]) for event in events] == [("started", 0), ("started", 4)]
+
+
+def test_only_what_follows_the_checkpoint_may_be_no_record(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps(record(step)).encode() for step in range(1, 6)]
+    path.write_bytes(b"\n".join([*lines[:4], b'{"step": 5, "lo', b"\0\0\0"]))
+    with MetricsLog(path, resume_step=3) as log:
+        assert log.dropped == 1
+    assert path.read_bytes().splitlines() == lines[:3]
+    path.write_bytes(b"\n".join([lines[0], lines[1][:20], *lines[2:]]))
+    before = path.read_bytes()
+    with pytest.raises(MetricsDamaged, match=r"metrics\.jsonl:2"):
+        MetricsLog(path, resume_step=3)
+    assert path.read_bytes() == before
+
+
+def test_what_a_killed_start_gave_to_wandb_is_given_again(tmp_path: Path, wandb: FakeWandb) -> None:
+    path = tmp_path / "metrics.jsonl"
+
+    def steps(first: int, last: int, *, killed: bool) -> list[float]:
+        del wandb.logged[:]
+        log = MetricsLog(path, resume_step=first, trackers=trackers(tmp_path, "wandb"))
+        for step in range(first + 1, last + 1):
+            log.write(record(step))
+        log._file.close() if killed else log.close()
+        return [figures["step"] for figures in wandb.logged]
+
+    assert steps(0, 3, killed=False) == [1, 2, 3]
+    assert steps(3, 6, killed=True) == [4, 5, 6]
+    assert steps(5, 7, killed=False) == [4, 5, 6, 7]  # of 4 to 6 nobody knows what W&B has
+    assert steps(7, 8, killed=False) == [8]
+    # Back at step 6, and killed: the steps that were repeated are given again, too.
+    assert steps(6, 8, killed=True) == [7, 8]
+    assert steps(8, 9, killed=False) == [7, 8, 9]
