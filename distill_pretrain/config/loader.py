@@ -77,6 +77,9 @@ def dump_recipe(recipe: Section, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        error.filename = os.fspath(path)  # a full disk names none, others the temporary one
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -81,3 +81,11 @@ def test_a_recipe_that_says_the_same_is_not_rewritten(tmp_path):
     assert path.stat().st_ino == before
     dump_recipe(TokenizerConfig(vocab_size=88), path)
     assert "88" in path.read_text()
+
+
+def test_a_recipe_that_does_not_fit_is_named_under_its_own_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", refuse(errno.ENOSPC))
+    with pytest.raises(OSError) as error:
+        dump_recipe(TokenizerConfig(), tmp_path / "recipe.yaml")
+    assert error.value.filename == str(tmp_path / "recipe.yaml")
+    assert not list(tmp_path.iterdir())
