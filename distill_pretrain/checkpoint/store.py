@@ -33,7 +33,7 @@ from distill_pretrain.formats.atomic import (
     publish_bytes,
     sha256_file,
 )
-from distill_pretrain.formats.disk import free_bytes, problem, require_room
+from distill_pretrain.formats.disk import free_bytes, require_room
 from distill_pretrain.processes.process import on_first_rank
 
 RECORD = "checkpoint.json"
@@ -322,16 +322,24 @@ class CheckpointStore:
         """What an error leaves of a checkpoint is dropped: on a full disk it is what fills it."""
         try:
             yield
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # torch's CheckpointException is no Exception
             shutil.rmtree(temporary, ignore_errors=True)
             raise self._unwritten(temporary, error) from error
 
-    def _unwritten(self, temporary: Path, error: Exception) -> CheckpointError:
+    def _unwritten(self, temporary: Path, error: BaseException) -> CheckpointError:
         """A failed save in words. On a full disk torch raises whatever follows from a write cut short."""
         free = free_bytes(self.root)
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
         if isinstance(error, OSError):
-            reason = problem(error, self.root)
+            reason = error.strerror or str(error)
+        elif isinstance(error, CheckpointError):  # of the ranks that wrote
+            reason = str(error).partition("found: ")[2].partition("; remedy")[0] or str(error)
+        else:
+            # What C++ says comes before its frames, what another rank said after a traceback.
+            lines = str(error).strip().splitlines() or [""]
+            reason = f"{type(error).__name__}: {lines[0 if isinstance(error, Exception) else -1]}"
+        reason = " ".join(reason.split())
         is_short = self.num_bytes is not None and free < self.num_bytes
         return CheckpointError(
             f"a checkpoint could not be written{': the disk is full' if is_short else ''}",

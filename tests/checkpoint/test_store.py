@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from distill_pretrain.checkpoint import store
 from distill_pretrain.checkpoint.store import Checkpoint, CheckpointStore, require_shared_folder
@@ -130,16 +131,26 @@ def test_an_output_folder_that_is_not_shared_is_refused(tmp_path):
     assert not list((tmp_path / "shared").iterdir())
 
 
+FAILURES = {
+    "torch.save": RuntimeError("unexpected pos 704 vs 598\nframe 0: c10::Error\nframe 1: ..."),
+    # It is no Exception, and brings the traceback of another rank.
+    "torch's own": CheckpointException("write", {0: (ValueError("pos 704 vs 598"), None)}),
+    "ours": CheckpointError("not written", where="x", found="rank 0: pos 704 vs 598", remedy="no"),
+}
+
+
+@pytest.mark.parametrize("kind", FAILURES)
 @pytest.mark.parametrize("behind", [False, True])
-def test_a_save_on_a_full_disk_says_so_and_leaves_room_for_the_next_start(tmp_path, group, behind):
+def test_a_save_on_a_full_disk_says_so_and_leaves_room_for_the_next_start(
+    tmp_path, group, behind, kind
+):
     checkpoints = CheckpointStore(tmp_path)
     checkpoints.save(5, {}, write("good"), keep=2)
     checkpoints.num_bytes = 10**18
 
     def fail(folder: Path) -> Any:
         write("half")(folder)
-        # What torch says when a file of its own could not be written to the end.
-        raise RuntimeError("unexpected pos 704 vs 598\nframe 0: c10::Error\nframe 1: ...")
+        raise FAILURES[kind]
 
     class Files:
         def __init__(self, folder: Path) -> None:
@@ -155,6 +166,7 @@ def test_a_save_on_a_full_disk_says_so_and_leaves_room_for_the_next_start(tmp_pa
     assert "could not be written: the disk is full" in said and "bytes free" in said
     assert f"where: {tmp_path / 'step-00000010'};" in said and "\n" not in said
     assert "about 1,000,000,000,000,000,000 bytes" in said and "pos 704 vs 598" in said
+    assert "frame" not in said and "Traceback" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
     checkpoints.save(10, {}, write("whole"), keep=2)
     assert checkpoints.newest().step == 10

@@ -15,9 +15,13 @@ import distill_pretrain.eval.student
 import distill_pretrain.eval.tasks
 import distill_pretrain.mcore.parallel
 import distill_pretrain.teacher.engines
+from distill_pretrain.cli import eval as eval_verb
 from distill_pretrain.cli.main import main
+from distill_pretrain.formats import ownership
+from distill_pretrain.formats.ownership import owner_beside
 from distill_pretrain.formats.sequence_plan import SequencePlan
 from distill_pretrain.formats.token_index import TokenIndex
+from tests.support.owner import owned_elsewhere
 
 
 class ScaledTable:
@@ -260,6 +264,39 @@ def test_tasks_are_run_with_the_tokenizer_of_the_tokens(
     assert tasks == ("quiz",)
     assert options == {"tasks_path": Path("here"), "max_length": 16, "batch_size": 8}
     assert figures(recipe)["tasks"]["models"]["b"] == {"quiz": {"acc": 0.5}}
+
+
+def test_an_output_that_cannot_be_written_is_found_before_anything_is_scored(
+    recipe: Path, opened: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    def score(*_: object, **__: object) -> None:
+        raise AssertionError("scored")
+
+    monkeypatch.setattr(eval_verb, "_figures", score)
+    output = recipe.parent / "taken" / "eval.json"
+    output.mkdir(parents=True)
+    assert run(recipe, f"eval.output={output}") == 2
+    error = capsys.readouterr().err
+    assert f"a folder is where a file should be; where: {output};" in error
+    assert run(recipe, f"eval.output={recipe}/eval.json") == 2  # a file in place of the folder
+    error = capsys.readouterr().err
+    assert f"a file is where a folder should be; where: {recipe};" in error
+    assert "Traceback" not in error
+
+
+def test_one_process_at_a_time_writes_an_output(
+    recipe: Path, opened: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(ownership, "PATIENCE_S", 0.2)
+    output = recipe.parent / "out" / "eval.json"
+    with owned_elsewhere(owner_beside(output)) as holder:
+        assert run(recipe) == 2
+    assert f"process {holder.pid} on node7" in capsys.readouterr().err
+    assert run(recipe) == 0
+    assert sorted(p.name for p in output.parent.iterdir()) == [
+        output.name,
+        f"{output.name}.recipe.yaml",
+    ]
 
 
 def test_no_held_out_text(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -240,3 +241,36 @@ def test_a_manifest_never_shrinks_and_extents_only_grow(tmp_path: Path):
     assert json.loads((tmp_path / "manifest.json").read_bytes())["num_sequences"] == 8
     open_writer(tmp_path, small)
     assert json.loads((tmp_path / "extent.json").read_bytes()) == {"num_sequences": 8}
+
+
+def test_a_finished_cache_is_looked_at_without_a_write(tmp_path: Path, reference, monkeypatch):
+    assert finish(tmp_path) == reference
+    (tmp_path / ".plan.json.1.ab.tmp").touch()
+    os.utime(tmp_path / ".plan.json.1.ab.tmp", (0, 0))
+    real = os.open
+
+    def read_only(path, flags, *more, **named):
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return real(path, flags, *more, **named)
+
+    def refuse(path, *_: object, **__: object):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(os, "open", read_only)
+    monkeypatch.setattr(os, "unlink", refuse)
+    assert finish(tmp_path) == reference
+    larger = make_plan(num_sequences=16, seq_len=64, block_tokens=16, shard_sequences=4)
+    with pytest.raises(CacheError, match=r"cannot be written.*Read-only file system"):
+        open_writer(tmp_path, larger)
+
+
+def test_a_full_disk_says_how_much_is_left(tmp_path: Path, monkeypatch):
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    claimed = open_writer(tmp_path, PLAN).claim(1)
+    assert claimed is not None
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(CacheError, match=r"No space left on device, [\d,]+ bytes free"):
+        append_blocks(claimed, 1)
