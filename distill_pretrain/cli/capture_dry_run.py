@@ -81,7 +81,9 @@ def dry_run(recipe: Recipe, processes: int | None) -> None:
         listed = "\n".join(f"  - {problem}" for problem in problems)
         count = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError(f"the capture would meet {count}:\n{listed}")
-    print("no problem found; nothing was captured, and no weights were read")
+    print(
+        "no problem found; nothing was captured, and of the weights no more than headers was read"
+    )
 
 
 def _say_teacher(
@@ -124,10 +126,14 @@ def _say_teacher(
 def _check_folder(
     teacher: TeacherConfig, config_file: Path, sequences: SequenceData, problems: list[str]
 ) -> None:
-    """A Hugging Face folder, from its config.json alone."""
+    """A Hugging Face folder, from its config.json and the headers of its weight files."""
+    from distill_pretrain.teacher.engines import check_model_folder
+
+    already = len(problems)
     try:
-        config: dict[str, Any] = json.loads(config_file.read_text())
-    except (OSError, ValueError) as error:
+        raw: dict[str, Any] = json.loads(config_file.read_text())
+        config: dict[str, Any] = raw.get("text_config") or raw
+    except (OSError, ValueError, AttributeError) as error:
         problems.append(f"{config_file} cannot be read: {error}")
         return
     width = config.get("vocab_size")
@@ -146,6 +152,8 @@ def _check_folder(
     weights = [*teacher.path.glob("*.safetensors"), *teacher.path.glob("*.bin")]
     if not weights:
         problems.append(f"no weights (*.safetensors, *.bin) in {teacher.path}")
+    if len(problems) == already:
+        check_model_folder(teacher, vocab_size=sequences.vocab_size, seq_len=sequences.plan.seq_len)
 
 
 def _check_checkpoint(teacher: TeacherConfig, sequences: SequenceData, problems: list[str]) -> None:

@@ -36,6 +36,7 @@ def load_teacher(teacher: TeacherConfig, sequences: SequenceData, tokens: Path) 
         vocab_size=sequences.vocab_size,
         seq_len=sequences.plan.seq_len,
         tokenizer_sha256=sequences.tokenizer_sha256,
+        trust=teacher.trust,
     )
     _name_padding(teacher, sequences)
     return engine

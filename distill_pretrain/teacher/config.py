@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -15,11 +16,28 @@ DEFAULT_MICRO_BATCH_SIZE = 8
 _SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trust:
+    """What of a model folder may run on this machine; nothing unless asked for.
+
+    Attributes:
+        remote_code: its Python files may.
+        pickle: its weights may be pickled (*.bin).
+    """
+
+    remote_code: bool = False
+    pickle: bool = False
+
+
+NO_TRUST = Trust()
+
 _FOREIGN = {
     "megatron": {
         "fsdp": "it is split by tensor and pipeline",
         "zero": "it is split by tensor and pipeline",
         "offload": "its weights stay on the device; raise tensor or pipeline",
+        "trust_remote_code": "megatron-core runs no code of a folder",
+        "allow_pickle": "it reads safetensors alone",
     },
     "hf": {
         "pipeline": "it is split by tensor or fsdp; a pipeline takes kind=megatron",
@@ -30,6 +48,7 @@ _FOREIGN = {
         "tensor": "ZeRO-3 splits the weights alone; tensor takes kind=hf or megatron",
         "pipeline": "ZeRO-3 splits the weights alone; a pipeline takes kind=megatron",
         "fsdp": "set zero",
+        "allow_pickle": "a teacher in parts reads safetensors alone",
     },
 }
 """Kind -> fields that mean nothing to it, and why."""
@@ -55,6 +74,10 @@ class TeacherConfig(Section):
     """Processes of the ZeRO-3 group (deepspeed): all that the job has."""
     offload: bool = False
     """Keep the weights of `zero` in the memory of the host (deepspeed)."""
+    trust_remote_code: bool = False
+    """Run Python files that come with the model (hf, deepspeed); such a folder is refused otherwise."""
+    allow_pickle: bool = False
+    """Read pickled weights, pytorch_model*.bin (hf); a folder that has no others is refused otherwise."""
     head_chunk_tokens: int = Field(default=1024, ge=1)
     """Positions whose logits exist at once in a capture; part of the cache's identity (it moves float rounding)."""
 
@@ -71,6 +94,11 @@ class TeacherConfig(Section):
                 f"tensor={self.tensor} and fsdp={self.fsdp} are both given; an hf teacher is split in one of these ways"
             )
         return self
+
+    @property
+    def trust(self) -> Trust:
+        """What of the folder may run here."""
+        return Trust(remote_code=self.trust_remote_code, pickle=self.allow_pickle)
 
     @property
     def processes(self) -> int:

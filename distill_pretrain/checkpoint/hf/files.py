@@ -30,6 +30,7 @@ _ITEM_BYTES = {"fp32": 4, "bf16": 2}
 # Buffers that old versions of transformers stored and computes itself.
 _COMPUTED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 _LISTED = 8
+_LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +60,10 @@ class WeightFiles:
             CheckpointError: a file is missing or damaged, or tensors are missing, not of the model, or of another
                 shape or type; lists all of them.
         """
-        named = _file_names(folder)
+        named = file_names(folder)
         found: dict[str, tuple[str, tuple[int, ...], str]] = {}
         for file in sorted(set(named.values()) if named else {SINGLE}):
-            for name, shape, dtype in _header(folder / file):
+            for name, shape, dtype in header(folder / file):
                 found[name] = (file, shape, dtype)
         files = {name: file for name, (file, _, _) in found.items()}
         weights = cls(folder=folder, files=files)
@@ -79,7 +80,7 @@ class WeightFiles:
                 problems.append(f"{name} is stored as {dtype}, not {', '.join(_READABLE)}")
         if problems:
             raise CheckpointError(
-                "the weights are not those of the model in config.json:\n" + _bullets(problems),
+                "the weights are not those of the model in config.json:\n" + bullets(problems),
                 where=folder,
                 remedy="download the folder again, or correct its config.json",
             )
@@ -100,9 +101,22 @@ class WeightFiles:
         return torch.equal(self.read(name, everything), self.read(other, everything))
 
 
-def _file_names(folder: Path) -> dict[str, str]:
-    """Tensor name -> file name of the index; empty where there is a single file."""
+def file_names(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name of the index; empty where there is a single file.
+
+    Raises:
+        CheckpointError: no weights, an index that is damaged or names files that are not there, or both an index and
+            a single file.
+    """
     path = folder / INDEX
+    if path.exists() and (folder / SINGLE).exists():
+        # Readers differ in which of them they take.
+        raise CheckpointError(
+            "the folder holds its weights twice, and they may differ",
+            where=folder,
+            found=f"{SINGLE} and {INDEX}",
+            remedy="remove the one that is not the model's",
+        )
     if not path.exists():
         if not (folder / SINGLE).exists():
             raise CheckpointError(
@@ -135,8 +149,12 @@ def _file_names(folder: Path) -> dict[str, str]:
     return named
 
 
-def _header(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
-    """Name, shape and dtype of every tensor in a file."""
+def header(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and safetensors' name of the dtype of every tensor in a file.
+
+    Raises:
+        CheckpointError: the file is damaged, cut short, or no safetensors file.
+    """
     with _safe_open(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         return [(n, tuple(s.get_shape()), str(s.get_dtype())) for n, s in slices.items()]
@@ -148,15 +166,30 @@ def _safe_open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
+        if _starts_with(path, _LFS_POINTER):
+            raise CheckpointError(
+                "a file of weights was not downloaded: it is a pointer of Git LFS",
+                where=path,
+                remedy="run `git lfs pull` in its folder, or download the file",
+            ) from None
         raise CheckpointError(
             "a file of weights is damaged or cut short",
             where=path,
-            found=error,
+            found="an empty file" if path.exists() and not path.stat().st_size else error,
             remedy="download or export it again",
         ) from None
 
 
-def _bullets(lines: Sequence[str]) -> str:
+def _starts_with(path: Path, beginning: bytes) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(beginning)) == beginning
+    except OSError:
+        return False
+
+
+def bullets(lines: Sequence[str]) -> str:
+    """The first lines of a list, indented, and how many more there are."""
     shown = [f"  - {line}" for line in lines[:_LISTED]]
     if len(lines) > _LISTED:
         shown.append(f"  - and {len(lines) - _LISTED} more")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from distill_pretrain.checkpoint.hf.config import read_hf_model
 from distill_pretrain.checkpoint.hf.files import WeightFiles
-from distill_pretrain.checkpoint.hf.tensors import Piece, correspondence
+from distill_pretrain.checkpoint.hf.tensors import Correspondence, Piece, correspondence
 from distill_pretrain.errors import CheckpointError
 from distill_pretrain.processes.process import on_first_rank
 
@@ -31,18 +31,31 @@ def load_hf_weights(chunks: Sequence[torch.nn.Module], path: Path) -> None:
     from distill_pretrain.mcore.model import parameters_by_name
     from distill_pretrain.mcore.parallel import current_groups
 
-    found = read_hf_model(path)
-    names = correspondence(
-        found.model, vocab_size=found.vocab_size, max_positions=found.max_positions
-    )
-    pieces, shapes = names.pieces(), names.shapes()
-    tied = names.tied_tensors if found.model.tie_embeddings else None
-    files = on_first_rank(lambda: WeightFiles.open(path, shapes, tied=tied))
+    pieces = _correspondence_of(path).pieces()
+    files = on_first_rank(lambda: check_hf_weights(path))
     groups = current_groups()
     parameters = parameters_by_name(chunks)
     _require_all(parameters, pieces, groups.pipeline, path)
     rank, size = dist.get_rank(groups.tensor), dist.get_world_size(groups.tensor)
     load_parameters(parameters, pieces, files, rank=rank, size=size)
+
+
+def check_hf_weights(path: Path) -> WeightFiles:
+    """Compare a folder's files with its config.json, from their headers.
+
+    Raises:
+        CheckpointError: as for `load_hf_weights`.
+    """
+    names = _correspondence_of(path)
+    tied = names.tied_tensors if names.model.tie_embeddings else None
+    return WeightFiles.open(path, names.shapes(), tied=tied)
+
+
+def _correspondence_of(path: Path) -> Correspondence:
+    found = read_hf_model(path)
+    return correspondence(
+        found.model, vocab_size=found.vocab_size, max_positions=found.max_positions
+    )
 
 
 @torch.no_grad()

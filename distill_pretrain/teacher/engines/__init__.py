@@ -9,7 +9,7 @@ from pathlib import Path
 from distill_pretrain.contracts import LogitsEngine, TeacherEngine
 from distill_pretrain.errors import ConfigError, LayoutError
 from distill_pretrain.processes.env import launch_world_size
-from distill_pretrain.teacher.config import TeacherConfig
+from distill_pretrain.teacher.config import NO_TRUST, TeacherConfig, Trust
 
 
 def open_engine(
@@ -20,6 +20,7 @@ def open_engine(
     vocab_size: int,
     seq_len: int,
     tokenizer_sha256: str | None = None,
+    trust: Trust = NO_TRUST,
 ) -> LogitsEngine:
     """Load a model for scoring, whole in this process.
 
@@ -31,6 +32,7 @@ def open_engine(
         vocab_size: V of the corpus to score.
         seq_len: L of the sequences to score.
         tokenizer_sha256: of the corpus; compared where the model knows its own.
+        trust: what of a folder of kind "hf" may run.
 
     Raises:
         TeacherError, CheckpointError: the model cannot be loaded.
@@ -59,7 +61,7 @@ def open_engine(
         )
     from distill_pretrain.teacher.engines.hf import HFEngine
 
-    return HFEngine(path, dtype, vocab_size=vocab_size, seq_len=seq_len)
+    return HFEngine(path, dtype, vocab_size=vocab_size, seq_len=seq_len, trust=trust)
 
 
 @contextmanager
@@ -121,6 +123,7 @@ def open_teacher_engine(
             vocab_size=vocab_size,
             seq_len=seq_len,
             head_chunk_tokens=teacher.head_chunk_tokens,
+            trust=teacher.trust,
         )
     from distill_pretrain.teacher.engines import split_hf
 
@@ -135,6 +138,34 @@ def open_teacher_engine(
         ),
         splits_sequences=teacher.tensor == 1,
     )
+
+
+def check_model_folder(teacher: TeacherConfig, *, vocab_size: int, seq_len: int) -> None:
+    """Find what `open_teacher_engine` would refuse of a Hugging Face folder, from its config.json and headers of files.
+
+    Raises:
+        TeacherError, CheckpointError: the model, or its weight files, cannot be used.
+        TokenizerMismatch: the model knows fewer ids than the corpus has.
+        MissingDependency: a package of an extra, with the line that installs it.
+    """
+    from distill_pretrain.teacher.engines import folder
+
+    if teacher.kind == "megatron":
+        from distill_pretrain.checkpoint.hf import check_hf_weights, read_hf_model
+
+        found = read_hf_model(teacher.path)
+        folder.require_known_ids(teacher.path, found.vocab_size, vocab_size)
+        folder.require_positions(teacher.path, found.max_positions, seq_len)
+        check_hf_weights(teacher.path)
+        return
+    from distill_pretrain.teacher.engines.known_head import require_known_head
+    from distill_pretrain.teacher.engines.weights import meta_model, require_own_weights
+
+    path, trust = teacher.path, teacher.trust
+    config = folder.read_config(path, vocab_size=vocab_size, seq_len=seq_len, trust=trust)
+    model = meta_model(path, config, trust)
+    require_own_weights(path, model, trust)
+    require_known_head(path, model)
 
 
 def _require_processes(teacher: TeacherConfig) -> None:

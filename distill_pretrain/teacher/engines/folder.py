@@ -1,21 +1,22 @@
-"""What every engine asks of a Hugging Face folder."""
+"""What every engine asks of a Hugging Face folder: its configuration, its files, and that nothing foreign runs."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from distill_pretrain.errors import MissingDependency, TeacherError, TokenizerMismatch
 from distill_pretrain.formats.atomic import sha256_file
 from distill_pretrain.processes.process import on_first_rank
-from distill_pretrain.teacher.engines.head import Finish
+from distill_pretrain.teacher.config import NO_TRUST, Trust
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CONFIG_FILE = "config.json"
-_IDENTITY_PATTERNS = (CONFIG_FILE, "*.safetensors", "*.bin")
+_ADAPTER_FILE = "adapter_config.json"
+_AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
 
 
 def import_transformers() -> Any:
@@ -33,32 +34,80 @@ def import_transformers() -> Any:
     return transformers
 
 
-def read_config(path: Path, *, vocab_size: int, seq_len: int) -> Any:
+def read_config(path: Path, *, vocab_size: int, seq_len: int, trust: Trust = NO_TRUST) -> Any:
     """The folder's configuration, of a model that knows the corpus's ids and positions.
 
     Raises:
         TeacherError, TokenizerMismatch: it cannot be used.
     """
     transformers = import_transformers()
-    if not (path / CONFIG_FILE).exists():
+    _require_plain_folder(path, trust)
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            path, local_files_only=True, trust_remote_code=trust.remote_code
+        )
+        text = config.get_text_config(decoder=True)
+    except Exception as error:  # transformers raises nearly anything here
+        raise cannot_be_loaded(path, error) from error
+    width = getattr(text, "vocab_size", None)
+    if not isinstance(width, int):
+        raise TeacherError(
+            "the model's configuration does not say how many ids it knows",
+            where=path / CONFIG_FILE,
+            found=f"vocab_size: {width} (model_type {config.model_type})",
+            expected="a causal language model of text",
+        )
+    require_known_ids(path, width, vocab_size)
+    require_positions(path, getattr(text, "max_position_embeddings", None), seq_len)
+    return config
+
+
+def _require_plain_folder(path: Path, trust: Trust) -> None:
+    """Refuse what is no model folder, an adapter, and code that was not asked for; transformers is not called."""
+    try:
+        raw = json.loads((path / CONFIG_FILE).read_bytes())
+    except OSError:
         raise TeacherError(
             "not a Hugging Face model folder",
             where=path,
             expected="a local folder with config.json and weights",
             remedy="download the model first and set teacher.path to its folder",
+        ) from None
+    except ValueError as error:
+        raise TeacherError(
+            "the file is no valid JSON",
+            where=path / CONFIG_FILE,
+            found=error,
+            remedy="download it again",
+        ) from None
+    if not isinstance(raw, dict):
+        raise TeacherError("the file is no JSON object", where=path / CONFIG_FILE)
+    if (path / _ADAPTER_FILE).exists():
+        # Whether transformers applies it depends on what else is installed.
+        raise TeacherError(
+            "the folder holds an adapter (PEFT), not a whole model",
+            where=path / _ADAPTER_FILE,
+            remedy="merge it into its base model (merge_and_unload) and save that with save_pretrained",
         )
-    try:
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise cannot_be_loaded(path, error) from None
-    require_known_ids(path, int(config.vocab_size), vocab_size)
-    require_positions(path, getattr(config, "max_position_embeddings", None), seq_len)
-    return config
+    auto_map = raw.get("auto_map") or {}
+    own = [name for name in _AUTO_CLASSES if name in auto_map]
+    if own and not trust.remote_code:
+        raise TeacherError(
+            "the folder brings Python code of its own, which is not run",
+            where=path / CONFIG_FILE,
+            found=f"auto_map: {', '.join(f'{name}: {auto_map[name]}' for name in own)}",
+            remedy="read the code and set teacher.trust_remote_code=true (kind hf or deepspeed); or, where "
+            f"transformers has its own class for model_type {raw.get('model_type')}, remove auto_map from config.json",
+        )
 
 
 def cannot_be_loaded(path: Path, error: Exception) -> TeacherError:
     """What to raise after transformers refused."""
-    return TeacherError("the model cannot be loaded", where=path, found=error)
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    said = " ".join(lines[:2])[:500]
+    return TeacherError(
+        "the model cannot be loaded", where=path, found=f"{type(error).__name__}: {said}"
+    )
 
 
 def require_known_ids(path: Path, width: int, vocab_size: int) -> None:
@@ -83,7 +132,7 @@ def require_positions(path: Path, longest: int | None, seq_len: int) -> None:
     Raises:
         TeacherError: see above.
     """
-    if longest is not None and seq_len > longest:
+    if isinstance(longest, int) and 0 < longest < seq_len:
         raise TeacherError(
             "the sequences are longer than the model allows",
             where=path,
@@ -92,74 +141,14 @@ def require_positions(path: Path, longest: int | None, seq_len: int) -> None:
         )
 
 
-def weights_identity(path: Path) -> dict[str, str]:
-    """File name -> sha256 of what decides the model. Every rank of the job calls it; one reads."""
-    files = sorted({f for pattern in _IDENTITY_PATTERNS for f in path.glob(pattern)})
-    return on_first_rank(lambda: {f.name: sha256_file(f) for f in files})
+def files_identity(path: Path, weights: list[Path], trust: Trust = NO_TRUST) -> dict[str, str]:
+    """File name -> sha256 of what decides the model. Every rank of the job calls it; one reads.
 
-
-def finish_of(config: Any) -> Finish | None:
-    """What the model does to the product of hidden states and LM head, as far as known; see `require_known_head`."""
-    cap = getattr(config, "final_logit_softcapping", None)
-    divisor = getattr(config, "logits_scaling", None)
-    factor = getattr(config, "logit_scale", None)
-    if cap:
-        return lambda logits: torch.tanh(logits / cap) * cap
-    if divisor:
-        return lambda logits: logits / divisor
-    if factor:
-        return lambda logits: logits * factor
-    return None
-
-
-class _Stub(torch.nn.Module):
-    """Stands for a model without its head: it says what it was told to."""
-
-    def __init__(self, hidden: torch.Tensor) -> None:
-        super().__init__()
-        self._hidden = hidden
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPast
-
-        return BaseModelOutputWithPast(last_hidden_state=self._hidden)
-
-
-@torch.no_grad()
-def require_known_head(path: Path, config: Any) -> str:
-    """Name of the LM head, of a model whose logits are this head applied to its trunk's output, and `finish_of`.
-
-    The model's own code is run on a trunk and a head of made-up numbers; no weights are read.
-
-    Raises:
-        TeacherError: its logits are made in another way.
+    Args:
+        path: of the folder.
+        weights: the files that the weights are read from; others in the folder decide nothing.
+        trust: the folder's code counts where it may run.
     """
-    transformers = import_transformers()
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    trunk, old_head = model.base_model, model.get_output_embeddings()
-    name = next((n for n, m in model.named_modules() if m is old_head), None)
-    g = torch.Generator().manual_seed(0)
-    same = False
-    if name is not None and trunk is not model and isinstance(old_head, torch.nn.Linear):
-        hidden = torch.randn(1, 3, old_head.in_features, generator=g)
-        head = torch.nn.Linear(old_head.in_features, 5, bias=old_head.bias is not None)
-        model.set_submodule(name, head)
-        setattr(model, model.base_model_prefix, _Stub(hidden))
-        finish = finish_of(config) or (lambda logits: logits)
-        expected = finish(F.linear(hidden, head.weight, head.bias))
-        try:
-            found = model(input_ids=torch.zeros(1, 3, dtype=torch.int64), use_cache=False).logits
-            same = found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5)
-        except (RuntimeError, TypeError, AttributeError, ValueError, NotImplementedError):
-            same = False
-    if not same:
-        raise TeacherError(
-            "the model's logits are not its LM head applied to its last hidden states",
-            where=path,
-            found=f"model_type {config.model_type}",
-            expected="a linear LM head, perhaps soft-capped or scaled",
-            remedy="use another teacher; the logits of this one cannot be made chunk by chunk",
-        )
-    assert name is not None
-    return name
+    code = path.glob("*.py") if trust.remote_code else ()
+    files = sorted({path / CONFIG_FILE, *weights, *code})
+    return on_first_rank(lambda: {f.name: sha256_file(f) for f in files})

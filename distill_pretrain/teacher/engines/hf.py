@@ -10,21 +10,27 @@ import torch
 
 from distill_pretrain.contracts import LogitsChunk, Replica
 from distill_pretrain.processes.env import launch_rank, launch_world_size
-from distill_pretrain.processes.process import local_device
+from distill_pretrain.processes.process import local_device, on_first_rank
+from distill_pretrain.teacher.config import NO_TRUST, Trust
 from distill_pretrain.teacher.engines.folder import (
     DTYPES,
     cannot_be_loaded,
-    finish_of,
+    files_identity,
     import_transformers,
     read_config,
-    require_known_head,
-    weights_identity,
 )
 from distill_pretrain.teacher.engines.head import ChunkedHead
+from distill_pretrain.teacher.engines.known_head import finish_of, require_known_head
+from distill_pretrain.teacher.engines.weights import (
+    meta_model,
+    require_all_loaded,
+    require_own_weights,
+    require_plain_head,
+)
 
 
 class HFEngine:
-    """See `open_engine` and `open_teacher_engine`. Nothing is downloaded and no remote code is run."""
+    """See `open_engine` and `open_teacher_engine`. Nothing is downloaded; what may run is in `Trust`."""
 
     def __init__(
         self,
@@ -34,21 +40,32 @@ class HFEngine:
         vocab_size: int,
         seq_len: int,
         head_chunk_tokens: int = 1024,
+        trust: Trust = NO_TRUST,
     ) -> None:
-        config = read_config(path, vocab_size=vocab_size, seq_len=seq_len)
+        config = read_config(path, vocab_size=vocab_size, seq_len=seq_len, trust=trust)
+        files = on_first_rank(
+            lambda: require_own_weights(path, meta_model(path, config, trust), trust)
+        )
         try:
-            model = import_transformers().AutoModelForCausalLM.from_pretrained(
-                path, dtype=DTYPES[dtype], local_files_only=True
+            model, info = import_transformers().AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=DTYPES[dtype],
+                local_files_only=True,
+                trust_remote_code=trust.remote_code,
+                use_safetensors=files[0].suffix == ".safetensors",
+                weights_only=True,
+                output_loading_info=True,
             )
-        except (OSError, ValueError, KeyError) as error:
-            raise cannot_be_loaded(path, error) from None
+        except Exception as error:  # transformers raises nearly anything here
+            raise cannot_be_loaded(path, error) from error
+        require_all_loaded(path, info)
         self.vocab_size = vocab_size
         self.device = local_device()
         # Each process has a copy of its own.
         self.replica = Replica(
             leader=launch_rank(), number=launch_rank(), count=launch_world_size()
         )
-        self._path, self._config = path, config
+        self._path, self._config, self._trust = path, config, trust
         self._head_chunk_tokens = head_chunk_tokens
         self._head: ChunkedHead | None = None
         self._model = model.to(self.device).eval()
@@ -56,7 +73,7 @@ class HFEngine:
             "kind": "hf",
             "dtype": dtype,
             "model_type": str(model.config.model_type),
-            "files": weights_identity(path),
+            "files": files_identity(path, files, trust),
             "head_chunk_tokens": head_chunk_tokens,
         }
 
@@ -75,14 +92,15 @@ class HFEngine:
         """See `TeacherEngine`."""
         # Only capture needs a head that can be applied to a part of the positions.
         if self._head is None:
-            require_known_head(self._path, self._config)
+            require_known_head(self._path, meta_model(self._path, self._config, self._trust))
             linear = self._model.get_output_embeddings()
+            require_plain_head(self._path, linear.weight)
             self._head = ChunkedHead(
                 linear.weight.detach(),
                 linear.bias,
                 vocab_size=self.vocab_size,
                 chunk_tokens=self._head_chunk_tokens,
-                finish=finish_of(self._config),
+                finish=finish_of(self._model.config),
             )
         with torch.no_grad():
             hidden = self._model.base_model(input_ids=tokens, use_cache=False)[0]

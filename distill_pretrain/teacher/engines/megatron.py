@@ -16,11 +16,12 @@ from distill_pretrain.mcore.config import ParallelConfig
 from distill_pretrain.processes.process import local_device
 from distill_pretrain.teacher.engines.folder import (
     CONFIG_FILE,
+    files_identity,
     require_known_ids,
     require_positions,
-    weights_identity,
 )
 from distill_pretrain.teacher.engines.head import ChunkedHead
+from distill_pretrain.teacher.engines.weights import weight_files
 
 
 class MegatronEngine:
@@ -111,7 +112,10 @@ class MegatronEngine:
             seed=None,
         )
         load_hf_weights(chunks, path)
-        self._identity |= {"model_type": found.family, "files": weights_identity(path)}
+        self._identity |= {
+            "model_type": found.family,
+            "files": files_identity(path, weight_files(path)),
+        }
         return chunks[0].eval()
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +18,30 @@ import torch.distributed as dist
 
 from distill_pretrain.contracts import LogitsChunk, Replica
 from distill_pretrain.errors import LayoutError, MissingDependency, TeacherError
-from distill_pretrain.processes.process import local_device
-from distill_pretrain.teacher.config import TeacherConfig
+from distill_pretrain.processes.process import local_device, on_first_rank
+from distill_pretrain.teacher.config import TeacherConfig, Trust
 from distill_pretrain.teacher.engines.folder import (
     DTYPES,
     cannot_be_loaded,
-    finish_of,
+    files_identity,
     import_transformers,
     read_config,
-    require_known_head,
-    weights_identity,
 )
 from distill_pretrain.teacher.engines.head import ChunkedHead, head_rows
+from distill_pretrain.teacher.engines.known_head import finish_of, require_known_head
+from distill_pretrain.teacher.engines.weights import (
+    meta_model,
+    quiet,
+    require_all_loaded,
+    require_own_weights,
+    require_plain_head,
+)
 
 Trunk = Callable[[torch.Tensor], torch.Tensor]
 """tokens int64[B, L] -> final hidden states [B, L, H]; every rank of the replica calls it together."""
 
-OpenTrunk = Callable[[TeacherConfig, Any], Trunk]
-"""(section, the folder's configuration) -> trunk."""
+OpenTrunk = Callable[[TeacherConfig, Any, str], Trunk]
+"""(section, the folder's configuration, name of the LM head, which the trunk has no use for) -> trunk."""
 
 
 class SplitHFEngine:
@@ -60,9 +65,16 @@ class SplitHFEngine:
         open_trunk: OpenTrunk,
         splits_sequences: bool,
     ) -> None:
-        path = teacher.path
-        config = read_config(path, vocab_size=vocab_size, seq_len=seq_len)
-        head_name = require_known_head(path, config)
+        path, trust = teacher.path, teacher.trust
+        config = read_config(path, vocab_size=vocab_size, seq_len=seq_len, trust=trust)
+        files = on_first_rank(
+            lambda: require_own_weights(path, meta_model(path, config, trust), trust)
+        )
+        model = meta_model(path, config, trust)
+        config = model.config
+        _require_own_trunk(path, model, trust)
+        head_tensors = _head_tensors(model)
+        head_name = require_known_head(path, model)
         self.vocab_size = vocab_size
         self.device = local_device()
         self.replica = _contiguous_replica(teacher.processes)
@@ -70,15 +82,15 @@ class SplitHFEngine:
         self._rank = dist.get_rank(self.replica.group)
         self._size = teacher.processes
         self._splits_sequences = splits_sequences
-        self._trunk = open_trunk(teacher, config)
-        self._head = self._read_head(teacher, config, head_name)
+        self._trunk = open_trunk(teacher, config, head_name)
+        self._head = self._read_head(teacher, config, head_tensors)
         ways = ("tensor", "fsdp", "zero", "offload", "head_chunk_tokens")
         fields = type(teacher).model_fields
         self._identity = {
             "kind": teacher.kind,
             "dtype": teacher.dtype,
             "model_type": str(config.model_type),
-            "files": weights_identity(path),
+            "files": files_identity(path, files, trust),
             **{
                 n: getattr(teacher, n)
                 for n in ways[:-1]
@@ -109,24 +121,25 @@ class SplitHFEngine:
         dist.all_gather(parts, own, group=self.replica.group)
         return torch.cat(parts).view(self._dtype)[: len(tokens)]
 
-    def _read_head(self, teacher: TeacherConfig, config: Any, name: str) -> ChunkedHead:
+    def _read_head(
+        self, teacher: TeacherConfig, config: Any, names_of: dict[str, list[str]]
+    ) -> ChunkedHead:
         self._dtype = DTYPES[teacher.dtype]
         rows = head_rows(self.vocab_size, self._rank, self._size)
-        tensors = {
-            part: _read_rows(teacher.path, names, rows)
-            for part, names in _head_tensors(config, name).items()
-        }
+        tensors = {part: _read_rows(teacher.path, names, rows) for part, names in names_of.items()}
+        if tensors["weight"] is None:
+            raise TeacherError(
+                "the LM head is not among the weights",
+                where=teacher.path,
+                expected=f"{names_of['weight'][0]} in safetensors files",
+                remedy="save the model with save_pretrained",
+            )
+        require_plain_head(teacher.path, tensors["weight"])
         weight, bias = (
             None if found is None else found.to(self.device, self._dtype)
             for found in (tensors["weight"], tensors["bias"])
         )
-        if weight is None:
-            raise TeacherError(
-                "the LM head is not among the weights",
-                where=teacher.path,
-                expected=f"{name}.weight in safetensors files",
-                remedy="save the model with save_pretrained(safe_serialization=True)",
-            )
+        assert weight is not None
         return ChunkedHead(
             weight,
             bias,
@@ -137,7 +150,7 @@ class SplitHFEngine:
         )
 
 
-def open_transformers_trunk(teacher: TeacherConfig, config: Any) -> Trunk:
+def open_transformers_trunk(teacher: TeacherConfig, config: Any, head: str) -> Trunk:
     """Split by transformers itself; copies of the teacher are its data-parallel replicas.
 
     Raises:
@@ -167,15 +180,21 @@ def open_transformers_trunk(teacher: TeacherConfig, config: Any) -> Trunk:
         dp_replicate_size=dist.get_world_size() // teacher.processes,
     )
     try:
-        with _quiet():
-            trunk = transformers.AutoModel.from_pretrained(
+        with quiet(keep_bar=True):
+            trunk, info = transformers.AutoModel.from_pretrained(
                 teacher.path,
+                config=config,
                 dtype=DTYPES[teacher.dtype],
                 local_files_only=True,
+                trust_remote_code=teacher.trust_remote_code,
+                use_safetensors=True,
                 distributed_config=layout,
-            ).eval()
-    except (OSError, ValueError, KeyError) as error:
-        raise cannot_be_loaded(teacher.path, error) from None
+                output_loading_info=True,
+            )
+    except Exception as error:  # transformers raises nearly anything here
+        raise cannot_be_loaded(teacher.path, error) from error
+    require_all_loaded(teacher.path, info, spare=f"{head}.")
+    trunk.eval()
 
     def hidden(tokens: torch.Tensor) -> torch.Tensor:
         found: Any = trunk(input_ids=tokens, use_cache=False)[0]
@@ -185,7 +204,7 @@ def open_transformers_trunk(teacher: TeacherConfig, config: Any) -> Trunk:
     return hidden
 
 
-def open_deepspeed_trunk(teacher: TeacherConfig, config: Any) -> Trunk:
+def open_deepspeed_trunk(teacher: TeacherConfig, config: Any, head: str) -> Trunk:
     """ZeRO-3 over all ranks of the job.
 
     Raises:
@@ -215,12 +234,19 @@ def open_deepspeed_trunk(teacher: TeacherConfig, config: Any) -> Trunk:
     # While this object lives, transformers splits each weight as it is read.
     splitting = HfDeepSpeedConfig(settings)
     try:
-        with _quiet():
-            trunk = import_transformers().AutoModel.from_pretrained(
-                teacher.path, dtype=DTYPES[teacher.dtype], local_files_only=True
+        with quiet(keep_bar=True):
+            trunk, info = import_transformers().AutoModel.from_pretrained(
+                teacher.path,
+                config=config,
+                dtype=DTYPES[teacher.dtype],
+                local_files_only=True,
+                trust_remote_code=teacher.trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError) as error:
-        raise cannot_be_loaded(teacher.path, error) from None
+    except Exception as error:  # transformers raises nearly anything here
+        raise cannot_be_loaded(teacher.path, error) from error
+    require_all_loaded(teacher.path, info, spare=f"{head}.")
     del splitting
     engine = deepspeed.initialize(model=trunk, config=settings)[0]
     engine.eval()
@@ -247,17 +273,38 @@ def _contiguous_replica(size: int) -> Replica:
     )
 
 
-def _head_tensors(config: Any, name: str) -> dict[str, list[str]]:
+def _require_own_trunk(path: Path, model: Any, trust: Trust) -> None:
+    """Refuse a causal LM whose trunk is not the model that transformers loads where none with a head is asked for.
+
+    Raises:
+        TeacherError: see above.
+    """
+    try:
+        with torch.device("meta"), quiet():
+            alone = import_transformers().AutoModel.from_config(
+                model.config, trust_remote_code=trust.remote_code
+            )
+    except Exception as error:  # transformers raises nearly anything here
+        raise cannot_be_loaded(path, error) from error
+    if type(alone) is not type(model.base_model):
+        raise TeacherError(
+            "the model cannot be split: its trunk is not loaded without its head",
+            where=path,
+            found=f"{type(alone).__name__} where {type(model).__name__} has {type(model.base_model).__name__}",
+            remedy="hold it whole in each process: teacher.kind=hf without tensor and fsdp",
+        )
+
+
+def _head_tensors(model: Any) -> dict[str, list[str]]:
     """Part of the head -> names under which files may have it."""
-    transformers = import_transformers()
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+    old_head = model.get_output_embeddings()
+    name = next((n for n, m in model.named_modules() if m is old_head), "lm_head")
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     source = tied.get(f"{name}.weight")
     weight = [f"{name}.weight"]
     if source is not None:
         # The embedding is what counts; older files name it without the trunk's prefix.
-        weight = [source, source.removeprefix(f"{model.base_model_prefix}.")]
+        weight = [source, source.removeprefix(f"{model.base_model_prefix}."), *weight]
     return {"weight": weight, "bias": [f"{name}.bias"]}
 
 
@@ -276,16 +323,3 @@ def _read_rows(folder: Path, names: list[str], rows: slice) -> torch.Tensor | No
                 found: torch.Tensor = tensors.get_slice(name)[rows]
                 return found
     return None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Transformers reports the LM head, which the trunk has no use for, as unexpected."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)

@@ -1,0 +1,290 @@
+"""A teacher's folder is used as it is meant or refused by name: all weights and no others, no code, no pickles."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from distill_pretrain.cli.main import main
+from distill_pretrain.errors import DistillPretrainError
+from distill_pretrain.teacher.config import TeacherConfig
+from distill_pretrain.teacher.engines import check_model_folder, open_engine, open_teacher_engine
+from tests.support.small_corpus import SEQ_LEN, VOCAB_SIZE, write_small_corpus
+
+transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors.torch")
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+Tensors = dict[str, torch.Tensor]
+
+
+def save_llama(folder: Path, **changes: Any) -> Path:
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, **changes)).save_pretrained(
+        folder
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("sound"))
+
+
+@pytest.fixture
+def model(sound, tmp_path) -> Path:
+    return Path(shutil.copytree(sound, tmp_path / "model"))
+
+
+def change_weights(folder: Path, change: Callable[[Tensors], object]) -> None:
+    file = folder / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in safetensors.load_file(file).items()}
+    change(tensors)
+    safetensors.save_file(tensors, file, metadata={"format": "pt"})
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def without(part: str) -> Callable[[Tensors], object]:
+    return lambda tensors: [tensors.pop(name) for name in list(tensors) if part in name]
+
+
+def renamed(tensors: Tensors) -> None:
+    for name in list(tensors):
+        tensors[f"_orig_mod.{name}"] = tensors.pop(name)
+
+
+def open_with(kind: str, folder: Path) -> None:
+    """Everything that reads a folder: the whole engine (of capture, eval and FullKD), a split one, a dry run."""
+    sizes: dict[str, int] = {"vocab_size": VOCAB_SIZE, "seq_len": SEQ_LEN}
+    if kind == "hf":
+        open_engine("hf", folder, "fp32", **sizes)
+    elif kind == "split":
+        open_teacher_engine(TeacherConfig(kind="hf", path=folder, fsdp=2), **sizes)
+    elif kind == "deepspeed":
+        open_teacher_engine(TeacherConfig(kind="deepspeed", path=folder, zero=2), **sizes)
+    else:
+        check_model_folder(TeacherConfig(kind=kind.split()[0], path=folder), **sizes)  # type: ignore[arg-type]
+
+
+WRONG: dict[str, tuple[Callable[[Tensors], object], str]] = {
+    "a block is missing": (
+        without("layers.1.mlp"),
+        r"layers\.1\.mlp\.gate_proj\.weight is missing",
+    ),
+    "a layer is missing": (without("layers.2."), r"layers\.2\.\S+ is missing"),
+    "the head is missing": (without("lm_head"), r"lm_head\.weight is missing"),
+    "a tensor too many": (
+        lambda t: t.update({"model.layers.3.mlp.up_proj.weight": torch.zeros(2)}),
+        r"model\.layers\.3\.mlp\.up_proj\.weight is not of this model",
+    ),
+    "another shape": (
+        lambda t: t.update({"model.norm.weight": torch.zeros(3)}),
+        r"model\.norm\.weight has shape \[3\], not \[32\]",
+    ),
+    "names of a compiled model": (renamed, r"is missing"),
+}
+
+
+@pytest.mark.parametrize("kind", ["hf", "split", "deepspeed", "hf dry", "megatron dry"])
+@pytest.mark.parametrize("fault", WRONG)
+def test_weights_that_are_not_the_models_are_refused_by_name(fault, kind, model):
+    change, expected = WRONG[fault]
+    change_weights(model, change)
+    with pytest.raises(DistillPretrainError, match=expected):
+        open_with(kind, model)
+
+
+def test_a_tied_head_may_be_absent_or_the_same_but_no_other(tmp_path):
+    folder = save_llama(tmp_path, tie_word_embeddings=True)
+    assert "lm_head.weight" not in safetensors.load_file(folder / "model.safetensors")
+    open_with("hf", folder)
+    change_weights(
+        folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 0})
+    )
+    open_with("hf", folder)
+    change_weights(folder, lambda t: t["lm_head.weight"].add_(1))
+    for kind in ("hf", "split", "megatron dry"):
+        with pytest.raises(DistillPretrainError, match=r"lm_head\.weight.*(differ|not of this)"):
+            open_with(kind, folder)
+
+
+def broken(content: bytes | int) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:content] if isinstance(content, int) else content)
+
+    return change
+
+
+def code_of_its_own(folder: Path) -> None:
+    change_config(folder, model_type="own", auto_map={"AutoConfig": "own.Own"})
+    (folder / "own.py").write_text("raise SystemExit('the code of the folder ran')")
+
+
+def pickled(folder: Path) -> None:
+    torch.save(safetensors.load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cut short": (broken(3000), "damaged or cut short"),
+    "empty": (broken(b""), "an empty file"),
+    "a pointer": (broken(b"version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
+    "code": (code_of_its_own, r"own\.Own.*teacher\.trust_remote_code=true"),
+    "code beside a known type": (
+        lambda f: change_config(f, auto_map={"AutoModelForCausalLM": "own.Own"}),
+        "remove auto_map",
+    ),
+    "a pickle": (pickled, r"teacher\.allow_pickle=true"),
+    "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "adapter"),
+    "weights twice": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "twice"),
+    "gptq": (
+        lambda f: change_config(f, quantization_config={"quant_method": "gptq", "bits": 4}),
+        "gptq.*pip install gptqmodel",
+    ),
+    "bitsandbytes": (
+        lambda f: change_config(
+            f, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}
+        ),
+        "bitsandbytes.*pip install bitsandbytes",
+    ),
+    "no JSON": (lambda f: (f / "config.json").write_text("{"), "no valid JSON"),
+    "words for numbers": (lambda f: change_config(f, hidden_size="wide"), "cannot be loaded"),
+    "heads that do not divide": (
+        lambda f: change_config(f, num_attention_heads=5, head_dim=None),
+        "cannot be loaded",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["hf", "hf dry"])
+@pytest.mark.parametrize("fault", FOLDERS)
+def test_what_cannot_be_used_of_a_folder_is_refused_without_a_question(
+    fault, kind, model, monkeypatch
+):
+    monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("a question was asked"))
+    change, expected = FOLDERS[fault]
+    change(model)
+    with pytest.raises(DistillPretrainError, match=f"(?s){expected}"):
+        open_with(kind, model)
+
+
+def test_pickled_weights_are_read_where_asked_for(model):
+    given = torch.arange(SEQ_LEN)[None]
+    sizes: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "seq_len": SEQ_LEN}
+    expected = open_engine("hf", model, "fp32", **sizes).logits(given)
+    pickled(model)
+    teacher = TeacherConfig(kind="hf", path=model, allow_pickle=True)
+    found = open_teacher_engine(teacher, **sizes)
+    assert torch.equal(found.logits(given), expected)  # type: ignore[attr-defined]
+    assert set(found.identity["files"]) == {"config.json", "pytorch_model.bin"}
+    change_weights_of_pickle(model)
+    with pytest.raises(DistillPretrainError, match=r"model\.norm\.weight is missing"):
+        open_teacher_engine(teacher, **sizes)
+
+
+def change_weights_of_pickle(folder: Path) -> None:
+    tensors = torch.load(folder / "pytorch_model.bin")
+    del tensors["model.norm.weight"]
+    torch.save(tensors, folder / "pytorch_model.bin")
+
+
+def test_a_dry_run_and_a_capture_end_with_status_2(model, tmp_path, capsys):
+    change_weights(model, without("layers.1.mlp"))
+    tokens = write_small_corpus(tmp_path / "train")
+    job = [
+        f"data.tokens={tokens}",
+        f"data.vocab_size={VOCAB_SIZE}",
+        f"data.seq_len={SEQ_LEN}",
+        "teacher.kind=hf",
+        f"teacher.path={model}",
+        f"capture.output_dir={tmp_path / 'cache'}",
+    ]
+    for extra in (["--dry-run"], []):
+        assert main(["capture", *job, *extra]) == 2
+        error = capsys.readouterr().err
+        assert "model.layers.1.mlp.up_proj.weight is missing" in error and "Traceback" not in error
+    assert not (tmp_path / "cache/manifest.json").exists()
+
+
+def save_of(config: Any, folder: Path) -> Any:
+    torch.manual_seed(0)
+    made = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5)
+    made.save_pretrained(folder)
+    return made
+
+
+GPT2 = {"vocab_size": 200, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+ACCEPTED: dict[str, dict[str, Any]] = {
+    "gpt2": GPT2,
+    "mixtral": {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {**SIZES, **EXPERTS, "shared_expert_intermediate_size": 16},
+    "qwen3_moe": {**SIZES, **EXPERTS},
+    "olmoe": {**SIZES, **EXPERTS},
+    "gpt_oss": {**SIZES, **EXPERTS, "num_local_experts": 4},
+    "granitemoe": {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3": {**SIZES, "head_dim": 8},
+    "gemma2": {**SIZES, "head_dim": 8},
+    "opt": {"vocab_size": 200, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2}
+    | {"num_attention_heads": 4, "max_position_embeddings": 64, "word_embed_proj_dim": 32},
+    "gpt_neox": {key: SIZES[key] for key in SIZES if key != "num_key_value_heads"},
+    "gemma3": {
+        "text_config": {**SIZES, "head_dim": 8},
+        "vision_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+        | {"num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+        "mm_tokens_per_image": 4,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ACCEPTED)
+def test_the_targets_of_a_model_are_those_of_its_own_logits_bit_for_bit(kind, tmp_path):
+    """A dozen classes for all of them: experts, cross-attention, caps, wrapped decoders, nested configurations."""
+    config = transformers.CONFIG_MAPPING[kind](**ACCEPTED[kind])
+    for part in (config, config.get_text_config(decoder=True)):
+        part.pad_token_id = part.bos_token_id = part.eos_token_id = 0
+    own = save_of(config, tmp_path)
+    teacher = TeacherConfig(kind="hf", path=tmp_path, head_chunk_tokens=10_000)
+    check_model_folder(teacher, vocab_size=150, seq_len=SEQ_LEN)
+    engine = open_teacher_engine(teacher, vocab_size=150, seq_len=SEQ_LEN)
+    given = torch.from_numpy(np.random.default_rng(0).integers(3, 150, (2, SEQ_LEN)))
+    (chunk,) = engine.chunks(given)
+    with torch.no_grad():
+        expected = own(input_ids=given, use_cache=False).logits[..., :150]
+    assert torch.equal(chunk.logits.view_as(expected), expected)
+
+
+@pytest.mark.parametrize("kind", ["cpmant", "xlm", "bert"])
+def test_what_is_no_causal_lm_with_a_plain_head_is_refused_for_its_reason(kind, tmp_path):
+    from distill_pretrain.teacher.engines.known_head import require_known_head
+    from distill_pretrain.teacher.engines.weights import meta_model
+
+    config = transformers.CONFIG_MAPPING[kind](vocab_size=200)
+    expected = {"bert": "layers between its trunk and its head"}.get(kind, "is not causal")
+    with pytest.raises(DistillPretrainError, match=expected):
+        require_known_head(tmp_path, meta_model(tmp_path, config))
