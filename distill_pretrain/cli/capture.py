@@ -112,6 +112,7 @@ def _capture(
         pending_shards,
     )
     from distill_pretrain.teacher.gate import SanityGate
+    from distill_pretrain.teacher.kept_mass import KeptMass
     from distill_pretrain.teacher.telemetry import CaptureLog, telemetry_path
 
     replica = crew.replica
@@ -131,12 +132,14 @@ def _capture(
         say=_print,
     )
     gate = SanityGate(vocab_size=plan.vocab_size, mode=capture.sanity_gate, say=_print)
+    kept = KeptMass({w.folder: w.plan for w in writers if is_first}, _print)
     with progress(
         left * plan.seq_len // replica.count, "capturing", unit="positions", quiet=not is_first
     ) as bar:
         watch = CaptureWatch(
             gate,
             log=log,
+            kept=kept,
             stopwatch=stopwatch,
             progress=lambda positions: bar.advance(positions, left_s=log.eta_s, **_shown(log)),
         )
@@ -149,6 +152,7 @@ def _capture(
             )
         finally:
             log.write()
+            kept.close()
     return finish_capture(writers)
 
 

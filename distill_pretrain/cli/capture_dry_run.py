@@ -93,7 +93,7 @@ def _say_teacher(
     processes: int | None,
     problems: list[str],
 ) -> None:
-    from distill_pretrain.cli.teachers import require_own_tokenizer
+    from distill_pretrain.cli.teachers import require_own_tokenizer, require_plausible_width
 
     world = launch_world_size() if processes is None else processes
     layout = ", ".join(
@@ -114,6 +114,7 @@ def _say_teacher(
         )
     try:
         require_own_tokenizer(teacher, tokens)
+        require_plausible_width(teacher, sequences.vocab_size)
         config_file = teacher.path / "config.json"
         if teacher.kind != "megatron" or config_file.is_file():
             _check_folder(teacher, config_file, sequences, problems)

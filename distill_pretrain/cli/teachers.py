@@ -29,6 +29,7 @@ def load_teacher(teacher: TeacherConfig, sequences: SequenceData, tokens: Path) 
     from distill_pretrain.teacher.engines import open_engine
 
     require_own_tokenizer(teacher, tokens)
+    require_plausible_width(teacher, sequences.vocab_size)
     engine = open_engine(
         teacher.kind,
         teacher.path,
@@ -50,6 +51,7 @@ def load_replica(teacher: TeacherConfig, sequences: SequenceData, tokens: Path) 
     from distill_pretrain.teacher.engines import open_teacher_engine
 
     require_own_tokenizer(teacher, tokens)
+    require_plausible_width(teacher, sequences.vocab_size)
     engine = open_teacher_engine(
         teacher,
         vocab_size=sequences.vocab_size,
@@ -60,14 +62,46 @@ def load_replica(teacher: TeacherConfig, sequences: SequenceData, tokens: Path) 
     return engine
 
 
+MOST_PADDING = 1024
+"""Columns beyond the corpus's ids that padding may make up, and a tenth of those ids where that is more."""
+
+
 def _name_padding(teacher: TeacherConfig, sequences: SequenceData) -> None:
-    if not (teacher.path / "config.json").is_file():
-        return
-    width = json.loads((teacher.path / "config.json").read_text()).get("vocab_size", 0)
+    width = model_width(teacher)
     if width > sequences.vocab_size:
         say(
             f"the teacher's columns {sequences.vocab_size} to {width - 1} are padding: "
             "no ids of the corpus, left out of its softmax"
+        )
+
+
+def model_width(teacher: TeacherConfig) -> int:
+    """Ids that the config.json beside a teacher's weights names; 0 where there is none."""
+    try:
+        raw = json.loads((teacher.path / "config.json").read_bytes())
+        width = (raw.get("text_config") or raw).get("vocab_size")
+    except (OSError, ValueError, AttributeError):
+        return 0
+    return width if isinstance(width, int) else 0
+
+
+def require_plausible_width(teacher: TeacherConfig, vocab_size: int) -> None:
+    """Refuse a teacher with so many more ids than the corpus that they cannot be padding.
+
+    Raises:
+        TokenizerMismatch: see above.
+    """
+    from distill_pretrain.errors import TokenizerMismatch
+
+    width = model_width(teacher)
+    if width - vocab_size > max(MOST_PADDING, vocab_size // 10):
+        raise TokenizerMismatch(
+            "the teacher has far more ids than the corpus: they mean something else",
+            where=f"teacher.path {teacher.path}",
+            found=f"{width:,} ids, {vocab_size:,} in the corpus",
+            expected="as many, but for some columns of padding",
+            remedy="tokenize with tokenizer.kind=hf and tokenizer.path set to the teacher's folder; "
+            "of a corpus made so, set data.vocab_size to its tokenizer's size",
         )
 
 

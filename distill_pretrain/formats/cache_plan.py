@@ -194,10 +194,18 @@ class CachePlan:
         return _differences("", asdict(self), asdict(other.with_extent(self.num_sequences)))
 
     def joining(self, stored: CachePlan) -> CachePlan:
-        """This plan with the tables of the cache it joins, if it has none of its own."""
+        """This plan with the tables of the cache it joins, if it has none of its own.
+
+        Plans of earlier versions list every file of the teacher's folder that might hold weights, read or not: they
+        are joined where all that are read now are the same.
+        """
+        plan = self
+        mine, theirs = self.teacher.get("files"), stored.teacher.get("files")
+        if isinstance(mine, dict) and isinstance(theirs, dict) and mine.items() <= theirs.items():
+            plan = replace(plan, teacher={**self.teacher, "files": theirs})
         if self.codec_sha256 is None and self.codec == stored.codec:
-            return replace(self, codec_sha256=stored.codec_sha256)
-        return self
+            plan = replace(plan, codec_sha256=stored.codec_sha256)
+        return plan
 
 
 def _differences(prefix: str, found: dict[str, Any], expected: dict[str, Any]) -> list[str]:

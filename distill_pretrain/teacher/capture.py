@@ -32,6 +32,7 @@ from distill_pretrain.sampling import RNG_NAME
 from distill_pretrain.teacher.config import CaptureConfig, TargetSetConfig
 from distill_pretrain.teacher.crew import Crew
 from distill_pretrain.teacher.gate import BatchFigures, SanityGate
+from distill_pretrain.teacher.kept_mass import KeptMass
 from distill_pretrain.teacher.scoring import SampledBatch
 from distill_pretrain.teacher.telemetry import CaptureLog, Stopwatch, Written
 
@@ -45,6 +46,7 @@ class CaptureWatch:
     Args:
         gate: judges the teacher.
         log: telemetry, or None.
+        kept: measures what cut-off targets keep, or None.
         stopwatch: seconds by stage.
         progress: told of positions written.
     """
@@ -54,18 +56,22 @@ class CaptureWatch:
         gate: SanityGate,
         *,
         log: CaptureLog | None = None,
+        kept: KeptMass | None = None,
         stopwatch: Stopwatch | None = None,
         progress: Callable[[int], None] = lambda positions: None,
     ) -> None:
         self.stopwatch = stopwatch or Stopwatch()
         self._gate = gate
         self._log = log
+        self._kept = kept
         self._progress = progress
 
     def look(
         self, plans: Sequence[CachePlan], batch: SampledBatch, labels: npt.NDArray[np.int32]
     ) -> BatchFigures:
         """Judge a batch by the plan whose targets say most; see `SanityGate.look`."""
+        if self._kept is not None:
+            self._kept.look(plans, batch)
         index = max(
             range(len(plans)), key=lambda i: (plans[i].kind == "counts", plans[i].num_draws)
         )

@@ -304,4 +304,13 @@ def _fault_of(window: list[_Stretch], vocab_size: int) -> TeacherError | None:
             f"a mean probability of the next token near {confidence:.4g}",
             f"check that the corpus has the teacher's own tokenizer; {weights}",
         )
+    if sum(stretch.rare for stretch in window) >= FEWEST_RARE and (
+        mass + mass_error < UNIFORM_MASS / vocab_size and lead <= lead_error
+    ):
+        # Random weights: confident to a degree, of other tokens in every place, and right as often as a die.
+        return fault(
+            "the teacher is no better than chance: its weights are random, or its ids are not the corpus's",
+            f"a mean probability of the next token far above 1 / V = {1 / vocab_size:.2g}",
+            f"check that the corpus has the teacher's own tokenizer; {weights}",
+        )
     return None

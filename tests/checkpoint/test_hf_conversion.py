@@ -421,6 +421,9 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
     ("llama", {"model_type": "mixtral", "num_local_experts": 8}, "mixtral is not supported"),
     ("llama", {"num_local_experts": 8}, "mixture of experts"),
+    ("llama", {"head_dim": 7}, "head_dim: 7 is odd"),
+    ("llama", {"head_dim": None, "num_attention_heads": 5}, "64 is no multiple of num_attention"),
+    ("llama", {"num_key_value_heads": 3}, "num_key_value_heads: 3 does not divide"),
     ("gpt2", {"activation_function": "gelu_new"}, "activation_function: gelu_new"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
 ]

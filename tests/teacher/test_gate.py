@@ -125,6 +125,12 @@ def renamed(teacher: Logits, vocab: int) -> Logits:
     return lambda tokens: teacher(other[tokens])[:, np.argsort(other)[::-1]]
 
 
+def random_weights(vocab: int) -> Logits:
+    """Logits as a model initialised at random makes them: of a spread of 1.6, and others after every token."""
+    table = 1.6 * np.random.default_rng(2).standard_normal((vocab, vocab)).astype(np.float32)
+    return lambda tokens: table[tokens]
+
+
 TEXTS = {"bytes": (200, 0.5), "words": (600, 0.4)}
 FAULTS: dict[str, Callable[[Text], Logits]] = {
     "uniform": lambda text: constant(np.zeros(text.vocab)),
@@ -137,6 +143,7 @@ FAULTS: dict[str, Callable[[Text], Logits]] = {
     "one place early": lambda text: shifted(text.teacher(), 1),
     "one place late": lambda text: shifted(text.teacher(), -1),
     "other ids": lambda text: renamed(text.teacher(), text.vocab),
+    "random weights": lambda text: random_weights(text.vocab),
     "untrained": lambda text: (
         lambda tokens: (
             0.02 * np.random.default_rng(tokens[0]).standard_normal((len(tokens), text.vocab))

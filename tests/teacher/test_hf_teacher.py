@@ -146,3 +146,69 @@ def test_a_corpus_of_another_tokenizer_than_the_teachers_is_refused(model_folder
     assert "another tokenizer than the teacher's" in capsys.readouterr().err
     make_tokenizer(teacher, words)
     assert main(["capture", *job]) == 0
+
+
+def test_a_stray_file_in_the_teachers_folder_does_not_block_extending(
+    tokens, model_folder, tmp_path
+):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(model_folder, teacher)
+    job = arguments(tokens, teacher, tmp_path / "cache")
+    assert main(["capture", *job, "capture.num_sequences=5"]) == 0
+    (teacher / "training_args.bin").write_bytes(b"of the training")
+    (teacher / "consolidated.safetensors").write_bytes(b"")
+    assert main(["capture", *job, "capture.num_sequences=6"]) == 0
+    plan = tmp_path / "cache/plan.json"
+    assert "training_args" not in plan.read_text() and "model.safetensors" in plan.read_text()
+
+
+def test_a_plan_that_lists_more_files_is_joined_where_those_in_use_are_the_same():
+    from dataclasses import replace
+
+    from tests.formats.cache_samples import make_plan
+
+    ours = replace(make_plan(), teacher={"files": {"config.json": "a", "model.safetensors": "b"}})
+    old = replace(ours, teacher={"files": {**ours.teacher["files"], "training_args.bin": "c"}})
+    assert old.differences(ours.joining(old)) == []
+    other = replace(old, teacher={"files": {**old.teacher["files"], "model.safetensors": "d"}})
+    assert other.differences(ours.joining(other))
+
+
+def test_what_cut_off_targets_keep_is_said_and_little_is_a_warning(
+    tokens, model_folder, tmp_path, capsys
+):
+    job = arguments(tokens, model_folder, tmp_path / "cache")
+    few, most = (
+        "few: {sampler: topk, num_draws: 3}",
+        "most: {sampler: topp, num_draws: 190, top_p: 0.99}",
+    )
+    assert main(["capture", *job, f"capture.sets={{{few}, {most}, rs: {{}}}}"]) == 0
+    said = [
+        line for line in capsys.readouterr().out.splitlines() if " of the teacher's mass" in line
+    ]
+    few, most = sorted(said, key=lambda line: "topp" in line)
+    assert len(said) == 2 and few.startswith("warning: ") and not most.startswith("warning")
+
+    data = open_sequences(DataConfig(tokens=tokens, vocab_size=VOCAB_SIZE, seq_len=SEQ_LEN))
+    cache = open_cache(tmp_path / "cache/few", data)
+    kept = [
+        np.add.reduceat(np.exp(t.values.astype(float)), range(0, len(t.values), 3))
+        for t in (cache.read(n, data.plan.read(np.array([n]))[0][0]) for n in range(12))
+    ]
+    mass = np.concatenate(kept)
+    assert f"keeps {mass.mean():.1%} of" in few and f"is {-np.log(mass).mean():.2f} nats off" in few
+
+
+def test_a_teacher_of_far_more_ids_than_the_corpus_is_refused(tokens, tmp_path, capsys):
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB_SIZE + 1100,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "wide")
+    job = arguments(tokens, tmp_path / "wide", tmp_path / "cache")
+    for extra in (["--dry-run"], []):
+        assert main(["capture", *job, *extra]) == 2
+        assert "1,300 ids, 200 in the corpus" in capsys.readouterr().err

@@ -169,7 +169,23 @@ def _problems(raw: dict[str, Any]) -> list[str]:
         problems.append("attention_bias: true puts a bias on o_proj")
     if raw.get("mlp_bias"):
         problems.append("mlp_bias: true puts biases on the feed-forward block")
-    return problems + _window_problems(raw) + _rope_problems(raw)
+    return problems + _head_problems(raw) + _window_problems(raw) + _rope_problems(raw)
+
+
+def _head_problems(raw: dict[str, Any]) -> list[str]:
+    """Widths of heads that attention cannot be computed with."""
+    hidden, heads = raw.get("hidden_size"), raw.get("num_attention_heads")
+    if not isinstance(hidden, int) or not isinstance(heads, int) or heads < 1:
+        return []
+    width, groups = _get(raw, "head_dim"), _get(raw, "num_key_value_heads") or heads
+    problems = []
+    if width is None and hidden % heads:
+        problems.append(f"hidden_size: {hidden} is no multiple of num_attention_heads: {heads}")
+    elif isinstance(width or hidden, int) and (width or hidden // heads) % 2:
+        problems.append(f"head_dim: {width or hidden // heads} is odd, and RoPE turns pairs")
+    if isinstance(groups, int) and groups > 0 and heads % groups:
+        problems.append(f"num_key_value_heads: {groups} does not divide {heads} attention heads")
+    return problems
 
 
 def _general_problems(raw: dict[str, Any]) -> list[str]:
