@@ -115,7 +115,10 @@ class HfTokenizer:
                 "transformers", extra="hf", needed_for="Hugging Face tokenizers"
             ) from None
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            # Without an answer to this, transformers would ask on stdin whether to run the folder's code.
+            tokenizer: Any = AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
         except Exception as error:  # transformers raises nearly anything here
             raise ConfigError(
                 "tokenizer cannot be loaded",

@@ -288,3 +288,16 @@ def test_what_is_no_causal_lm_with_a_plain_head_is_refused_for_its_reason(kind, 
     expected = {"bert": "layers between its trunk and its head"}.get(kind, "is not causal")
     with pytest.raises(DistillPretrainError, match=expected):
         require_known_head(tmp_path, meta_model(tmp_path, config))
+
+
+def test_a_tokenizer_that_brings_code_is_refused_without_a_question(tmp_path, monkeypatch):
+    from distill_pretrain.corpus.tokenizers import load_tokenizer
+
+    monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("a question was asked"))
+    auto_map = {"AutoTokenizer": ["own.OwnTokenizer", None]}
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "OwnTokenizer", "auto_map": auto_map})
+    )
+    (tmp_path / "own.py").write_text("raise SystemExit('the code of the folder ran')")
+    with pytest.raises(DistillPretrainError, match="tokenizer cannot be loaded.*custom code"):
+        load_tokenizer("hf", tmp_path)
