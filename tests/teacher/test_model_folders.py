@@ -299,5 +299,5 @@ def test_a_tokenizer_that_brings_code_is_refused_without_a_question(tmp_path, mo
         json.dumps({"tokenizer_class": "OwnTokenizer", "auto_map": auto_map})
     )
     (tmp_path / "own.py").write_text("raise SystemExit('the code of the folder ran')")
-    with pytest.raises(DistillPretrainError, match="tokenizer cannot be loaded.*custom code"):
+    with pytest.raises(DistillPretrainError, match=r"tokenizer cannot be loaded.*custom code"):
         load_tokenizer("hf", tmp_path)
