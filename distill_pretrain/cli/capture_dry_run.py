@@ -159,21 +159,23 @@ def _check_folder(
 
 def _check_checkpoint(teacher: TeacherConfig, sequences: SequenceData, problems: list[str]) -> None:
     """A checkpoint of this project, from its record."""
+    from distill_pretrain.checkpoint.identity import trained_model
     from distill_pretrain.checkpoint.store import find_checkpoint
 
-    trained = find_checkpoint(teacher.path).identity
-    if trained["vocab_size"] != sequences.vocab_size:
+    checkpoint = find_checkpoint(teacher.path)
+    trained = trained_model(checkpoint.identity, checkpoint.folder)
+    if trained.vocab_size != sequences.vocab_size:
         problems.append(
-            f"the teacher's vocabulary is {trained['vocab_size']:,}, the corpus's {sequences.vocab_size:,} "
+            f"the teacher's vocabulary is {trained.vocab_size:,}, the corpus's {sequences.vocab_size:,} "
             f"({teacher.path})"
         )
-    known, ours = trained.get("tokenizer_sha256"), sequences.tokenizer_sha256
+    known, ours = trained.tokenizer_sha256, sequences.tokenizer_sha256
     if known and ours and known != ours:
         problems.append(
             f"the teacher was trained with tokenizer {known[:12]}, the corpus made with {ours[:12]}"
         )
-    model = trained["model"]
-    _check_split(teacher, model.get("num_attention_heads"), model.get("num_layers"), problems)
+    model = trained.model
+    _check_split(teacher, model.num_attention_heads, model.num_layers, problems)
 
 
 def _check_split(

@@ -23,8 +23,10 @@ Reads   RUN_OR_CHECKPOINT: a run folder (its newest checkpoint) or a folder chec
 Writes  FOLDER, whole or not at all; one that exists is replaced only if it is an export of the same step of the run
 
 arch llama becomes LlamaForCausalLM, Qwen2ForCausalLM (qkv_bias) or Qwen3ForCausalLM (qk_norm); gpt2 becomes
-GPT2LMHeadModel with the exact GELU. Scaled branches (model.init) are multiplied into the weights that write them. The
-tokenizer is that of the run's data.tokens; a sentencepiece model becomes tokenizer.json.
+GPT2LMHeadModel with the exact GELU. Scaled branches (model.init) are multiplied into the weights that write them.
+--dtype fp32 takes the optimizer's fp32 weights of a bf16 run. The tokenizer is that of the run's data.tokens; a
+sentencepiece model becomes tokenizer.json. Beside a Qwen2 model AutoTokenizer builds Qwen2's own tokenizer whatever the
+files say: another one goes into FOLDER/tokenizer, to be loaded from there.
 
 A model that one process cannot hold is exported by several, under any layout:
 
@@ -58,13 +60,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(recipe: Recipe | None, args: argparse.Namespace) -> None:
     """Exports a checkpoint."""
+    from distill_pretrain.checkpoint.identity import trained_model
     from distill_pretrain.checkpoint.store import find_checkpoint
 
     checkpoint = find_checkpoint(Path(args.checkpoint))
-    dtype = args.dtype or checkpoint.identity["precision"]
+    trained = trained_model(checkpoint.identity, checkpoint.folder)
+    dtype = args.dtype or trained.precision
     tokenizer, eod_id = _tokenizer_of_run(checkpoint, required=args.tokenizer is None)
-    if args.tokenizer is not None:
-        tokenizer = None if args.tokenizer == "none" else Path(args.tokenizer)
+    if args.tokenizer is not None and args.tokenizer != "none":
+        tokenizer, eod_id = _named_tokenizer(Path(args.tokenizer), trained.vocab_size)
+    elif args.tokenizer == "none":
+        tokenizer = None
     from distill_pretrain.checkpoint.hf.export import export_checkpoint
     from distill_pretrain.checkpoint.ownership import job_owning
     from distill_pretrain.formats.ownership import owner_beside
@@ -85,6 +91,27 @@ def run(recipe: Recipe | None, args: argparse.Namespace) -> None:
             eod_id=eod_id,
         )
     say(f"step {checkpoint.step} of {args.checkpoint} is in {args.folder}, weights in {dtype}")
+
+
+def _named_tokenizer(path: Path, vocab_size: int) -> tuple[Path, int]:
+    """The tokenizer of --tokenizer and the id that ends its documents.
+
+    Raises:
+        ConfigError: there is none.
+        TokenizerMismatch: it has ids that the model does not.
+    """
+    from distill_pretrain.corpus.tokenizers import load_tokenizer
+
+    found = load_tokenizer("hf" if path.is_dir() else "sentencepiece", path)
+    if found.vocab_size > vocab_size:
+        raise TokenizerMismatch(
+            "the tokenizer has ids that the model does not",
+            where=f"--tokenizer {path}",
+            found=f"{found.vocab_size:,} ids",
+            expected=f"at most {vocab_size:,}, the model's vocabulary",
+            remedy="name the tokenizer of the model's corpus, or --tokenizer none",
+        )
+    return path, found.eod_id
 
 
 def _tokenizer_of_run(checkpoint: Checkpoint, *, required: bool) -> tuple[Path | None, int | None]:

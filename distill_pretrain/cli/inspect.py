@@ -236,6 +236,8 @@ def _show_checkpoint(folder: Path) -> None:
     size = sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
     fact("files", f"{len(checkpoint.files)}, {size:,} bytes")
     for name, value in checkpoint.identity.items():
+        if name == "at_default":
+            continue
         if isinstance(value, dict):
             _show_mapping(name, value)
         else:

@@ -67,19 +67,20 @@ def show_signal(args: argparse.Namespace) -> None:
         from distill_pretrain.eval.picture import require_matplotlib
 
         require_matplotlib()
-    from distill_pretrain.formats.atomic import publish_bytes
-    from distill_pretrain.formats.disk import require_writable
-
-    for path in filter(None, (args.picture, args.output)):
-        require_writable(path)
+    from distill_pretrain.checkpoint.identity import trained_model
     from distill_pretrain.checkpoint.store import find_checkpoint
     from distill_pretrain.data.sources import open_sequences
-    from distill_pretrain.mcore.config import ModelConfig
+    from distill_pretrain.formats.atomic import publish_bytes
+    from distill_pretrain.formats.disk import require_writable
     from distill_pretrain.mcore.deep_theory import predict
     from distill_pretrain.processes.process import process_group, set_cpu_threads
 
+    for path in filter(None, (args.picture, args.output)):
+        require_writable(path)
     checkpoint = find_checkpoint(args.checkpoint) if args.checkpoint else None
-    model = ModelConfig(**checkpoint.identity["model"]) if checkpoint else recipe.model
+    model = (
+        trained_model(checkpoint.identity, checkpoint.folder).model if checkpoint else recipe.model
+    )
     assert model is not None
     parallel = _layout(recipe, model, args.batch, positions)
     set_cpu_threads(recipe.train.threads if recipe.train else 0)
@@ -207,24 +208,23 @@ def _measure(
     seed: int,
     checkpoint: Checkpoint | None,
 ) -> Signal:
+    from distill_pretrain.checkpoint.identity import trained_model
     from distill_pretrain.losses.sparse_kd import DistillationObjective
-    from distill_pretrain.mcore.deep import require_residual
     from distill_pretrain.mcore.parallel import model_parallel
 
     seq_len = sequences.plan.seq_len
     if checkpoint is not None:
-        trained = checkpoint.identity
-        require_residual(trained, model, checkpoint.folder)
-        if trained["vocab_size"] != sequences.vocab_size:
+        trained = trained_model(checkpoint.identity, checkpoint.folder)
+        if trained.vocab_size != sequences.vocab_size:
             raise TokenizerMismatch(
                 "the checkpoint has another vocabulary than the corpus",
                 where=checkpoint.folder,
-                found=trained["vocab_size"],
+                found=trained.vocab_size,
                 expected=sequences.vocab_size,
                 remedy="name the corpus that it was trained on in data.tokens",
             )
         checkpoint.verify()
-        seq_len = trained["seq_len"]
+        seq_len = trained.seq_len
     with model_parallel(parallel, seed=seed) as groups:
         from distill_pretrain.mcore.deep_signal import measure
         from distill_pretrain.mcore.model import build_model_chunks

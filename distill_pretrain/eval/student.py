@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from distill_pretrain.checkpoint.identity import trained_model
 from distill_pretrain.checkpoint.store import find_checkpoint
 from distill_pretrain.checkpoint.whole import load_whole_model, model_logits
 from distill_pretrain.errors import TokenizerMismatch
@@ -29,12 +30,12 @@ class CheckpointStudent:
 
     def __init__(self, path: Path, *, vocab_size: int) -> None:
         checkpoint = find_checkpoint(path)
-        trained = checkpoint.identity
-        if trained["vocab_size"] != vocab_size:
+        trained = trained_model(checkpoint.identity, checkpoint.folder)
+        if trained.vocab_size != vocab_size:
             raise TokenizerMismatch(
                 "the student's vocabulary is not the corpus's",
                 where=f"eval.gradients.model, {path}",
-                found=f"{trained['vocab_size']} ids",
+                found=f"{trained.vocab_size} ids",
                 expected=f"{vocab_size} ids",
                 remedy="name a student that was trained on data.tokens",
             )

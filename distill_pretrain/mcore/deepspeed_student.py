@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
@@ -267,12 +268,12 @@ class DeepSpeedStudent(Student):
 
         self.optimizer.may_update = may_update
         self._engine.step()
-        norm = float(self._zero._global_grad_norm)
         if not answers:
-            # The norm was not finite, so ZeRO did not come to the update.
-            accepts(norm)
-            return False, norm
-        return answers[0], norm
+            # The gradient was not finite, so ZeRO did not come to the update; versions before 0.19.8 then keep the
+            # norm of the step before.
+            accepts(math.inf)
+            return False, math.inf
+        return answers[0], float(self._zero._global_grad_norm)
 
     def _whole(self, parameter: torch.nn.Parameter, key: str | None) -> torch.Tensor:
         """A moment or (key None) the master weights of this tensor-parallel rank's slice; every rank calls it."""

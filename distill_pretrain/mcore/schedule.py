@@ -6,6 +6,7 @@ A step is the same whatever shards the optimizer; `MegatronStudent` is megatron-
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -346,7 +347,7 @@ class MegatronStudent(Student):
     def _update_weights(self, accepts: Callable[[float], bool]) -> tuple[bool, float]:
         """The optimizer's own `step`, with a question between the norm and the update."""
         overflow = self.optimizer.prepare_grads()
-        norm = float(self.optimizer.get_grad_norm())
+        norm = math.inf if overflow else float(self.optimizer.get_grad_norm())
         if not accepts(norm) or overflow:
             return False, norm
         clip_grad = self.optimizer.config.clip_grad

@@ -1,6 +1,6 @@
 """A student's state to and from a folder, through megatron-core's dist_checkpointing: any layout reads any other.
 
-megatron-core unpickles parts of a checkpoint, so a folder must have passed `checkpoint`'s hash check first.
+megatron-core unpickles parts of a checkpoint: `unpickling` reads them first, so that a foreign folder runs no code.
 """
 
 from __future__ import annotations
@@ -12,11 +12,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from distill_pretrain.mcore.core import dist_checkpointing, megatron_random
+from distill_pretrain.mcore.core import (
+    dist_checkpointing,
+    make_sharded_optimizer_tensor,
+    megatron_random,
+)
 from distill_pretrain.mcore.model import load_chunks, sharded_chunks
 from distill_pretrain.mcore.parallel import current_groups
 from distill_pretrain.mcore.schedule import Student
-from distill_pretrain.processes.process import local_device
+from distill_pretrain.mcore.unpickling import check_pickles, reading
+from distill_pretrain.processes.process import local_device, on_every_rank, on_first_rank
+
+MASTERS = ("optimizer.state.fp32_param", "optimizer.state.param")
+"""Where the fp32 weights of a bf16 run are: without, and with, the distributed optimizer."""
 
 
 def _student_state(student: Student, *, is_loading: bool) -> dict[str, Any]:
@@ -94,28 +102,63 @@ def load_student(student: Student, folder: Path) -> bool:
     Returns:
         Whether this rank's random streams were restored: not when the layout has changed.
     """
-    with warnings.catch_warnings():
+    on_first_rank(lambda: check_pickles(folder))
+    with warnings.catch_warnings(), reading(folder):
         warnings.simplefilter("ignore")
         loaded = dist_checkpointing.load(_student_state(student, is_loading=True), str(folder))
-    student.load_model_state(loaded)
-    student.load_optimizer_state(loaded["optimizer"])
-    # Loading adds to the steps counted so far: none when a job starts, some when it goes back to a checkpoint.
-    student.scheduler.num_steps = 0
-    student.scheduler.load_state_dict(loaded["scheduler"])
-    path = rng_file(folder, dist.get_rank())
-    saved = torch.load(path, weights_only=True) if path.exists() else None
-    if saved is None or saved["layout"] != _layout(student):
+        student.load_model_state(loaded)
+        student.load_optimizer_state(loaded["optimizer"])
+        # Loading adds to the steps counted so far: none when a job starts, some when it goes back to a checkpoint.
+        student.scheduler.num_steps = 0
+        student.scheduler.load_state_dict(loaded["scheduler"])
+    return on_every_rank(lambda: _load_streams(student, rng_file(folder, dist.get_rank())))
+
+
+def _load_streams(student: Student, path: Path) -> bool:
+    """Restore this rank's random streams, if they were saved under this layout; whether they were."""
+    if not path.exists():
         return False
-    streams = saved["streams"]
-    torch.set_rng_state(streams.pop("default"))
-    torch.cuda.set_rng_state(streams.pop("device"))
-    megatron_random.get_cuda_rng_tracker().set_states(streams)
+    with reading(path):
+        saved = torch.load(path, weights_only=True)
+        if saved["layout"] != _layout(student):
+            return False
+        _restore_streams(saved["streams"])
     return True
 
 
-def load_weights(chunks: list[torch.nn.Module], folder: Path) -> None:
-    """Restore the weights alone, under any layout."""
-    with warnings.catch_warnings():
+def _restore_streams(streams: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(streams.pop("default"))
+    torch.cuda.set_rng_state(streams.pop("device"))
+    megatron_random.get_cuda_rng_tracker().set_states(streams)
+
+
+def load_weights(
+    chunks: list[torch.nn.Module], folder: Path, *, from_masters: bool = False
+) -> None:
+    """Restore the weights alone, under any layout.
+
+    Args:
+        chunks: of the model.
+        folder: of the checkpoint.
+        from_masters: take the optimizer's fp32 weights of a bf16 run, where it has them.
+    """
+    names = on_first_rank(lambda: check_pickles(folder))
+    with warnings.catch_warnings(), reading(folder):
         warnings.simplefilter("ignore")
-        loaded = dist_checkpointing.load(sharded_chunks(chunks), str(folder))
-    load_chunks(chunks, loaded)
+        state = sharded_chunks(chunks)
+        if from_masters:
+            state = {chunk: _of_masters(entries, names) for chunk, entries in state.items()}
+        loaded = dist_checkpointing.load(state, str(folder))
+        load_chunks(chunks, loaded)
+
+
+def _of_masters(entries: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
+    """The entries of a chunk, of the fp32 weights beside them where there are such among the `names` of a folder."""
+
+    def of_master(entry: Any) -> Any:
+        for prefix in MASTERS:
+            if f"{prefix}.{getattr(entry, 'key', None)}" in names:
+                return make_sharded_optimizer_tensor(entry, entry.data, prefix=prefix)
+        return entry
+
+    return {name: of_master(entry) for name, entry in entries.items()}

@@ -118,6 +118,27 @@ def on_first_rank(action: Callable[[], Result]) -> Result:
     return result
 
 
+def on_every_rank(action: Callable[[], Result]) -> Result:
+    """Run `action`; a user's mistake that some rank found is raised on every rank, so that none waits for it.
+
+    Every rank calls it, and gets its own result.
+    """
+    if not dist.is_initialized():
+        return action()
+    mine: Result | None = None
+    error: DistillPretrainError | None = None
+    try:
+        mine = action()
+    except DistillPretrainError as found:
+        error = found
+    errors: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    first = next((found for found in errors if found is not None), None)
+    if first is not None:
+        raise first
+    return mine  # type: ignore[return-value]
+
+
 def _require_a_gpu_per_process() -> None:
     processes, gpus = launch_local_world_size(), torch.cuda.device_count()
     if processes > gpus:

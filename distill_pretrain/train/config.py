@@ -56,6 +56,8 @@ class TrainConfig(Section):
     """Write checkpoints from a copy in host memory while training goes on; they are published when complete."""
     export_interval: int | None = Field(default=None, ge=1)
     """Steps between exports to output_dir/hf/step-N for transformers, the last step's included; null means none."""
+    keep_exports: int | None = Field(default=None, ge=1)
+    """Newest exports kept in output_dir/hf; null keeps all."""
     track: tuple[Literal["tensorboard", "wandb", "prometheus"], ...] = ()
     """Where the records of metrics.jsonl go besides: output_dir/tensorboard, W&B, output_dir/metrics.prom."""
     peak_tflops: float | None = Field(default=None, gt=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,14 @@ from typing import Any
 import torch
 
 from distill_pretrain.checkpoint.hf import hf_config
+from distill_pretrain.checkpoint.hf.save import RECORD
+from distill_pretrain.checkpoint.identity import trained_model
 from distill_pretrain.errors import ConfigError
 from distill_pretrain.formats.tokens_record import TokensRecord
-from distill_pretrain.mcore.config import ModelConfig
+from distill_pretrain.processes.process import on_first_rank
 from distill_pretrain.train.config import TrainConfig
+
+_STEP_FOLDER = re.compile(r"step-\d{8,}")
 
 
 class RunExports:
@@ -33,6 +39,7 @@ class RunExports:
         self, train: TrainConfig, identity: dict[str, Any], tokens: Path, *, zero_stage: int | None
     ) -> None:
         self._train = train
+        self._folder = train.output_dir / "hf"
         self._identity = identity
         record = TokensRecord.beside(tokens)
         self._tokenizer = None if record is None else tokens.parent / record.tokenizer["file"]
@@ -44,10 +51,11 @@ class RunExports:
                 remedy="leave it out, and use `distill-pretrain export` on the checkpoints",
             )
         if train.export_interval is not None:
+            trained = trained_model(identity, train.output_dir)
             hf_config(
-                ModelConfig(**identity["model"]),
-                vocab_size=identity["vocab_size"],
-                max_positions=identity["seq_len"],
+                trained.model,
+                vocab_size=trained.vocab_size,
+                max_positions=trained.seq_len,
                 dtype=train.precision,
             )
 
@@ -66,8 +74,18 @@ class RunExports:
             chunks,
             self._identity,
             step,
-            self._train.output_dir / "hf" / f"step-{step:08d}",
+            self._folder / f"step-{step:08d}",
             dtype=self._train.precision,
             tokenizer=self._tokenizer,
             eod_id=self._eod_id,
+            replaces_step=True,
         )
+        on_first_rank(self._prune)
+
+    def _prune(self) -> None:
+        """Drop all exports but the newest `train.keep_exports`."""
+        keep = self._train.keep_exports
+        found = sorted(self._folder.glob("step-*")) if keep is not None else []
+        exports = [p for p in found if _STEP_FOLDER.fullmatch(p.name) and (p / RECORD).is_file()]
+        for old in exports[: -(keep or 0)]:
+            shutil.rmtree(old, ignore_errors=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from distill_pretrain.checkpoint.identity import VERSION, at_default, described
 from distill_pretrain.checkpoint.ownership import job_owning
 from distill_pretrain.checkpoint.store import (
     CheckpointStore,
@@ -65,29 +66,29 @@ def run_identity(
     train: TrainConfig,
     teacher: LogitsEngine | None = None,
 ) -> dict[str, Any]:
-    """What a checkpoint must share with the run that goes on from it.
+    """What a checkpoint must share with the run that goes on from it; see `checkpoint.identity`.
 
     Megatron-core restores the learning-rate schedule and Adam's settings from the checkpoint, so a changed recipe
     would be ignored without a word; and the distributed optimizer's state has a layout of its own.
     """
-    # Not what shards it: any backend goes on from the state of another.
-    schedule = optimizer.model_dump(mode="json", exclude={"backend", "zero_stage", "offload"})
+    schedule = described("optimizer", optimizer)
     if optimizer.decay_style != "constant":
         schedule["decay_steps"] = optimizer.decay_steps or train.steps
     first = sources[0].sequences
+    sections = {"model": model, "optimizer": optimizer, "objective": objective}
     identity = {
+        "version": VERSION,
+        "at_default": at_default(sections),
         **sources[0].identity,
         "optimizer": schedule,
         "distributed_optimizer": parallel.distributed_optimizer,
         "seq_len": first.plan.seq_len,
         "vocab_size": first.vocab_size,
         "tokenizer_sha256": first.tokenizer_sha256,
-        # Not how its layers are computed: any of them goes on from the weights of another.
-        "model": model.model_dump(mode="json", exclude={"spec", "fp8", "fp8_recipe"}),
+        "model": described("model", model),
         **({"fp8": [model.fp8, model.fp8_recipe]} if model.fp8 else {}),
         **residual_identity(model),
-        # Not how it is computed.
-        "objective": objective.model_dump(mode="json", exclude={"kernel", "head"}),
+        "objective": described("objective", objective),
         "precision": train.precision,
         "seed": train.seed,
         "global_batch_size": train.global_batch_size,

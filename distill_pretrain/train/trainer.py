@@ -12,7 +12,7 @@ from typing import Any
 from distill_pretrain.checkpoint.store import Checkpoint, CheckpointStore
 from distill_pretrain.data.batches import StudentBatches
 from distill_pretrain.data.prefetch import PrefetchedBatches
-from distill_pretrain.errors import TrainingStopped
+from distill_pretrain.errors import CheckpointError, TrainingStopped
 from distill_pretrain.losses.terms import Objective
 from distill_pretrain.mcore.schedule import StepResult, Student
 from distill_pretrain.mcore.state import load_student
@@ -177,7 +177,7 @@ class Trainer:
             )
         self._passed_over += bad_step - checkpoint.step
         load_student(self.student, checkpoint.folder)
-        self.guard.go_back(checkpoint.progress["recent_losses"])
+        self.guard.go_back(_progress_of(checkpoint)[1])
         self.say(f"back at step {checkpoint.step}; {self._passed_over} batches are passed over")
         self.events.add("rolled_back", checkpoint.step, passed_over=self._passed_over)
         return checkpoint.step
@@ -243,9 +243,8 @@ class Trainer:
     def _resume(self) -> int:
         if self.resume_from is None:
             return 0
-        progress = self.resume_from.progress
-        self._passed_over = progress["passed_over"]
-        self.guard.go_back(progress["recent_losses"])
+        self._passed_over, recent = _progress_of(self.resume_from)
+        self.guard.go_back(recent)
         if not load_student(self.student, self.resume_from.folder):
             self.say("the layout has changed: dropout streams start anew")
         self.say(f"resumed at step {self.resume_from.step}")
@@ -254,3 +253,20 @@ class Trainer:
     def _progress(self) -> dict[str, Any]:
         """What a checkpoint keeps of a run besides its student."""
         return {"passed_over": self._passed_over, "recent_losses": self.guard.recent}
+
+
+def _progress_of(checkpoint: Checkpoint) -> tuple[int, list[float]]:
+    """What `Trainer._progress` recorded: batches passed over, recent losses.
+
+    Raises:
+        CheckpointError: the record is damaged.
+    """
+    try:
+        passed_over, recent = (checkpoint.progress[k] for k in ("passed_over", "recent_losses"))
+        return int(passed_over), [float(loss) for loss in recent]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            "the checkpoint's record is damaged",
+            where=checkpoint.folder,
+            found=f"progress: {type(error).__name__}: {error}",
+        ) from None

@@ -52,13 +52,32 @@ def test_a_save_that_dies_leaves_the_one_before(tmp_path, group):
     assert (checkpoints.newest().folder / "weights").read_text() == "whole"
 
 
+def test_a_step_saved_again_replaces_the_old_one_only_when_it_is_there(
+    tmp_path, group, monkeypatch
+):
+    checkpoints = CheckpointStore(tmp_path)
+    checkpoints.save(5, {}, write("old"), keep=1)
+    replace, seen = os.replace, []
+
+    def watched(source: Path, target: Path) -> None:
+        seen.append(sorted((p / "weights").read_text() for p in tmp_path.glob("step-*")))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    checkpoints.save(5, {}, write("new"), keep=1)
+    # Neither the one nor the other is removed before the new one has its name.
+    assert seen[1:] == [["new", "old"], ["new", "old"]]
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000005"]
+    assert (tmp_path / "step-00000005" / "weights").read_text() == "new"
+
+
 def test_another_run_is_refused_field_by_field(tmp_path, group):
     checkpoints = CheckpointStore(tmp_path)
     checkpoints.save(5, {"seed": 1, "model": "a", "same": 0}, write(""), keep=1)
     with pytest.raises(CheckpointError) as error:
         checkpoints.find({"seed": 2, "model": "b", "same": 0})
-    assert "seed: checkpoint 1, this run 2" in str(error.value)
-    assert "model: checkpoint 'a', this run 'b'" in str(error.value)
+    assert "train.seed: checkpoint 1, this run 2" in str(error.value)
+    assert "model: checkpoint a, this run b" in str(error.value)
     assert "same" not in str(error.value)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from distill_pretrain.checkpoint.hf.save import save_hf_model
 from distill_pretrain.checkpoint.hf.tokenizer import write_tokenizer
 from distill_pretrain.checkpoint.store import find_checkpoint
 from distill_pretrain.checkpoint.whole import load_whole_model, model_logits
@@ -20,7 +21,7 @@ from distill_pretrain.cli.main import main
 from distill_pretrain.corpus.tokenizers import load_tokenizer
 from distill_pretrain.errors import CheckpointError
 from distill_pretrain.formats import TokensRecord
-from distill_pretrain.mcore.config import ParallelConfig
+from distill_pretrain.mcore.config import ModelConfig, ParallelConfig
 from distill_pretrain.processes.process import process_group
 from tests.support.distributed import REPOSITORY, torchrun
 from tests.support.jobs import run_cli
@@ -121,6 +122,55 @@ def test_the_exported_tokenizer_gives_the_ids_of_the_corpus(run, tokens, tmp_pat
         assert theirs.decode(ids) == own.decode(ids)
 
 
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"hidden_size": 36, "num_attention_heads": 8, "kv_channels": 4},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+    "gpt2": {"arch": "gpt2"},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_tokenizer_round_trips_beside_every_family(tokens, tmp_path, family):
+    record = TokensRecord.load(tokens).tokenizer
+    own = load_tokenizer(record["kind"], tokens / record["file"])
+    sizes = {"num_layers": 1, "hidden_size": 32, "ffn_hidden_size": 8, "num_attention_heads": 4}
+    model = ModelConfig(**{**sizes, **FAMILIES[family]})
+    out = tmp_path / "out"
+    with process_group(), model_parallel_of_one():
+        from distill_pretrain.mcore.model import build_model_chunks
+
+        size = {"vocab_size": own.vocab_size, "seq_len": SEQ_LEN}
+        chunks = build_model_chunks(model, ParallelConfig(), precision="fp32", seed=1, **size)
+        save_hf_model(
+            chunks,
+            model=model,
+            vocab_size=own.vocab_size,
+            max_positions=SEQ_LEN,
+            folder=out,
+            dtype="fp32",
+            tokenizer=tokens / record["file"],
+        )
+    assert json.loads((out / "config.json").read_text())["model_type"] == family
+    place = out / "tokenizer" if family == "qwen2" else out
+    if place != out:
+        # No other tokenizer in its place.
+        assert not [p.name for p in out.iterdir() if p.is_file() and "token" in p.name]
+    theirs = transformers.AutoTokenizer.from_pretrained(place)
+    assert len(theirs) == own.vocab_size
+    for text in [TEXT.read_text(), *ODD_TEXTS]:
+        ids = own.encode([text])[0]
+        assert theirs(text)["input_ids"] == ids
+        assert theirs.decode(ids) == own.decode(ids)
+
+
+def model_parallel_of_one() -> Any:
+    from distill_pretrain.mcore.parallel import model_parallel
+
+    return model_parallel(ParallelConfig(), seed=0)
+
+
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_sentencepiece_models_of_both_kinds_keep_their_ids(tmp_path, model_type):
     import sentencepiece
@@ -169,16 +219,47 @@ def test_tokenizers_that_cannot_be_converted_are_refused_by_name(tmp_path):
         write_tokenizer(tmp_path / "none", tmp_path, max_positions=SEQ_LEN)
 
 
-def test_files_of_a_hugging_face_tokenizer_are_copied(run, tmp_path):
+def test_a_named_tokenizer_gives_its_end_and_must_fit_the_model(run, tokens, tmp_path, capsys):
+    import sentencepiece
+
+    record = TokensRecord.load(tokens)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    newest = find_checkpoint(run).folder
+    shutil.copytree(newest, tmp_path / "run" / "checkpoints" / newest.name)
+    named = ["--tokenizer", str(tokens / record.tokenizer["file"])]
+    run_cli("export", str(tmp_path / "run"), str(tmp_path / "out"), *named)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["eos_token_id"] == record.eod_id is not None
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.read_text().splitlines()),
+        model_writer=model,
+        vocab_size=401,
+        minloglevel=2,
+    )
+    (tmp_path / "larger.model").write_bytes(model.getvalue())
+    named = ["--tokenizer", str(tmp_path / "larger.model")]
+    assert main(["export", str(run), str(tmp_path / "other"), *named]) == 2
+    error = capsys.readouterr().err
+    assert "401 ids" in error and "at most 400" in error
+    assert not (tmp_path / "other").exists()
+
+
+def test_files_of_a_hugging_face_tokenizer_are_copied(run, tokens, tmp_path):
     source = tmp_path / "tokenizer"
     source.mkdir()
-    for name in ("tokenizer.json", "special_tokens_map.json", "config.json", "weights.bin"):
+    record = TokensRecord.load(tokens)
+    write_tokenizer(tokens / record.tokenizer["file"], source, max_positions=SEQ_LEN)
+    for name in ("special_tokens_map.json", "weights.bin"):
         (source / name).write_text("{}")
     run_cli("export", str(run), str(tmp_path / "out"), "--tokenizer", str(source))
-    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == (
+        source / "tokenizer.json"
+    ).read_text()
     assert (tmp_path / "out" / "special_tokens_map.json").exists()
     assert not (tmp_path / "out" / "weights.bin").exists()
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llama"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "llama" and config["eos_token_id"] == record.eod_id
     run_cli("export", str(run), str(tmp_path / "out"), "--tokenizer", "none")
     assert not (tmp_path / "out" / "tokenizer.json").exists()
 
@@ -193,6 +274,23 @@ def test_exports_during_training_are_those_of_their_steps(run, tmp_path):
     assert weights(before) != weights(last)
     assert difference(run, before) > 1e-3
     run_cli("export", str(run), str(last))  # the same step of the same run
+
+
+def test_only_the_newest_exports_are_kept(tokens, tmp_path):
+    foreign = tmp_path / "run" / "hf" / "step-00000009"
+    foreign.mkdir(parents=True)
+    kept = ["train.export_interval=1", "train.keep_exports=2", "train.steps=4"]
+    train(tokens, tmp_path / "run", *kept)
+    names = sorted(p.name for p in (tmp_path / "run" / "hf").iterdir())
+    assert names == ["step-00000003", "step-00000004", foreign.name]
+
+
+def test_a_run_replaces_exports_that_an_older_version_made_of_it(tokens, tmp_path):
+    record = tmp_path / "run" / "hf" / "step-00000002" / "export.json"
+    record.parent.mkdir(parents=True)
+    record.write_text(json.dumps({"source": {"run": "in other words", "step": 2}}))
+    train(tokens, tmp_path / "run", "train.export_interval=2")
+    assert json.loads(record.read_text())["source"]["run"] != "in other words"
 
 
 def test_another_folder_is_not_overwritten(run, tmp_path, capsys):
@@ -267,6 +365,39 @@ def test_several_processes_export_what_one_does(run, tmp_path):
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("one", "two"))
     assert one == two
     assert json.loads(one["config.json"])["torch_dtype"] == "bfloat16"
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_fp32_of_a_bf16_run_is_what_the_optimizer_kept(tokens, tmp_path, sharded):
+    trained = train(
+        tokens,
+        tmp_path / "run",
+        "train.precision=bf16",
+        "model.init=deepscale",
+        f"parallel.distributed_optimizer={str(sharded).lower()}",
+    )
+    for dtype in ("fp32", "bf16"):
+        run_cli("export", str(trained), str(tmp_path / dtype), "--dtype", dtype)
+    fine, coarse = stored(tmp_path / "fp32"), stored(tmp_path / "bf16")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(fine[name], fine[name].bfloat16().float())
+    # Not scaled, so that it is the optimizer's weight, rounded once.
+    assert torch.equal(fine[name].bfloat16(), coarse[name])
+
+
+def test_bf16_of_a_scaled_fp32_run_is_rounded_once(tokens, tmp_path):
+    trained = train(tokens, tmp_path / "run", "model.init=deepscale", "model.num_layers=3")
+    for dtype in ("fp32", "bf16"):
+        run_cli("export", str(trained), str(tmp_path / dtype), "--dtype", dtype)
+    fine, coarse = stored(tmp_path / "fp32"), stored(tmp_path / "bf16")
+    for name, values in fine.items():
+        assert torch.equal(values.bfloat16(), coarse[name]), name
 
 
 def test_a_layout_that_does_not_fit_is_refused(run, tmp_path, capsys):

@@ -19,11 +19,28 @@ from tests.support.layouts import make_job
 
 @dataclass(frozen=True)
 class Fault:
-    """At step `at`, once, the loss is multiplied by `factor`; on one rank, or on all."""
+    """At step `at`, once, the loss is multiplied by `factor`; on one rank, or on all.
+
+    With `gradient` only its gradient is: the loss stays what it is.
+    """
 
     at: int
     factor: float
     rank: int | None = None
+    gradient: bool = False
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """The same values; the gradient times a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, factor: float) -> torch.Tensor:
+        ctx.factor = factor
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient * ctx.factor, None
 
 
 class Faulty:
@@ -43,6 +60,8 @@ class Faulty:
         here = self.fault.rank is None or self.fault.rank == dist.get_rank()
         if self.step == self.fault.at and here and not self.is_over:
             self.is_over = True
+            if self.fault.gradient:
+                return _ScaledGradient.apply(terms, self.fault.factor)
             return terms * self.fault.factor
         return terms
 
@@ -80,6 +99,8 @@ def run_trainer(
     parallel: ParallelConfig,
     fault: Fault | None = None,
     on_line: Callable[[str], None] | None = None,
+    optimizer: dict[str, Any] | None = None,
+    on_student: Callable[[Any], None] | None = None,
     **train: Any,
 ) -> Run:
     """Train from where the folder is, logging every step, with the settings `train` of the section of that name."""
@@ -89,7 +110,17 @@ def run_trainer(
 
     first = dist.get_rank() == 0
     folder.mkdir(exist_ok=True)
-    student, batches = make_job(model, parallel, groups, kd=True, steps=train["steps"])
+    student, batches = make_job(
+        model,
+        parallel,
+        groups,
+        kd=True,
+        steps=train["steps"],
+        optimizer=optimizer,
+        precision=train.get("precision", "fp32"),
+    )
+    if on_student is not None:
+        on_student(student)
     part = unwrap(student.chunks[0])
     if fault is not None:
         part.loss_function = Faulty(part.loss_function, fault)

@@ -11,12 +11,18 @@ import torch
 import torch.distributed as dist
 
 from distill_pretrain.checkpoint.hf.save import require_replaceable, save_hf_model
+from distill_pretrain.checkpoint.identity import TrainedModel, trained_model
 from distill_pretrain.checkpoint.store import Checkpoint
 from distill_pretrain.formats.atomic import canonical_json
-from distill_pretrain.mcore.config import ModelConfig, ParallelConfig
-from distill_pretrain.mcore.deep import require_residual
+from distill_pretrain.mcore.config import ParallelConfig
+from distill_pretrain.mcore.deep import residual_scaling
 from distill_pretrain.mcore.layout import check_layout
 from distill_pretrain.processes.process import on_first_rank
+
+
+def _finer(dtype: str, trained: TrainedModel) -> str:
+    """The finer of two precisions: of the export and of the training."""
+    return "fp32" if "fp32" in (dtype, trained.precision) else "bf16"
 
 
 def export_source(identity: dict[str, Any], step: int) -> dict[str, Any]:
@@ -33,18 +39,21 @@ def export_model(
     dtype: str,
     tokenizer: Path | None,
     eod_id: int | None,
+    replaces_step: bool = False,
 ) -> None:
     """`save_hf_model` of the model that a run's identity describes. Every rank calls it."""
+    trained = trained_model(identity, folder)
     save_hf_model(
         chunks,
-        model=ModelConfig(**identity["model"]),
-        vocab_size=identity["vocab_size"],
-        max_positions=identity["seq_len"],
+        model=trained.model,
+        vocab_size=trained.vocab_size,
+        max_positions=trained.seq_len,
         folder=folder,
         dtype=dtype,
         tokenizer=tokenizer,
         eod_id=eod_id,
         source=export_source(identity, step),
+        replaces_step=replaces_step,
     )
 
 
@@ -63,7 +72,7 @@ def export_checkpoint(
     Args:
         checkpoint: of a training run; checked in full before it is read.
         folder: to be made.
-        dtype: "fp32" or "bf16", of the stored weights.
+        dtype: "fp32" or "bf16", of the stored weights; fp32 takes the optimizer's fp32 weights of a bf16 run.
         tensor: tensor-parallel size.
         pipeline: pipeline-parallel size.
         tokenizer: see `save_hf_model`.
@@ -77,7 +86,8 @@ def export_checkpoint(
     Needs the default process group.
     """
     identity = checkpoint.identity
-    model = ModelConfig(**identity["model"])
+    trained = trained_model(identity, checkpoint.folder)
+    model = trained.model
     parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
     check_layout(
         model,
@@ -85,9 +95,8 @@ def export_checkpoint(
         world_size=dist.get_world_size(),
         micro_batch_size=1,
         global_batch_size=dist.get_world_size(),
-        seq_len=identity["seq_len"],
+        seq_len=trained.seq_len,
     )
-    require_residual(identity, model, checkpoint.folder)
     on_first_rank(lambda: require_replaceable(folder, export_source(identity, checkpoint.step)))
     checkpoint.verify()
     from distill_pretrain.mcore.parallel import model_parallel
@@ -100,12 +109,13 @@ def export_checkpoint(
         chunks = build_model_chunks(
             model,
             parallel,
-            vocab_size=identity["vocab_size"],
-            seq_len=identity["seq_len"],
-            precision=dtype,
+            vocab_size=trained.vocab_size,
+            seq_len=trained.seq_len,
+            # Branches are scaled on the way out: what is scaled must not have been rounded for this export before.
+            precision=dtype if residual_scaling(model).is_plain else _finer(dtype, trained),
             seed=None,
         )
-        load_weights(chunks, checkpoint.folder)
+        load_weights(chunks, checkpoint.folder, from_masters=dtype == "fp32")
         export_model(
             chunks,
             identity,

@@ -24,7 +24,7 @@ from distill_pretrain.checkpoint.hf.files import (
     write_index,
 )
 from distill_pretrain.checkpoint.hf.tensors import Piece, correspondence
-from distill_pretrain.checkpoint.hf.tokenizer import write_tokenizer
+from distill_pretrain.checkpoint.hf.tokenizer import tokenizer_folder, write_tokenizer
 from distill_pretrain.errors import CheckpointError
 from distill_pretrain.formats.atomic import fsync_path, publish_bytes
 from distill_pretrain.formats.disk import naming, require_room
@@ -48,6 +48,7 @@ def save_hf_model(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     eod_id: int | None = None,
     source: Mapping[str, Any] | None = None,
+    replaces_step: bool = False,
 ) -> None:
     """Write a folder that stock transformers loads. Every rank calls it; the folder must be the same for all.
 
@@ -62,6 +63,8 @@ def save_hf_model(
         max_shard_bytes: size at which a new file of weights is begun.
         eod_id: token that ends a document.
         source: what the weights are, recorded in export.json; a folder of the same source is replaced.
+        replaces_step: replace any export of the same step: in a run's own folder, where an earlier version may have
+            described the run in other words.
 
     Raises:
         CheckpointError: the folder exists and is something else, no class of transformers computes the model, or
@@ -79,13 +82,15 @@ def save_hf_model(
     temporary = folder.with_name(f"{folder.name}.tmp")
 
     def prepare() -> None:
-        require_replaceable(folder, known)
+        require_replaceable(folder, known, any_run=replaces_step)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         needed = sum(tensor.num_bytes(dtype) for file in files for tensor in file.tensors)
         require_room(temporary, needed, what="the model", remedy="name a folder on another disk")
         if tokenizer is not None:
-            write_tokenizer(tokenizer, temporary, max_positions=max_positions)
+            place = tokenizer_folder(tokenizer, temporary, config["model_type"])
+            place.mkdir(exist_ok=True)
+            write_tokenizer(tokenizer, place, max_positions=max_positions)
 
     def publish() -> None:
         write_index(temporary, files, dtype)
@@ -120,15 +125,16 @@ def _building(temporary: Path) -> Iterator[None]:
         raise
 
 
-def require_replaceable(folder: Path, source: Mapping[str, Any]) -> None:
-    """Raise CheckpointError where a folder exists that is no export of `source`."""
+def require_replaceable(folder: Path, source: Mapping[str, Any], *, any_run: bool = False) -> None:
+    """Raise CheckpointError where a folder exists that is no export of `source`, or of its step in `any_run`."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     try:
         found = json.loads((folder / RECORD).read_bytes())["source"]
     except (OSError, ValueError, KeyError, TypeError):
         found = None
-    if found != dict(source) or not source:
+    same_step = isinstance(found, dict) and found.get("step") == source.get("step")
+    if not source or not (found == dict(source) or (any_run and same_step)):
         raise CheckpointError(
             "the folder exists and is not an export of this checkpoint",
             where=folder,

@@ -30,6 +30,21 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 _SPACE = "\u2581"
 
 
+def tokenizer_folder(source: Path, folder: Path, family: str) -> Path:
+    """Where in an export a tokenizer must be for transformers' AutoTokenizer to load it as it is.
+
+    Beside a config.json of qwen2 it makes a Qwen2Tokenizer of any vocabulary, with other ids for the same text.
+    """
+    if family != "qwen2":
+        return folder
+    try:
+        settings = json.loads((source / "tokenizer_config.json").read_bytes())
+        its_own = str(settings["tokenizer_class"]).startswith("Qwen2Tokenizer")
+    except (OSError, ValueError, KeyError, TypeError):
+        its_own = False
+    return folder if its_own else folder / "tokenizer"
+
+
 def write_tokenizer(source: Path, folder: Path, *, max_positions: int) -> None:
     """Put a tokenizer that transformers loads into a folder.
 

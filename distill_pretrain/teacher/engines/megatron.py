@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from distill_pretrain.checkpoint.identity import TrainedModel, trained_model
 from distill_pretrain.checkpoint.store import find_checkpoint
 from distill_pretrain.checkpoint.whole import load_model_part, model_logits
 from distill_pretrain.contracts import LogitsChunk
@@ -84,14 +85,14 @@ class MegatronEngine:
         self, path: Path, parallel: ParallelConfig, seq_len: int, tokenizer_sha256: str | None
     ) -> torch.nn.Module:
         checkpoint = find_checkpoint(path)
-        trained = checkpoint.identity
+        trained = trained_model(checkpoint.identity, checkpoint.folder)
         _require_same_tokens(path, trained, self.vocab_size, tokenizer_sha256)
-        if trained["model"]["arch"] == "gpt2" and seq_len > trained["seq_len"]:
+        if trained.model.arch == "gpt2" and seq_len > trained.seq_len:
             raise TeacherError(
                 "the sequences are longer than the model's learned positions",
                 where=path,
                 found=seq_len,
-                expected=f"at most {trained['seq_len']}",
+                expected=f"at most {trained.seq_len}",
             )
         self._identity |= {"step": checkpoint.step, "checkpoint_sha256": checkpoint.sha256}
         return load_model_part(checkpoint, parallel, precision=self._identity["dtype"])
@@ -120,17 +121,17 @@ class MegatronEngine:
 
 
 def _require_same_tokens(
-    path: Path, trained: dict[str, Any], vocab_size: int, tokenizer_sha256: str | None
+    path: Path, trained: TrainedModel, vocab_size: int, tokenizer_sha256: str | None
 ) -> None:
-    if trained["vocab_size"] != vocab_size:
+    if trained.vocab_size != vocab_size:
         raise TokenizerMismatch(
             "the model's vocabulary is not the corpus's",
             where=path,
-            found=f"{trained['vocab_size']} ids",
+            found=f"{trained.vocab_size} ids",
             expected=f"{vocab_size} ids",
             remedy="tokenise the corpus with the model's tokenizer",
         )
-    known = trained.get("tokenizer_sha256")
+    known = trained.tokenizer_sha256
     if known and tokenizer_sha256 and known != tokenizer_sha256:
         raise TokenizerMismatch(
             "the model was trained with another tokenizer",
