@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from distill_pretrain.cli.plan_disk import disk_part
 from distill_pretrain.cli.plan_student import (
     Corpus,
     corpus_of,
@@ -78,6 +79,7 @@ def plan_report(recipe: Recipe) -> PlanReport:
         beside = online_teacher_bytes(recipe, corpus)
         on_cpu = student_job(recipe, corpus, world_size=settings.gpus, on_gpu=False)
         report.parts.append(memory_part(job, settings, beside, on_cpu=on_cpu))
+        report.parts.append(disk_part(job, recipe.train))
         report.parts.append(_student(recipe, job, stored))
         if stored and speed and capture_hours is not None and recipe.teacher:
             report.parts.append(

@@ -142,3 +142,20 @@ def test_two_runs_measure_what_distillation_adds(recipe, tmp_path, capsys):
     figures = figures_of(capsys.readouterr().out)
     assert figures["distillation adds to a step"]["value"] == "+10.0%"
     assert figures["distillation adds to a step"]["basis"] == "measured"
+
+
+def test_the_disk_counts_checkpoints_and_exports(recipe, capsys):
+    def planned(*keys: str) -> dict[str, float]:
+        assert main(["plan", str(recipe), *keys, "--json"]) == 0, capsys.readouterr().err
+        figures = figures_of(capsys.readouterr().out)
+        return {name: figures[name]["value"] for name in ("checkpoint", "export", "disk of a run")}
+
+    plain = planned()
+    assert plain["export"] == 0 and plain["disk of a run"] == 3 * plain["checkpoint"]
+    all_kept = planned("train.export_interval=20")
+    assert all_kept["export"] == plain["checkpoint"] / 3
+    assert all_kept["disk of a run"] == 3 * plain["checkpoint"] + 3 * all_kept["export"]
+    pruned = planned("train.export_interval=5", "train.keep_exports=1")
+    assert pruned["disk of a run"] == 3 * plain["checkpoint"] + 2 * pruned["export"]
+    bf16 = planned("train.precision=bf16")
+    assert bf16["checkpoint"] == plain["checkpoint"] / 12 * 14
