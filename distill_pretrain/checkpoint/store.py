@@ -4,6 +4,7 @@ checkpoints/
   step-00000400/     weights and optimizer (megatron-core dist_checkpointing), rng-*.pt
     checkpoint.json  step, identity, sha256 of every other file; written last
   step-00000800.tmp/ a save that did not finish, or has not yet; ignored and replaced
+  step-00000600.old/ about to be replaced by a save of the same step; taken back if that did not happen
   step-00000600.bad/ set aside: found damaged when a run was to go on from it
 """
 
@@ -40,6 +41,7 @@ from distill_pretrain.processes.process import on_first_rank
 RECORD = "checkpoint.json"
 SHARED_FOLDER_WAIT_S = 10.0
 _REASON_LENGTH = 300
+_ASIDE = ".old"
 _STEP_FOLDER = re.compile(r"step-\d{8,}")
 
 
@@ -369,8 +371,8 @@ class CheckpointStore:
         def publish() -> None:
             described = {**record, "files": files, "code_version": __version__}
             publish_bytes(temporary / RECORD, canonical_json(described))
-            # Aside first: at no moment is there neither the old checkpoint nor the new one.
-            aside = final.with_suffix(".old.tmp")
+            # Aside first: at no moment is there neither the old checkpoint nor the new one on the disk.
+            aside = final.with_suffix(_ASIDE)
             shutil.rmtree(aside, ignore_errors=True)
             if final.exists():
                 os.replace(final, aside)
@@ -412,6 +414,12 @@ class CheckpointStore:
         self, identity: dict[str, Any], say: Callable[[str], None]
     ) -> Checkpoint | None:
         """The newest whose record can be read, required to be of this run."""
+        for aside in self.root.glob(f"step-*{_ASIDE}"):
+            # A kill came between the two renames of `_publish`, or after them.
+            if aside.with_suffix("").exists():
+                shutil.rmtree(aside, ignore_errors=True)
+            else:
+                os.replace(aside, aside.with_suffix(""))
         for folder in reversed(self.complete()):
             try:
                 newest = Checkpoint.open(folder)

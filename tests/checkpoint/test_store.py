@@ -71,6 +71,18 @@ def test_a_step_saved_again_replaces_the_old_one_only_when_it_is_there(
     assert (tmp_path / "step-00000005" / "weights").read_text() == "new"
 
 
+def test_a_kill_between_two_names_loses_neither(tmp_path, group):
+    checkpoints = CheckpointStore(tmp_path)
+    checkpoints.save(5, {}, write("old"), keep=1)
+    (tmp_path / "step-00000005").rename(tmp_path / "step-00000005.old")
+    found = checkpoints.find({})
+    assert found is not None and (found.folder / "weights").read_text() == "old"
+    # And the name of one that was replaced is cleared away.
+    (tmp_path / "step-00000005.old").mkdir()
+    checkpoints.find({})
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000005"]
+
+
 def test_another_run_is_refused_field_by_field(tmp_path, group):
     checkpoints = CheckpointStore(tmp_path)
     checkpoints.save(5, {"seed": 1, "model": "a", "same": 0}, write(""), keep=1)
