@@ -21,7 +21,9 @@ with importing_megatron():
         make_sharded_optimizer_tensor,
         optim_state_to_sharding_state,
     )
+    from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -38,6 +40,7 @@ with importing_megatron():
         _get_param_groups,
         distrib_optimizer,
         get_megatron_optimizer,
+        get_standard_config_overrides,
     )
     from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
     from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
@@ -66,10 +69,17 @@ _CHATTER = (
     "RerunStateMachine",
     # Only rank 0 of the data-parallel ranks holds the gathered optimizer state while it is saved.
     "'param_state')], Mismatched keys: []",
+    # megatron-core 0.17 and later, of choices that this project makes on purpose (mcore/state.py, mcore/model.py).
+    "MCore's async save is deprecated",
+    "GPTModel IS DEPRECATED",
+    "load_common is deprecated",
+    "full_param_layout not provided",
 )
 _HARMLESS_WARNINGS = (
     r"`torch\.distributed\..*` is deprecated",
     r"full scope is deprecated",
+    # Imported by megatron-core 0.19 as it makes an optimizer, and not used.
+    r"MimoModelConfig is experimental",
     # Under recompute: selective, whatever computes the layers.
     r"If you are using transformer_engine as the transformer implementation",
     r"The \.grad attribute of a Tensor that is not a leaf",
@@ -86,6 +96,10 @@ def silence_chatter() -> None:
         "tensor_parallel.random",
         "rerun_state_machine",
         "dist_checkpointing.validation",
+        "dist_checkpointing.strategies.common",
+        "dist_checkpointing.strategies.torch",
+        "distributed.distributed_data_parallel",
+        "models.gpt.gpt_model",
     ):
         logging.getLogger(f"megatron.core.{name}").addFilter(_is_news)
     for message in _HARMLESS_WARNINGS:
@@ -104,6 +118,7 @@ __all__ = [
     "ParamKey",
     "ParamWithNamePredicate",
     "ShardedObject",
+    "TorchDistSaveShardedStrategy",
     "TransformerBlockSubmodules",
     "TransformerConfig",
     "TransformerLayer",
@@ -117,12 +132,14 @@ __all__ = [
     "get_gpt_layer_with_transformer_engine_spec",
     "get_megatron_optimizer",
     "get_num_layers_to_build",
+    "get_standard_config_overrides",
     "is_main_replica",
     "make_sharded_optimizer_tensor",
     "megatron_optimizer",
     "megatron_random",
     "optim_state_to_sharding_state",
     "parallel_state",
+    "save_preprocess",
     "silence_chatter",
     "tensor_parallel",
     "transformer_engine_norm",

@@ -26,6 +26,7 @@ from distill_pretrain.errors import ConfigError
 from distill_pretrain.mcore.config import ModelConfig, OptimizerConfig, ParallelConfig
 from distill_pretrain.mcore.core import (
     _get_param_groups,
+    get_standard_config_overrides,
     is_main_replica,
     make_sharded_optimizer_tensor,
     optim_state_to_sharding_state,
@@ -164,11 +165,10 @@ class DeepSpeedStudent(Student):
         (module,) = self.chunks
         self._keeps_masters = precision != "fp32"
         self._shards_weights = optimizer.zero_stage == 3
-        groups = _get_param_groups(
-            self.chunks,
-            megatron_optimizer_config(optimizer, precision=precision, distributed=False),
-            config_overrides(model, optimizer),
-        )
+        settings = megatron_optimizer_config(optimizer, precision=precision, distributed=False)
+        # Without the standard overrides, megatron-core 0.18 and later let norms and biases decay.
+        overrides = config_overrides(model, optimizer) or get_standard_config_overrides(settings)
+        groups = _get_param_groups(self.chunks, settings, overrides)
         self._grouped = [list(group["params"]) for group in groups]
         self._group_keys = {*groups[0], "lr", "betas", "eps", "weight_decay"} - {"params"}
         # Taken now: ZeRO-3 leaves parameters without a shape.

@@ -5,6 +5,7 @@ megatron-core unpickles parts of a checkpoint: `unpickling` reads them first, so
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ import torch
 import torch.distributed as dist
 
 from distill_pretrain.mcore.core import (
+    TorchDistSaveShardedStrategy,
     dist_checkpointing,
     make_sharded_optimizer_tensor,
     megatron_random,
+    save_preprocess,
 )
 from distill_pretrain.mcore.model import load_chunks, sharded_chunks
 from distill_pretrain.mcore.parallel import current_groups
@@ -26,8 +29,29 @@ from distill_pretrain.processes.process import local_device, on_every_rank, on_f
 MASTERS = ("optimizer.state.fp32_param", "optimizer.state.param")
 """Where the fp32 weights of a bf16 run are: without, and with, the distributed optimizer."""
 
+_FILES_PER_RANK = 2
+_SAVE_PARAMETERS = inspect.signature(dist_checkpointing.save).parameters
+# megatron-core 0.17 and later look for nvidia-resiliency-ext unless they are told to write by themselves.
+_WRITER = {"async_strategy": "mcore"} if "async_strategy" in _SAVE_PARAMETERS else {}
+# 0.19 and later keep what is not sharded in rank 0's file; earlier ones know it in a file of its own only.
+_WRITES_COMMON_FILE = "common_strategy" in _SAVE_PARAMETERS
+
+
+def _agree_on_step_counts(student: Student) -> None:
+    """Give every parameter group the optimizer's count of updates, where groups count (fused Adams).
+
+    A fused Adam does not count in a group that has no parameter on this rank, such as the head's on the first pipeline
+    stage; a checkpoint keeps the first rank's groups, and every rank resumes with their counts.
+    """
+    groups = student.optimizer.param_groups
+    counts = [group["step"] for group in groups if "step" in group]
+    for group in groups if counts else ():
+        group["step"] = max(counts)
+
 
 def _student_state(student: Student, *, is_loading: bool) -> dict[str, Any]:
+    if not is_loading:
+        _agree_on_step_counts(student)
     state = student.model_state(is_loading=is_loading)
     state["optimizer"] = student.optimizer_state(state, is_loading=is_loading)
     state["scheduler"] = student.scheduler.state_dict()
@@ -60,7 +84,16 @@ def plan_save(student: Student, folder: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         state = _student_state(student, is_loading=False)
-        request = dist_checkpointing.save(state, str(folder), async_sharded_save=True)
+        request = dist_checkpointing.save(
+            state,
+            str(folder),
+            TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=_FILES_PER_RANK),
+            async_sharded_save=True,
+            **_WRITER,
+        )
+        if not _WRITES_COMMON_FILE and dist.get_rank() == 0:
+            _, common = save_preprocess(state, validate_access_integrity=False)
+            torch.save(common, folder / "common.pt")
     streams = {
         "default": torch.get_rng_state(),
         "device": torch.cuda.get_rng_state(),
@@ -108,6 +141,7 @@ def load_student(student: Student, folder: Path) -> bool:
         loaded = dist_checkpointing.load(_student_state(student, is_loading=True), str(folder))
         student.load_model_state(loaded)
         student.load_optimizer_state(loaded["optimizer"])
+        _agree_on_step_counts(student)  # older checkpoints lack some
         # Loading adds to the steps counted so far: none when a job starts, some when it goes back to a checkpoint.
         student.scheduler.num_steps = 0
         student.scheduler.load_state_dict(loaded["scheduler"])
