@@ -97,6 +97,10 @@ class CacheIncomplete(CacheError):
     """A capture has not finished."""
 
 
+class LossInputError(DistillPretrainError):
+    """Logits, labels or targets of which there is no loss."""
+
+
 class CheckpointError(DistillPretrainError):
     """A checkpoint is missing, damaged or of another model."""
 

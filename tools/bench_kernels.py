@@ -24,6 +24,7 @@ from distill_pretrain.contracts import SparseTargets
 from distill_pretrain.kernels.chunked_head.op import chunked_head
 from distill_pretrain.kernels.sparse_kd import launch, stages
 from distill_pretrain.kernels.sparse_kd.op import sparse_kd
+from distill_pretrain.losses.backend import LossBackend
 from distill_pretrain.losses.sparse_kd import prepare_loss
 from distill_pretrain.losses.terms import Weights
 
@@ -83,7 +84,8 @@ def make_loss(labels: torch.Tensor, targets: SparseTargets | None, columns: int)
         residual="drop",
         vocab_size=columns,
         tensor_group=None,
-        implementation="auto",
+        num_columns=columns,
+        backend=LossBackend(name="cuda"),
     )
 
 
@@ -144,12 +146,12 @@ def others(labels: torch.Tensor) -> dict[str, Way]:
 
 def loss_ways(rows: int, columns: int) -> dict[str, Way]:
     labels, targets = make_targets(rows, columns)
-    kernels = replace(make_loss(labels, targets, columns), implementation="cuda")
+    kernels = make_loss(labels, targets, columns)
     compiled = torch.compile(partial(plain, labels, targets))
 
     def three_stages(logits: torch.Tensor) -> None:
         seen = stages.forward(logits, kernels)
-        stages.gradient_(logits, kernels, seen, torch.ones_like(seen.losses))
+        stages.gradient_(logits, kernels, seen.saved, torch.ones_like(seen.losses))
 
     return {
         "three stages, CE + KL": three_stages,
@@ -158,7 +160,7 @@ def loss_ways(rows: int, columns: int) -> dict[str, Way]:
             both_passes, lambda logits: sparse_kd(logits, kernels)[0]
         ),
         "reference, CE + KL": partial(
-            both_passes, lambda z: sparse_kd(z, replace(kernels, implementation="reference"))[0]
+            both_passes, lambda z: sparse_kd(z, replace(kernels, backend="reference"))[0]
         ),
         "torch.compile, CE + KL": partial(both_passes, compiled),
         "eager offline KD, CE + KL": partial(

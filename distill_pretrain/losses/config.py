@@ -41,8 +41,8 @@ class ObjectiveConfig(Section):
     token_weighting: Literal["none", "teacher_confidence"] = "none"
     """`teacher_confidence`: a token's distillation term is multiplied by its target's largest probability."""
 
-    kernel: Literal["auto", "reference"] = "auto"
-    """`auto`: CUDA kernels on a GPU, if they can run; `reference`: plain PyTorch everywhere. The same loss."""
+    kernel: Literal["auto", "reference", "cuda"] = "auto"
+    """`auto`: CUDA kernels where they run; `reference`: plain PyTorch; `cuda`: kernels or an error. The same loss."""
     head: Literal["auto", "chunked", "full"] = "auto"
     """`chunked`: LM head and loss by 4096 tokens, less memory; `full`: logits of all; `auto`: chunked on a GPU."""
 
@@ -92,6 +92,10 @@ class ObjectiveConfig(Section):
         if self.head == "chunked":
             raise ValueError(
                 "head: chunked is for cached targets; target: teacher compares all logits: head: full"
+            )
+        if self.kernel == "cuda":
+            raise ValueError(
+                "kernel: cuda is for cached targets; target: teacher runs in plain PyTorch on any device"
             )
         if self.residual != "drop":
             raise ValueError(

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 
 from distill_pretrain.contracts import LogitsEngine, TokenBatch
+from distill_pretrain.errors import ConfigError, LossInputError
+from distill_pretrain.losses.checks import require_columns, require_labels
 from distill_pretrain.losses.terms import Objective, Weights, column_slice
 
 Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
@@ -42,7 +44,9 @@ class _DenseKD(torch.autograd.Function):
         terms = grad.new_zeros(4, *labels.shape)
         rows = max(1, CHUNK_ELEMENTS // max(1, logits.size(-1)))
         for sequence in range(logits.size(1)):
-            teacher = teacher_logits(sequence)[:, columns]
+            teacher = teacher_logits(sequence)
+            _require_teacher_shape(teacher, logits.size(0), vocab_size)
+            teacher = teacher[:, columns]
             for first in range(0, logits.size(0), rows):
                 span = slice(first, first + rows)
                 chunk = _Chunk(
@@ -103,6 +107,8 @@ class _Chunk:
         picked = torch.zeros_like(self.maxima)
         if student.size(-1):
             picked = self.shifted.gather(-1, self.column)[:, 0].masked_fill(~self.owned, 0.0)
+        # A label that no rank has: NaN, as with cached targets.
+        picked = picked.masked_fill(labels >= vocab_size, math.nan)
         sums = (
             self.shifted.exp().sum(-1),
             (self.shifted / tau).exp().sum(-1),
@@ -152,6 +158,16 @@ class _Chunk:
         if self.group is not None:
             dist.all_reduce(values, op=operation, group=self.group)
         return values
+
+
+def _require_teacher_shape(teacher: torch.Tensor, num_rows: int, vocab_size: int) -> None:
+    if teacher.ndim != 2 or len(teacher) != num_rows or teacher.size(1) < vocab_size:
+        raise LossInputError(
+            "the teacher's logits do not fit the student's",
+            where="teacher_logits",
+            found=tuple(teacher.shape),
+            expected=f"[{num_rows}, {vocab_size}]",
+        )
 
 
 def _row_max(rows: torch.Tensor) -> torch.Tensor:
@@ -229,10 +245,36 @@ def dense_kd_loss(
     Returns:
         loss fp32[L, B] (differentiable once), and fp32[3, L, B]: CE, divergence (at tau, without kd_weight, tau^2 and
         token weight) and (log sum exp z)^2, unweighted and not differentiable.
+
+    Raises:
+        ConfigError: there is no such divergence.
+        LossInputError: logits, labels or the teacher's logits have the wrong shape, or a label is outside the
+            vocabulary. That is read here, which waits for a GPU; unchecked, the label's loss is NaN.
     """
-    loss, terms = _DenseKD.apply(
+    if divergence not in _DIVERGENCES:
+        raise ConfigError(
+            "the loss has no such setting",
+            where="divergence",
+            found=divergence,
+            expected=", ".join(_DIVERGENCES),
+        )
+    if logits.ndim != 3 or labels.shape != logits.shape[:2]:
+        raise LossInputError(
+            "the labels do not fit the logits",
+            where="labels",
+            found=tuple(labels.shape),
+            expected=f"[L, B] of logits [L, B, columns], which are {tuple(logits.shape)}",
+        )
+    require_columns(logits.size(-1), vocab_size, tensor_group)
+    require_labels(labels, vocab_size)
+    return _dense_kd_loss(
         logits, labels, teacher_logits, divergence, weights, vocab_size, tensor_group
     )
+
+
+def _dense_kd_loss(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute `dense_kd_loss` of checked arguments, given in the order of its signature."""
+    loss, terms = _DenseKD.apply(*arguments)
     return loss, terms.detach()
 
 
@@ -263,13 +305,13 @@ class TeacherObjective(Objective):
 
     def __call__(self, logits: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
         """Sums of the terms over the tokens of one micro-batch; see `Objective`."""
-        loss, terms = dense_kd_loss(
+        loss, terms = _dense_kd_loss(
             logits,
             batch.labels.transpose(0, 1),
             lambda sequence: self.teacher.logits(batch.tokens[sequence : sequence + 1])[0],
-            divergence=self.divergence,
-            weights=self.weights,
-            vocab_size=self.vocab_size,
-            tensor_group=self.tensor_group,
+            self.divergence,
+            self.weights,
+            self.vocab_size,
+            self.tensor_group,
         )
         return self.summed(loss.flatten(), terms.flatten(1))

@@ -5,25 +5,28 @@ Shapes: T tokens, K kept entries, V real vocabulary, V_pad padded vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 
 from distill_pretrain.contracts import SparseTargets, TokenBatch
-from distill_pretrain.errors import ConfigError
+from distill_pretrain.errors import ConfigError, LossInputError
 from distill_pretrain.kernels.chunked_head.op import chunked_head
 from distill_pretrain.kernels.cuda.backend import Implementation
 from distill_pretrain.kernels.sparse_kd import reference
 from distill_pretrain.kernels.sparse_kd.op import sparse_kd
 from distill_pretrain.kernels.sparse_kd.stages import Loss
 from distill_pretrain.kernels.sparse_kd.targets import Residual, confidence, prepare_targets
+from distill_pretrain.losses.backend import LossBackend, choose_backend
+from distill_pretrain.losses.checks import require_columns, require_labels, require_targets
 from distill_pretrain.losses.terms import (
     Objective,
     TokenWeighting,
     Weights,
     sequence_first,
 )
+from distill_pretrain.processes.process import local_device
 
 
 def sparse_kd_loss(
@@ -41,9 +44,12 @@ def sparse_kd_loss(
     smoothing: float = 0.0,
     z_loss: float = 0.0,
     token_weighting: TokenWeighting = "none",
-    implementation: Implementation = "auto",
+    implementation: Implementation | LossBackend = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Per-token loss and its terms; the formulas are in kernels/sparse_kd/README.md.
+
+    Labels and targets are checked, which waits for a GPU; not while torch.compile traces. Unchecked, a label or an id
+    at or beyond V makes the row's loss NaN.
 
     Args:
         logits: fp32, bf16 or fp16 [T, V_pad / tp], this rank's columns; the backward pass overwrites them.
@@ -60,14 +66,17 @@ def sparse_kd_loss(
         smoothing: a; targets become (1 - a) t + a / V.
         z_loss: weight of (log sum exp z)^2 where there is a label.
         token_weighting: "teacher_confidence" multiplies a token's KL, in the loss, by its largest stored probability.
-        implementation: "reference" keeps to plain PyTorch where CUDA kernels would be used.
+        implementation: "reference" keeps to plain PyTorch, "cuda" to the kernels, "auto" takes the kernels where they
+            run on every rank, which on GPUs it asks at every call: `choose_backend` tells it once for all.
 
     Returns:
         loss fp32[T] (differentiable once), and fp32[3, T]: CE, KL (at tau, without kd_weight, tau^2 and token weight)
         and (log sum exp z)^2, unweighted and not differentiable.
 
     Raises:
-        ConfigError: K is above the kernel's limit.
+        ConfigError: a setting is none, or K is above the kernel's limit.
+        LossInputError: logits, labels or targets have the wrong shape, a label or an id is outside the vocabulary, an
+            id is twice in a row, or a probability is none.
     """
     weights = Weights(
         ce_weight=ce_weight,
@@ -78,16 +87,41 @@ def sparse_kd_loss(
         z_loss=z_loss,
         token_weighting=token_weighting,
     )
+    _require_inputs(logits, labels, targets, vocab_size, tensor_group)
+    if not isinstance(implementation, LossBackend):
+        implementation = choose_backend(implementation, logits.device, tensor_group)
     loss = prepare_loss(
         labels,
         targets,
         weights,
         residual=residual,
         vocab_size=vocab_size,
+        num_columns=logits.size(-1),
         tensor_group=tensor_group,
-        implementation=implementation,
+        backend=implementation,
     )
     return sparse_kd(logits, loss)
+
+
+def _require_inputs(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    targets: SparseTargets | None,
+    vocab_size: int,
+    tensor_group: dist.ProcessGroup | None,
+) -> None:
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
+        raise LossInputError(
+            "the labels do not fit the logits",
+            where="labels",
+            found=f"{labels.dtype} {tuple(labels.shape)}",
+            expected=f"int64 [T], one for each of T rows of logits; logits are {tuple(logits.shape)}",
+        )
+    require_columns(logits.size(-1), vocab_size, tensor_group)
+    if not torch.compiler.is_compiling():
+        require_labels(labels, vocab_size)
+        if targets is not None:
+            require_targets(targets, labels, vocab_size)
 
 
 def prepare_loss(
@@ -97,20 +131,24 @@ def prepare_loss(
     *,
     residual: Residual,
     vocab_size: int,
+    num_columns: int,
     tensor_group: dist.ProcessGroup | None,
-    implementation: Implementation,
+    backend: LossBackend,
 ) -> Loss:
-    """What the kernels compute; arguments as of `sparse_kd_loss`.
+    """What the kernels compute, without a look at any value; arguments as of `sparse_kd_loss`.
 
     Raises:
-        ConfigError: K is above the kernel's limit.
+        ConfigError: there is no such residual mode, or K is above the kernel's limit.
     """
+    if residual not in get_args(Residual):
+        raise ConfigError(
+            "the loss has no such setting",
+            where="residual",
+            found=residual,
+            expected=", ".join(get_args(Residual)),
+        )
     prepared = scale = None
     if targets is not None:
-        if targets.ids.shape[:-1] != labels.shape:
-            raise ValueError(
-                f"targets {tuple(targets.ids.shape)} do not fit labels {tuple(labels.shape)}"
-            )
         require_entries_fit(targets.ids.size(-1), where="the targets of a micro-batch")
         prepared = prepare_targets(
             targets,
@@ -126,6 +164,7 @@ def prepare_loss(
     group = None
     if tensor_group is not None and dist.get_world_size(tensor_group) > 1:
         group = tensor_group.group_name
+    num_entries = 0 if prepared is None else prepared.ids.size(-1)
     return Loss(
         labels=labels,
         targets=prepared,
@@ -135,7 +174,7 @@ def prepare_loss(
         z_loss=weights.z_loss,
         temperature=weights.temperature,
         group=group,
-        implementation=implementation,
+        backend=backend.fitting(num_entries=num_entries, num_columns=num_columns),
     )
 
 
@@ -146,9 +185,13 @@ class DistillationObjective(Objective):
         vocab_size: V.
         tensor_group: ranks that hold the other columns; None when this rank holds them all.
         residual: what becomes of the mass that a target lacks.
-        implementation: "reference" keeps to plain PyTorch where CUDA kernels would be used.
+        implementation: "reference" keeps to plain PyTorch, "cuda" to the kernels. Decided here and once, with the other
+            ranks of `tensor_group`, which build theirs at the same time.
         chunk_tokens: ask for hidden states, and make the logits of so many tokens at a time; None asks for logits.
         weights: fields of `WeightSchedule`.
+
+    Raises:
+        ConfigError: "cuda" is asked for and some rank of `tensor_group` cannot run the kernels.
     """
 
     def __init__(
@@ -163,13 +206,14 @@ class DistillationObjective(Objective):
     ) -> None:
         super().__init__(vocab_size=vocab_size, tensor_group=tensor_group, **weights)
         self.residual = residual
-        self.implementation = implementation
+        self.backend = choose_backend(implementation, local_device(), tensor_group)
         self.chunk_tokens = chunk_tokens
         self.takes_hidden = chunk_tokens is not None
 
     def __call__(self, logits: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
         """Sums of the terms over the tokens of one micro-batch; see `Objective`."""
-        return self.summed(*sparse_kd(logits.flatten(0, 1), self._loss(batch)))
+        loss = self._loss(batch, num_columns=logits.size(-1))
+        return self.summed(*sparse_kd(logits.flatten(0, 1), loss))
 
     def from_hidden(
         self, hidden: torch.Tensor, weight: torch.Tensor, *, batch: TokenBatch
@@ -179,12 +223,13 @@ class DistillationObjective(Objective):
         The gradient by the hidden states is this rank's part of the sum over `tensor_group`.
         """
         assert self.chunk_tokens is not None
+        loss = self._loss(batch, num_columns=weight.size(0))
         summed, terms = chunked_head(
-            hidden.flatten(0, 1), weight, self._loss(batch), chunk_tokens=self.chunk_tokens
+            hidden.flatten(0, 1), weight, loss, chunk_tokens=self.chunk_tokens
         )
         return self.summed(summed, terms)
 
-    def _loss(self, batch: TokenBatch) -> Loss:
+    def _loss(self, batch: TokenBatch, *, num_columns: int) -> Loss:
         targets = batch.targets
         if targets is not None:
             targets = SparseTargets(
@@ -196,8 +241,9 @@ class DistillationObjective(Objective):
             self.weights,
             residual=self.residual,
             vocab_size=self.vocab_size,
+            num_columns=num_columns,
             tensor_group=self.tensor_group,
-            implementation=self.implementation,
+            backend=self.backend,
         )
 
 

@@ -5,13 +5,15 @@ Shapes: B sequences, L positions, T = L * B tokens, V real vocabulary, V_pad pad
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
 
 from distill_pretrain.contracts import TokenBatch
+from distill_pretrain.errors import ConfigError
 from distill_pretrain.losses.points import Points, value_at
 
 TERMS = ("loss", "ce", "kl")
@@ -22,7 +24,11 @@ TokenWeighting = Literal["none", "teacher_confidence"]
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """The settings of one step that both objectives have; see `ObjectiveConfig`."""
+    """The settings of one step that both objectives have; see `ObjectiveConfig`.
+
+    Raises:
+        ConfigError: a setting is none.
+    """
 
     ce_weight: float
     kd_weight: float
@@ -31,6 +37,21 @@ class Weights:
     smoothing: float = 0.0
     z_loss: float = 0.0
     token_weighting: TokenWeighting = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("ce_weight", "kd_weight", "z_loss"):
+            self._require(name, "at least 0", getattr(self, name) >= 0)
+        self._require("temperature", "more than 0", self.temperature > 0)
+        self._require("smoothing", "at least 0 and less than 1", 0 <= self.smoothing < 1)
+        kinds = get_args(TokenWeighting)
+        self._require("token_weighting", " or ".join(kinds), self.token_weighting in kinds)
+
+    def _require(self, name: str, expected: str, holds: bool) -> None:
+        value = getattr(self, name)
+        if not holds or value == math.inf:
+            raise ConfigError(
+                "the loss has no such setting", where=name, found=value, expected=expected
+            )
 
     @property
     def kd_scale(self) -> float:

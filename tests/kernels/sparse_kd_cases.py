@@ -225,7 +225,8 @@ def run(
         gathered = torch.stack([statistics for statistics, _ in read])
         for problem, (_, picks) in zip(problems, read, strict=True):
             combined = launch.combine(launcher, problem, gathered, blocks=blocks)
-            launch.gradient_(launcher, problem, picks, combined, case.incoming, blocks=blocks)
+            saved = picks, combined.scalars, combined.subtracted
+            launch.gradient_(launcher, problem, *saved, case.incoming, blocks=blocks)
         losses, terms = combined.losses, combined.terms
     for buffer, logits in slices:
         result = logits.clone()

@@ -153,7 +153,7 @@ def test_the_cuda_kernels_give_the_same(fits, monkeypatch):
     monkeypatch.setattr(launch, "fits_fused", lambda problem, blocks: fits)
     hidden, weight, loss = case(8, residual="ghost", smoothing=0.1)
     expected = run(chunked(loss), hidden, weight)
-    found = run(chunked(replace(loss, implementation="cuda")), hidden, weight)
+    found = run(chunked(replace(loss, backend="cuda")), hidden, weight)
     for some, others in zip(found, expected, strict=True):
         torch.testing.assert_close(some, others, rtol=1e-5, atol=1e-5)
 

@@ -85,7 +85,7 @@ def test_the_operation_runs_the_kernels(name):
     results = []
     for implementation in ("reference", "cuda"):
         z = logits.to(GPU).requires_grad_()
-        chosen: Loss = replace(to_gpu(loss), implementation=implementation)
+        chosen: Loss = replace(to_gpu(loss), backend=implementation)
         losses, terms = sparse_kd(z * 1, chosen)
         losses.sum().backward()
         results.append((losses.detach(), terms, z.grad))
@@ -99,7 +99,7 @@ def test_the_chunked_head_equals_the_one_on_the_cpu(dtype):
     results = []
     for device in ("cpu", GPU):
         inputs = [each.detach().to(device).requires_grad_() for each in (hidden, weight)]
-        on_device = loss if device == "cpu" else to_gpu(loss)
+        on_device = loss if device == "cpu" else replace(to_gpu(loss), backend="cuda")
         summed, terms = chunked_head(*inputs, on_device, chunk_tokens=6)
         summed.backward()
         results.append([each.float().cpu() for each in (summed, terms, *(i.grad for i in inputs))])

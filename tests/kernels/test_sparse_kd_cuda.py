@@ -194,7 +194,7 @@ def test_no_rows_are_no_launch(launcher):
     )
     statistics, picks = launch.row_statistics(launcher, problem)
     combined = launch.combine(launcher, problem, statistics[None])
-    launch.gradient_(launcher, problem, picks, combined)
+    launch.gradient_(launcher, problem, picks, combined.scalars, combined.subtracted)
     assert combined.losses.shape == (0,)
 
 

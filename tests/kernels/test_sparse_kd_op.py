@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distill_pretrain.kernels.sparse_kd import launch, reference, stages
 from distill_pretrain.kernels.sparse_kd.op import sparse_kd
+from distill_pretrain.losses.backend import LossBackend
 from distill_pretrain.losses.sparse_kd import prepare_loss
 from distill_pretrain.losses.terms import Weights
 from tests.losses.cases import make_case
@@ -35,7 +36,8 @@ def make_loss(labels, targets, *, residual="drop", vocab_size=VOCAB_SIZE, **weig
         residual=residual,
         vocab_size=vocab_size,
         tensor_group=None,
-        implementation="auto",
+        num_columns=PADDED,
+        backend=LossBackend(name="reference"),
     )
 
 
@@ -53,7 +55,7 @@ def arguments(logits, loss):
     )
     return (
         *(logits, loss.labels, *parts, loss.kd_scale, loss.vocab_size, loss.ce_weight),
-        *(loss.z_loss, loss.temperature, loss.group, loss.implementation),
+        *(loss.z_loss, loss.temperature, loss.group, loss.backend),
     )
 
 
@@ -145,7 +147,7 @@ def test_the_cuda_branch_computes_what_the_reference_does(name, monkeypatch):
     found = {}
     for implementation in ("reference", "cuda"):
         z = logits.clone().requires_grad_()
-        losses, terms = sparse_kd(z * 1, replace(loss, implementation=implementation))
+        losses, terms = sparse_kd(z * 1, replace(loss, backend=implementation))
         (losses * incoming).sum().backward()
         found[implementation] = (losses.detach(), terms, z.grad)
     for some, others in zip(found["cuda"], found["reference"], strict=True):
@@ -157,24 +159,29 @@ def test_loss_and_gradient_at_once_are_those_of_both_passes(monkeypatch):
     emulation(monkeypatch)
     logits, loss = case(5, "ghost")
     for implementation in ("reference", "cuda"):
-        chosen = replace(loss, implementation=implementation)
+        chosen = replace(loss, backend=implementation)
         at_once, in_two = logits.clone(), logits.clone()
         losses, terms = stages.loss_and_gradient_(at_once, chosen)
         seen = stages.forward(in_two, chosen)
-        stages.gradient_(in_two, chosen, seen, torch.ones(len(logits)))
+        stages.gradient_(in_two, chosen, seen.saved, torch.ones(len(logits)))
         for some, others in ((losses, seen.losses), (terms, seen.terms), (at_once, in_two)):
             torch.testing.assert_close(some, others, rtol=1e-5, atol=3e-6)
 
 
-def test_sizes_the_kernels_do_not_take_go_to_the_reference(monkeypatch):
-    monkeypatch.setattr(stages, "choose", lambda *_: "cuda")
-    monkeypatch.setattr(launch, "MAX_ENTRIES", 4)
-    logits, loss = case(6)
-    with pytest.warns(UserWarning, match="its kernels take 4 entries"):
-        found = stages.forward(logits, loss)
-    assert torch.equal(
-        found.losses, stages.forward(logits, replace(loss, implementation="reference")).losses
-    )
+def test_the_gradient_is_taken_by_what_the_forward_pass_saved(monkeypatch):
+    emulation(monkeypatch)
+    logits, loss = case(6, "ghost")
+    incoming = torch.ones(len(logits))
+    for backend, kind in stages.SAVED.items():
+        expected = logits.clone()
+        _, _, saved = stages.forward(expected, replace(loss, backend=backend))
+        assert type(saved) is kind
+        stages.gradient_(expected, replace(loss, backend=backend), saved, incoming)
+        # Whatever anybody says between the passes.
+        for says in stages.SAVED:
+            found = logits.clone()
+            stages.gradient_(found, replace(loss, backend=says), saved, incoming)
+            assert torch.equal(found, expected)
 
 
 def test_chunks_change_no_bit(monkeypatch):

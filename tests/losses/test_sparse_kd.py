@@ -7,6 +7,7 @@ import torch
 
 from distill_pretrain.contracts import SparseTargets
 from distill_pretrain.kernels.sparse_kd import launch, stages
+from distill_pretrain.losses.backend import LossBackend
 from distill_pretrain.losses.sparse_kd import DistillationObjective, sparse_kd_loss
 from distill_pretrain.processes.process import process_group
 from tests.losses.cases import make_case
@@ -179,9 +180,13 @@ def sliced_losses() -> dict[str, float]:
             whole = logits.clone().requires_grad_()
             expected, _ = sparse_kd_loss(whole, labels, targets, tensor_group=None, **arguments)
             expected.sum().backward()
-            for implementation in ("reference", "cuda"):
+            for name in ("reference", "cuda"):
                 mine = logits.chunk(size, dim=1)[rank].clone().requires_grad_()
-                split = {"tensor_group": group, "implementation": implementation, **arguments}
+                split = {
+                    "tensor_group": group,
+                    "implementation": LossBackend(name=name),
+                    **arguments,
+                }
                 loss, _ = sparse_kd_loss(mine, labels, targets, **split)
                 loss.sum().backward()
                 loss_error = (loss - expected).abs().max().detach().double()

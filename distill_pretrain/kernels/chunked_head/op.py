@@ -52,13 +52,13 @@ def _chunked_head(
     z_loss: float,
     temperature: float,
     group: str | None,
-    implementation: str,
+    backend: str,
     chunk_tokens: int,
     with_gradients: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     loss = unflattened(
         *(labels, ids, probs, floor, bucket, kd_scale),
-        *(vocab_size, ce_weight, z_loss, temperature, group, implementation),
+        *(vocab_size, ce_weight, z_loss, temperature, group, backend),
     )
     losses, terms, grad_hidden, grad_weight = head_and_loss(
         hidden, weight, loss, chunk_tokens=chunk_tokens, with_gradients=with_gradients

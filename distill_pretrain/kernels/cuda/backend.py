@@ -13,8 +13,8 @@ from distill_pretrain.errors import DistillPretrainError
 from distill_pretrain.kernels.cuda import driver, image_cache, nvrtc
 from distill_pretrain.kernels.cuda.launcher import KernelSource, Launcher
 
-Implementation = Literal["auto", "reference"]
-"""What a user may ask for: the kernels where they run, or plain PyTorch everywhere."""
+Implementation = Literal["auto", "reference", "cuda"]
+"""What a user may ask for: the kernels where they run, plain PyTorch everywhere, or the kernels and nothing else."""
 
 Backend = Literal["cuda", "reference"]
 
@@ -49,21 +49,13 @@ def unavailable_reason(device: torch.device) -> str | None:
     return None
 
 
-def choose(implementation: Implementation, source: KernelSource, device: torch.device) -> Backend:
-    """What computes an operation on this device; warns once where kernels should run and cannot."""
-    if implementation == "reference" or device.type != "cuda":
-        return "reference"
-    return "cuda" if _usable(source, torch.device(device)) else "reference"
-
-
-@cache
-def _usable(source: KernelSource, device: torch.device) -> bool:
+def loading_problem(source: KernelSource, device: torch.device) -> str | None:
+    """Why a source cannot run on a device, found by loading or compiling it; None where it can."""
     try:
         launcher_for(source, device)
     except KernelsUnavailable as error:
-        warnings.warn(f"{source.folder} runs in plain PyTorch, slower: {error}", stacklevel=2)
-        return False
-    return True
+        return f"{error}"
+    return None
 
 
 @cache

@@ -232,7 +232,8 @@ def gradient_(
     launcher: Launcher,
     problem: Problem,
     picks: torch.Tensor,
-    combined: Combined,
+    scalars: torch.Tensor,
+    subtracted: torch.Tensor,
     grad_losses: torch.Tensor | None = None,
     *,
     blocks: Blocks = BLOCKS,
@@ -243,13 +244,12 @@ def gradient_(
         launcher: of `SOURCE`.
         problem: the loss.
         picks: fp32[T, 1+K] of `row_statistics`.
-        combined: of `combine`.
+        scalars: fp32[T, 6] of `combine`.
+        subtracted: fp32[T, 1+K] of `combine`.
         grad_losses: fp32[T] at any stride, the incoming gradient; None for one.
         blocks: threads.
     """
-    arguments = _arguments(
-        problem, picks=picks, scalars=combined.scalars, subtracted=combined.subtracted
-    )
+    arguments = _arguments(problem, picks=picks, scalars=scalars, subtracted=subtracted)
     _set_incoming(arguments, grad_losses)
     arguments.vectors_per_block = blocks.gradient * blocks.gradient_vectors
     values = VECTOR_BYTES // problem.logits.element_size()

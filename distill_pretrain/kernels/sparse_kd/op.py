@@ -42,13 +42,14 @@ def _sparse_kd(
     z_loss: float,
     temperature: float,
     group: str | None,
-    implementation: str,
+    backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     loss = unflattened(
         *(labels, ids, probs, floor, bucket, kd_scale),
-        *(vocab_size, ce_weight, z_loss, temperature, group, implementation),
+        *(vocab_size, ce_weight, z_loss, temperature, group, backend),
     )
-    return tuple(stages.forward(logits, loss))  # type: ignore[return-value]
+    losses, terms, saved = stages.forward(logits, loss)
+    return losses, terms, *saved
 
 
 @_sparse_kd.register_fake
@@ -73,24 +74,24 @@ def _sparse_kd_gradient_(
     floor: torch.Tensor | None,
     bucket: torch.Tensor | None,
     kd_scale: torch.Tensor | None,
-    numbers: torch.Tensor,
-    picks: torch.Tensor,
-    subtracted: torch.Tensor,
+    saved_of_rows: torch.Tensor,
+    saved_of_picks: torch.Tensor,
+    saved_of_targets: torch.Tensor,
     grad_losses: torch.Tensor,
     vocab_size: int,
     ce_weight: float,
     z_loss: float,
     temperature: float,
     group: str | None,
-    implementation: str,
+    backend: str,
 ) -> None:
     loss = unflattened(
         *(labels, ids, probs, floor, bucket, kd_scale),
-        *(vocab_size, ce_weight, z_loss, temperature, group, implementation),
+        *(vocab_size, ce_weight, z_loss, temperature, group, backend),
     )
-    # The gradient does not read the losses.
-    seen = stages.Forward(grad_losses, grad_losses, numbers, picks, subtracted)
-    stages.gradient_(logits, loss, seen, grad_losses)
+    # The backend of the forward pass came with the settings: it alone knows what it saved.
+    saved = stages.SAVED[loss.backend](saved_of_rows, saved_of_picks, saved_of_targets)
+    stages.gradient_(logits, loss, saved, grad_losses)
 
 
 @_sparse_kd_gradient_.register_fake
@@ -114,7 +115,7 @@ def flattened(loss: stages.Loss) -> tuple[Any, ...]:
         loss.z_loss,
         loss.temperature,
         loss.group,
-        loss.implementation,
+        loss.backend,
     )
 
 
@@ -130,7 +131,7 @@ def unflattened(
     z_loss: float,
     temperature: float,
     group: str | None,
-    implementation: Any,
+    backend: Any,
 ) -> stages.Loss:
     """The loss that was `flattened`."""
     targets = None
@@ -146,7 +147,7 @@ def unflattened(
         z_loss=z_loss,
         temperature=temperature,
         group=group,
-        implementation=implementation,
+        backend=backend,
     )
 
 

@@ -7,6 +7,7 @@ Shapes: T tokens, K kept entries, n = V/tp local vocabulary columns, V real voca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -148,12 +149,16 @@ def row_sums(
 
 
 def label_terms(
-    sums: torch.Tensor, maxima: torch.Tensor, labels: torch.Tensor
+    sums: torch.Tensor, maxima: torch.Tensor, labels: torch.Tensor, *, vocab_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy lse - z_y, and lse, of each row with a label, fp32[T] each; 0 without one."""
+    """Cross-entropy lse - z_y, and lse, of each row with a label, fp32[T] each; 0 without one.
+
+    The cross-entropy of a label at or beyond the vocabulary is NaN, as in the kernels.
+    """
     has_label = labels >= 0
     log_sum = sums[:, 0].log()
     ce = torch.where(has_label, log_sum - sums[:, 4], 0.0)
+    ce = ce.masked_fill(labels >= vocab_size, math.nan)
     return ce, torch.where(has_label, log_sum + maxima, 0.0)
 
 
@@ -163,7 +168,8 @@ def sparse_kl(
     """KL(target || student at temperature tau) per token, fp32[T], from the packed sums over all ranks.
 
     sum_j T_j (log T_j - log q_j), q = softmax(z/tau), over all ids, or over the kept ids and one bucket of the
-    others (arXiv 2503.16870, eq. 1, with a target's mass below 1 kept as it is); 0 without targets.
+    others (arXiv 2503.16870, eq. 1, with a target's mass below 1 kept as it is); 0 without targets. NaN where
+    an id is at or beyond the vocabulary, as in the kernels.
     """
     floor, probs = targets.floor, targets.probs
     log_sum = sums[:, 1].log()
@@ -183,7 +189,7 @@ def sparse_kl(
         bucket = targets.bucket
         kl = kl + torch.special.xlogy(bucket, bucket)
         kl = kl - bucket * (_outside(sums).log() - log_sum)
-    return kl
+    return kl.masked_fill((targets.ids >= vocab_size).any(-1), math.nan)
 
 
 def row_scalars(

@@ -320,7 +320,9 @@ __device__ __forceinline__ void merge_entries(float* probs, const Entry* entries
 
 __device__ __forceinline__ void read_entries(Entry* entries, const Arguments& a, i64 row, i32 thread, i32 num_threads) {
     for (i32 i = thread; i < a.num_entries; i += num_threads) {
-        entries[i] = {i32(id_at(a, row, i)), a.probs[row * a.num_entries + i]};
+        const i64 id = id_at(a, row, i);
+        // Beyond the vocabulary an id is not cut to 32 bits, or it would be another's: finish_row makes the row NaN.
+        entries[i] = {id < a.vocab_size ? i32(id < 0 ? -1 : id) : a.vocab_size, a.probs[row * a.num_entries + i]};
     }
 }
 
@@ -382,7 +384,7 @@ __device__ __forceinline__ RowScalars finish_row(const Arguments& a, i64 row, co
         subtracted[1 + i] = is_kept ? at_target * prob + (is_label ? a.ce_weight : 0.0f) : not_written();
         if (!is_kept) continue;
         mass += prob;
-        entropy += x_log_x(prob + floor);
+        entropy += entries[i].id < a.vocab_size ? x_log_x(prob + floor) : not_a_number();
         ++num_kept;
         label_is_kept = label_is_kept || is_label;
     }

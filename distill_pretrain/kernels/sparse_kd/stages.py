@@ -5,21 +5,19 @@ Shapes: T tokens, K kept entries, n = V_pad/tp local vocabulary columns, V real 
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from distill_pretrain.kernels.cuda.backend import Backend, Implementation, choose, launcher_for
+from distill_pretrain.kernels.cuda.backend import Backend, launcher_for
 from distill_pretrain.kernels.sparse_kd import launch, reference
 from distill_pretrain.kernels.sparse_kd.targets import RowTargets
 
 ROW_NUMBERS = launch.SCALARS
-"""Floats per row that the forward pass leaves for the gradient."""
+"""Floats per row that the forward pass leaves for the gradient, whatever computed it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +33,8 @@ class Loss:
         z_loss: weight of lse^2.
         temperature: tau.
         group: name of the process group over which the columns are split in rank order; None for whole rows.
-        implementation: "reference" for plain PyTorch; "cuda" insists on the kernels, whatever the device.
+        backend: what computes it, forward and backward; the same on all ranks of the group, whose collectives depend
+            on it.
     """
 
     labels: torch.Tensor
@@ -46,7 +45,7 @@ class Loss:
     z_loss: float
     temperature: float
     group: str | None
-    implementation: Implementation | Backend
+    backend: Backend
 
     @property
     def num_entries(self) -> int:
@@ -72,47 +71,81 @@ class Loss:
         )
 
 
-class Forward(NamedTuple):
-    """The loss, and what its gradient needs beside the logits; shapes do not depend on what computed it.
+class KernelSaved(NamedTuple):
+    """What the kernels' gradient needs beside the logits.
 
     Attributes:
-        losses: fp32[T], weighted.
-        terms: fp32[3, T]: cross-entropy, KL, lse^2, unweighted.
-        numbers: fp32[T, 6].
-        picks: fp32[T, 1+K].
-        subtracted: fp32[T, 1+K].
+        scalars: fp32[T, 6], of `launch.combine`.
+        picks: fp32[T, 1+K], logits of the label and the targets, of `launch.row_statistics`.
+        subtracted: fp32[T, 1+K], what the label and the targets take off the gradient, of `launch.combine`.
     """
 
-    losses: torch.Tensor
-    terms: torch.Tensor
-    numbers: torch.Tensor
+    scalars: torch.Tensor
     picks: torch.Tensor
     subtracted: torch.Tensor
 
 
+class ReferenceSaved(NamedTuple):
+    """What the reference's gradient needs beside the logits; other numbers than the kernels', in the same shapes.
+
+    Attributes:
+        numbers: fp32[T, 6]: the row's maximum, three sums of `reference.row_sums`, lse, and 0.
+        picked: fp32[T, 1+K], shifted logits of the targets, of `reference.row_sums`.
+        probs: fp32[T, 1+K], this rank's part of the targets, of `reference.row_sums`.
+    """
+
+    numbers: torch.Tensor
+    picked: torch.Tensor
+    probs: torch.Tensor
+
+
+Saved = KernelSaved | ReferenceSaved
+"""The type says which backend made it, and so which one takes the gradient."""
+
+SAVED: dict[Backend, type[Saved]] = {"cuda": KernelSaved, "reference": ReferenceSaved}
+
+
+class Forward(NamedTuple):
+    """The loss, and what its gradient needs beside the logits.
+
+    Attributes:
+        losses: fp32[T], weighted.
+        terms: fp32[3, T]: cross-entropy, KL, lse^2, unweighted.
+        saved: for `gradient_`.
+    """
+
+    losses: torch.Tensor
+    terms: torch.Tensor
+    saved: Saved
+
+
 def forward(logits: torch.Tensor, loss: Loss) -> Forward:
     """Loss of logits [T, n]; with a group, every rank of it calls this."""
-    if _backend(logits, loss) == "reference":
+    if loss.backend == "reference":
         return _reference_forward(logits, loss)
     launcher, problem = launcher_for(launch.SOURCE, logits.device), _problem(logits, loss)
     statistics, picks = launch.row_statistics(launcher, problem)
     combined = launch.combine(launcher, problem, _gathered(statistics, loss.group))
-    return Forward(combined.losses, combined.terms, combined.scalars, picks, combined.subtracted)
+    saved = KernelSaved(combined.scalars, picks, combined.subtracted)
+    return Forward(combined.losses, combined.terms, saved)
 
 
-def gradient_(logits: torch.Tensor, loss: Loss, seen: Forward, grad_losses: torch.Tensor) -> None:
-    """Write the gradient over the logits that `forward` read, for the incoming fp32[T]; no rank waits for another."""
-    if _backend(logits, loss) == "reference":
-        _reference_gradient_(logits, loss, seen, grad_losses)
+def gradient_(logits: torch.Tensor, loss: Loss, saved: Saved, grad_losses: torch.Tensor) -> None:
+    """Write the gradient over the logits that `forward` read, for the incoming fp32[T]; no rank waits for another.
+
+    What `forward` saved decides what computes it.
+    """
+    if isinstance(saved, ReferenceSaved):
+        _reference_gradient_(logits, loss, saved, grad_losses)
         return
-    combined = launch.Combined(
-        losses=seen.losses,
-        terms=seen.terms,
-        scalars=seen.numbers,
-        subtracted=seen.subtracted,
+    launch.gradient_(
+        launcher_for(launch.SOURCE, logits.device),
+        _problem(logits, loss),
+        saved.picks,
+        saved.scalars,
+        saved.subtracted,
+        grad_losses,
     )
-    launcher = launcher_for(launch.SOURCE, logits.device)
-    launch.gradient_(launcher, _problem(logits, loss), seen.picks, combined, grad_losses)
 
 
 def loss_and_gradient_(logits: torch.Tensor, loss: Loss) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,12 +153,12 @@ def loss_and_gradient_(logits: torch.Tensor, loss: Loss) -> tuple[torch.Tensor, 
 
     One read and one write on a GPU where rows are whole and fit.
     """
-    if loss.group is None and _backend(logits, loss) == "cuda":
+    if loss.group is None and loss.backend == "cuda":
         problem, blocks = _problem(logits, loss), _blocks(logits.device)
         if launch.fits_fused(problem, blocks=blocks):
             return launch.fused_(launcher_for(launch.SOURCE, logits.device), problem, blocks=blocks)
     seen = forward(logits, loss)
-    gradient_(logits, loss, seen, torch.ones_like(seen.losses))
+    gradient_(logits, loss, seen.saved, torch.ones_like(seen.losses))
     return seen.losses, seen.terms
 
 
@@ -134,26 +167,6 @@ def _blocks(device: torch.device) -> launch.Blocks:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
         return launch.Blocks(max_cluster=1)
     return launch.BLOCKS
-
-
-def _backend(logits: torch.Tensor, loss: Loss) -> Backend:
-    if loss.implementation == "cuda":
-        return "cuda"
-    if choose(loss.implementation, launch.SOURCE, logits.device) == "reference":
-        return "reference"
-    if loss.num_entries > launch.MAX_ENTRIES or logits.size(-1) > launch.MAX_COLUMNS:
-        _warn_of_size(loss.num_entries, logits.size(-1))
-        return "reference"
-    return "cuda"
-
-
-@cache
-def _warn_of_size(num_entries: int, num_columns: int) -> None:
-    warnings.warn(
-        f"the loss runs in plain PyTorch, slower: its kernels take {launch.MAX_ENTRIES} entries and "
-        f"{launch.MAX_COLUMNS} columns, not {num_entries} and {num_columns}",
-        stacklevel=2,
-    )
 
 
 def _ranks(group: str) -> dist.ProcessGroup:
@@ -217,7 +230,7 @@ def _reference_forward(logits: torch.Tensor, loss: Loss) -> Forward:
         temperature=loss.temperature,
     )
     _all_reduce(sums, dist.ReduceOp.SUM, loss.group)
-    ce, lse = reference.label_terms(sums, maxima, loss.labels)
+    ce, lse = reference.label_terms(sums, maxima, loss.labels, vocab_size=loss.vocab_size)
     losses = loss.ce_weight * ce
     if targets is None:
         kl = torch.zeros_like(ce)
@@ -231,14 +244,15 @@ def _reference_forward(logits: torch.Tensor, loss: Loss) -> Forward:
         losses = losses + loss.z_loss * lse.square()
     # The gradient needs the first three sums, and lse to which the others added.
     numbers = torch.stack((maxima, *sums[:, :3].unbind(-1), lse, torch.zeros_like(lse)), -1)
-    return Forward(losses, torch.stack((ce, kl, lse.square())), numbers, picked, probs)
+    saved = ReferenceSaved(numbers, picked, probs)
+    return Forward(losses, torch.stack((ce, kl, lse.square())), saved)
 
 
 def _reference_gradient_(
-    logits: torch.Tensor, loss: Loss, seen: Forward, grad_losses: torch.Tensor
+    logits: torch.Tensor, loss: Loss, saved: ReferenceSaved, grad_losses: torch.Tensor
 ) -> None:
     first, num_columns = _real_columns(logits, loss)
-    maxima, sums, lse = seen.numbers[:, 0], seen.numbers[:, 1:4], seen.numbers[:, 4]
+    maxima, sums, lse = saved.numbers[:, 0], saved.numbers[:, 1:4], saved.numbers[:, 4]
     scalars = reference.row_scalars(
         sums,
         loss.labels,
@@ -256,8 +270,8 @@ def _reference_gradient_(
         sums,
         loss.labels,
         loss.targets,
-        seen.picks,
-        seen.subtracted,
+        saved.picked,
+        saved.probs,
         scalars,
         grad_losses,
         first_column=first,
