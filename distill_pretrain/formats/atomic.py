@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -79,19 +79,20 @@ def discard_stale_temporaries(folder: Path, *, min_age_s: float = 3600.0) -> Non
             continue
 
 
-def sha256_file(path: Path) -> str:
-    """Lower-case hex sha256 of a file's bytes."""
+def sha256_file(path: Path, told: Callable[[], None] = lambda: None) -> str:
+    """Lower-case hex sha256 of a file's bytes; `told` is called again and again while they are read."""
     with open(path, "rb") as file:
-        return sha256_fd(file.fileno())
+        return sha256_fd(file.fileno(), told)
 
 
-def sha256_fd(fd: int) -> str:
+def sha256_fd(fd: int, told: Callable[[], None] = lambda: None) -> str:
     """Lower-case hex sha256 of an open file, by positioned reads (the file offset stays)."""
     digest = hashlib.sha256()
     offset = 0
     while chunk := os.pread(fd, _CHUNK_BYTES, offset):
         digest.update(chunk)
         offset += len(chunk)
+        told()
     return digest.hexdigest()
 
 

@@ -1,14 +1,16 @@
-"""A student's state written by a thread while training goes on: the files of `state.save_student`, byte for byte.
+"""A student's state written by threads: behind training's back from a copy in host memory, or while it waits.
 
-The thread writes a copy of the state in host memory, and takes part in no collective.
+The threads take part in no collective. No helper process is started, by us or by megatron-core: one would die of the
+signals that end a job's process group, before the job's last save, or outlive a job that is killed.
 """
 
 from __future__ import annotations
 
 import inspect
 import threading
+import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -17,13 +19,16 @@ import torch
 import torch.distributed as dist
 
 from distill_pretrain.errors import CheckpointError
-from distill_pretrain.formats.atomic import sha256_file
+from distill_pretrain.formats.atomic import fsync_path, sha256_file
 from distill_pretrain.mcore.core import FileSystemWriterAsync
 from distill_pretrain.mcore.schedule import Student
 from distill_pretrain.mcore.state import plan_save
 
 # Without megatron-core's decorator, which would turn off garbage collection while the model trains.
 _write_file = inspect.unwrap(FileSystemWriterAsync.write_preloaded_data)
+
+FSYNC_BYTES = 256 << 20
+"""What is written between two fsyncs: a slow disk then shows that it moves, and the last one has little left to do."""
 
 
 class BackgroundSave:
@@ -34,12 +39,14 @@ class BackgroundSave:
     Args:
         student: what is saved.
         folder: existing and empty.
+        behind: one thread writes a copy while training goes on; otherwise one thread per file, and the student must
+            stay as it is until none is writing.
 
     Attributes:
-        moves: tensors and files written so far.
+        moves: grows with every tensor written and every piece of a file hashed.
     """
 
-    def __init__(self, student: Student, folder: Path) -> None:
+    def __init__(self, student: Student, folder: Path, *, behind: bool = True) -> None:
         self.moves = 0
         self._folder = folder
         self._request = plan_save(student, folder)
@@ -50,18 +57,26 @@ class BackgroundSave:
         # Nothing is left to write on a rank that holds copies only.
         nothing = self._request.async_fn is None
         self._files: list[Any] = [] if nothing else self._request.async_fn_args[1]
-        self._copy_state()
-        self._thread = threading.Thread(target=self._write, name="checkpoint")
-        self._thread.start()
+        self._copy_state(in_any_case=behind)
+        numbers = list(range(len(self._files)))
+        shares = [numbers] if behind else [[number] for number in numbers]
+        self._threads = [
+            threading.Thread(target=self._write, args=(share,), name="checkpoint")
+            for share in shares
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def writing(self) -> bool:
         """Whether this rank's files are still being written."""
-        return self._thread.is_alive()
+        return any(thread.is_alive() for thread in self._threads)
 
     def wait(self, seconds: float) -> None:
         """Wait for this rank's files, not longer than that."""
-        self._thread.join(seconds)
+        deadline = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def give_up(self) -> None:
         """Stop writing, after the tensor that is being written."""
@@ -75,7 +90,8 @@ class BackgroundSave:
         Raises:
             CheckpointError: the files of some rank could not be written; every rank raises it.
         """
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         shares: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(shares, (self._failure, self._hashes))
         failures = [f"rank {rank}: {why}" for rank, (why, _) in enumerate(shares) if why]
@@ -87,30 +103,37 @@ class BackgroundSave:
                 remedy="look at the file system, and start the job again to go on from the checkpoint before",
             )
         if self._results:
-            self._request.async_fn_args[2].put(self._results)
+            # In one order, whichever thread was first.
+            self._request.async_fn_args[2].put(dict(sorted(self._results.items())))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for finalize in self._request.finalize_fns:
                 finalize()
         return {name: digest for _, hashes in shares for name, digest in hashes.items()}
 
-    def _copy_state(self) -> None:
-        """Replace the tensors, one file's after another's, by copies that training will not change."""
+    def _copy_state(self, *, in_any_case: bool) -> None:
+        """Replace the tensors, one file's after another's, by those of host memory, copies even if they are there."""
         for number, (path, name, (objects, tensors)) in enumerate(self._files):
             copies = [
-                (item, tensor.to("cpu", non_blocking=True, copy=True)) for item, tensor in tensors
+                (item, tensor.to("cpu", non_blocking=True, copy=in_any_case))
+                for item, tensor in tensors
             ]
             torch.cuda.synchronize()
             self._files[number] = (path, name, (objects, copies))
 
-    def _write(self) -> None:
+    def _write(self, numbers: Sequence[int]) -> None:
         try:
-            for number, (path, name, _) in enumerate(self._files):
+            for number in numbers:
+                path, name, _ = self._files[number]
                 self._results[number] = self._write_one(number)
-                self._hashes[name] = sha256_file(Path(path))
-                self.moves += 1
+                self._hashes[name] = sha256_file(Path(path), self._move)
         except Exception as error:  # a thread has nobody to raise it to
             self._failure = f"{type(error).__name__}: {error}"
+
+    def _move(self) -> None:
+        if self._given_up:
+            raise InterruptedError("given up")
+        self.moves += 1
 
     def _write_one(self, number: int) -> list[Any]:
         """Write and fsync one file, and let go of its tensors; what megatron-core notes of each."""
@@ -122,7 +145,7 @@ class BackgroundSave:
         _write_file(
             transforms,
             number,
-            (path, name, (objects, self._counted(tensors))),
+            (path, name, (objects, self._told(Path(path), tensors))),
             results,
             unfinished,
             use_fsync=True,
@@ -134,9 +157,24 @@ class BackgroundSave:
         written: list[Any] = found
         return written
 
-    def _counted(self, tensors: Iterable[Any]) -> Iterator[Any]:
-        for tensor in tensors:
-            if self._given_up:
-                raise InterruptedError("given up")
-            yield tensor
-            self.moves += 1
+    def _told(self, path: Path, tensors: Iterable[Any]) -> Iterator[Any]:
+        """The tensors of a file, each followed by a sign of life once it is written."""
+        unsynced = 0
+        for item, tensor in tensors:
+            yield item, tensor
+            unsynced += tensor.nbytes
+            if unsynced >= FSYNC_BYTES:
+                fsync_path(path)
+                unsynced = 0
+            self._move()
+
+
+def save_student(student: Student, folder: Path) -> None:
+    """Write weights, optimizer, schedule and this rank's random streams into an existing empty folder.
+
+    Every rank calls it; the folder is complete when the last rank returns.
+
+    Raises:
+        CheckpointError: the files of some rank could not be written.
+    """
+    BackgroundSave(student, folder, behind=False).finish()

@@ -22,6 +22,7 @@ with importing_megatron():
         optim_state_to_sharding_state,
     )
     from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
     from megatron.core.distributed import (
@@ -126,6 +127,7 @@ __all__ = [
     "clip_grad_by_total_norm_fp32",
     "dist_checkpointing",
     "distrib_optimizer",
+    "filesystem_async",
     "finalize_model_grads",
     "get_forward_backward_func",
     "get_gpt_layer_local_spec",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from distill_pretrain.mcore.core import (
     TorchDistSaveShardedStrategy,
     dist_checkpointing,
+    filesystem_async,
     make_sharded_optimizer_tensor,
     megatron_random,
     save_preprocess,
@@ -77,10 +79,13 @@ def _layout(student: Student) -> list[int]:
 
 
 def plan_save(student: Student, folder: Path) -> Any:
-    """What `save_student` still has to write, as megatron-core's AsyncRequest; all but the sharded tensors is written.
+    """What is still to be written, as megatron-core's AsyncRequest; all but the sharded tensors is written.
 
     Every rank calls it. The request refers to the student's own tensors.
     """
+    # It would start a Manager process for this queue and keep it: one that a SIGTERM to the process group ends before
+    # the last save, and that outlives a killed job. A queue of this save alone, since a failed one leaves its results.
+    filesystem_async._results_queue = Queue()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         state = _student_state(student, is_loading=False)
@@ -103,17 +108,6 @@ def plan_save(student: Student, folder: Path) -> Any:
     return request
 
 
-def save_student(student: Student, folder: Path) -> None:
-    """Write weights, optimizer, schedule and this rank's random streams into an existing empty folder.
-
-    Every rank calls it; the folder is complete when the last rank returns.
-    """
-    request = plan_save(student, folder)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        request.execute_sync()
-
-
 def saved_bytes(student: Student, *, precision: str) -> int:
     """About what a checkpoint of a student takes, over all ranks: weights, masters of bf16 and Adam's moments.
 
@@ -130,7 +124,7 @@ def saved_bytes(student: Student, *, precision: str) -> int:
 
 
 def load_student(student: Student, folder: Path) -> bool:
-    """Restore what `save_student` wrote, under any layout.
+    """Restore what `background_save.save_student` wrote, under any layout.
 
     Returns:
         Whether this rank's random streams were restored: not when the layout has changed.

@@ -14,7 +14,6 @@ from distill_pretrain.checkpoint.store import CheckpointStore, PendingSave
 from distill_pretrain.errors import TrainingStopped
 from distill_pretrain.mcore.background_save import BackgroundSave
 from distill_pretrain.mcore.schedule import Student
-from distill_pretrain.mcore.state import save_student
 from distill_pretrain.train.config import TrainConfig
 from distill_pretrain.train.metrics import EventLog
 from distill_pretrain.train.stopping import most_anywhere
@@ -62,7 +61,7 @@ class Saver:
         return self._pending is not None and self._pending.files.writing
 
     def save(self, step: int, progress: dict[str, Any], doing: Callable[[str], None]) -> None:
-        """Save, or begin to save once the save before is published. Every rank calls it.
+        """Save; or begin to, once the save before is published. Every rank calls it.
 
         Args:
             step: optimizer steps done.
@@ -71,16 +70,17 @@ class Saver:
         """
         self.flush(doing)
         started = time.perf_counter()
-        arguments = (step, self._identity)
-        more: dict[str, Any] = {"keep": self._config.keep_checkpoints, "progress": progress}
-        if self._config.async_save:
-            self._pending = self._checkpoints.begin_save(
-                *arguments, partial(BackgroundSave, self._student), **more
-            )
-            self._begun, self._stalled = started, time.perf_counter() - started
-        else:
-            self._checkpoints.save(*arguments, partial(save_student, self._student), **more)
-            self._events.add("saved", step, seconds=round(time.perf_counter() - started, 3))
+        behind = self._config.async_save
+        self._pending = self._checkpoints.begin_save(
+            step,
+            self._identity,
+            partial(BackgroundSave, self._student, behind=behind),
+            keep=self._config.keep_checkpoints,
+            progress=progress,
+        )
+        self._begun, self._stalled = started, time.perf_counter() - started
+        if not behind:
+            self.flush(doing)
 
     def end_step(self, writing_anywhere: bool) -> None:
         """Publish what every rank has finished writing. Every rank calls it with the same."""
@@ -129,9 +129,7 @@ class Saver:
         assert pending is not None
         pending.publish()
         now = time.perf_counter()
-        self._events.add(
-            "saved",
-            pending.step,
-            seconds=round(self._stalled + now - waiting_since, 3),
-            published_after=round(now - self._begun, 3),
-        )
+        facts = {"seconds": round(self._stalled + now - waiting_since, 3)}
+        if self._config.async_save:
+            facts["published_after"] = round(now - self._begun, 3)
+        self._events.add("saved", pending.step, **facts)

@@ -19,8 +19,9 @@ DROPOUT = {**LLAMA, "dropout": 0.2}
 
 def change_layout(folder: str) -> dict[str, Any]:
     """Two steps under PP2, saved; on under PP2 again, and under TP2."""
+    from distill_pretrain.mcore.background_save import save_student
     from distill_pretrain.mcore.parallel import model_parallel
-    from distill_pretrain.mcore.state import load_student, save_student
+    from distill_pretrain.mcore.state import load_student
 
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
@@ -65,8 +66,9 @@ def resume_distributed_optimizer(folder: str) -> dict[str, Any]:
 
     All with the distributed optimizer.
     """
+    from distill_pretrain.mcore.background_save import save_student
     from distill_pretrain.mcore.parallel import model_parallel
-    from distill_pretrain.mcore.state import load_student, save_student
+    from distill_pretrain.mcore.state import load_student
 
     torch.set_num_threads(1)
     found: dict[str, Any] = {}

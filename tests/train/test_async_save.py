@@ -109,9 +109,8 @@ def said_at(step: int, action: Callable[[], None]) -> Callable[[str], None]:
 
 def files_of_both(root: Path) -> list[dict[str, str]]:
     """One state saved in the foreground and behind it, where only rank 0 has files to write."""
-    from distill_pretrain.mcore.background_save import BackgroundSave
+    from distill_pretrain.mcore.background_save import BackgroundSave, save_student
     from distill_pretrain.mcore.parallel import model_parallel
-    from distill_pretrain.mcore.state import save_student
 
     layout = ParallelConfig(distributed_optimizer=True)
     with released_groups(), model_parallel(layout, seed=1) as groups:

@@ -80,8 +80,9 @@ def two_steps(
     save: bool = False,
 ) -> list[list[float]]:
     """Terms of steps 2 and 3: after two steps that are saved, or from what was saved."""
+    from distill_pretrain.mcore.background_save import save_student
     from distill_pretrain.mcore.parallel import model_parallel
-    from distill_pretrain.mcore.state import load_student, save_student
+    from distill_pretrain.mcore.state import load_student
 
     layout, model = ParallelConfig(tensor=tensor), {**SMALL_GPT2, "dropout": dropout}
     with model_parallel(layout, seed=1) as groups:
