@@ -47,8 +47,9 @@ def take_steps(student: Any, batches: Any, start: int) -> dict[str, Any]:
 
 
 def resume(case: tuple[str, str, str], folder: Path) -> dict[str, Any]:
+    from distill_pretrain.mcore.background_save import save_student
     from distill_pretrain.mcore.parallel import model_parallel
-    from distill_pretrain.mcore.state import load_student, save_student
+    from distill_pretrain.mcore.state import load_student
 
     init, layout, optimizer = case
     model = {**LLAMA, "num_layers": 2, **INITS[init]}
