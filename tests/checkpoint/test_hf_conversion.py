@@ -476,7 +476,9 @@ def test_keys_that_older_folders_lack_mean_what_transformers_takes_them_for(tmp_
     assert found.model.num_query_groups == 8 and found.model.kv_channels == 8
     assert found.model.rotary_base == 1000000 and found.model.norm_epsilon == 1e-6
     assert (found.dtype, found.family, found.vocab_size) == ("fp16", "llama", VOCAB_SIZE)
-    (tmp_path / "config.json").write_text(json.dumps({**old, "model_type": "qwen3"}))
+    # Qwen3's own default of 32 key-value heads is refused beside 8 heads.
+    qwen3 = {**old, "model_type": "qwen3", "num_key_value_heads": 8}
+    (tmp_path / "config.json").write_text(json.dumps(qwen3))
     assert read_hf_model(tmp_path).model.kv_channels == 128
     (tmp_path / "config.json").write_text(json.dumps({**old, "model_type": "mistral"}))
     assert read_hf_model(tmp_path).model.num_query_groups == 8  # and a window of 4096, not in use
