@@ -105,21 +105,35 @@ def existing_parent(path: Path) -> Path:
     return place
 
 
+def missing_folders(path: Path) -> list[Path]:
+    """The folders above a path that do not exist yet, the innermost first."""
+    return [folder for folder in path.absolute().parents if not folder.exists()]
+
+
+def drop_empty(folders: list[Path]) -> None:
+    """Remove those of the folders, the innermost first, that hold nothing; others stay."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
 def require_writable(path: Path) -> None:
     """Raise StorageError unless the file could be written now: found out by writing a little beside it.
 
-    For a file that comes at the end of long work. Folders above it are made.
+    For a file that comes at the end of long work. Folders above it are made for the trial alone.
     """
     if path.is_dir():
         raise storage_error(OSError(errno.EISDIR, ""), path)
     probe = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    made = missing_folders(path)
     with naming(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             probe.write_bytes(bytes(_PROBE_BYTES))
         finally:
             with suppress(OSError):
                 probe.unlink()
+            drop_empty(made)
 
 
 def require_room(folder: Path, needed: int, *, what: str, remedy: str) -> None:

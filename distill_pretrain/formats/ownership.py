@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from distill_pretrain.errors import InUse
+from distill_pretrain.formats.disk import drop_empty, missing_folders
 
 OWNER = ".owner"
 PATIENCE_S = 3.0
@@ -133,8 +134,7 @@ def try_to_own(owner: Path) -> FileLock | None:
     Raises:
         OSError: the file cannot be made, or the file system has no locks.
     """
-    owner.parent.mkdir(parents=True, exist_ok=True)
-    while (lock := FileLock.take(owner)) is not None:
+    while (lock := _take(owner)) is not None:
         # The owner before us may have removed the file between our opening and our locking it.
         if lock.is_current():
             # On a full disk the owner stays without a name.
@@ -144,6 +144,11 @@ def try_to_own(owner: Path) -> FileLock | None:
             return lock
         lock.release()
     return None
+
+
+def _take(owner: Path) -> FileLock | None:
+    owner.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock.take(owner)
 
 
 def owner_of(folder: Path) -> Path:
@@ -176,14 +181,18 @@ def owning(owner: Path, *, what: Path, remedy: str) -> Iterator[None]:
     if FileLock.held_here(owner) is not None:
         yield
         return
+    made = missing_folders(owner)
     lock = _own_soon(owner, what, remedy)
     try:
         yield
     finally:
         if lock is not None:
-            # Inside a folder the file stays: between removing it and the next look of another host, whose view of
-            # the folder may be seconds old, two could own it.
-            if owner.name == OWNER:
+            # A job that wrote nothing leaves no folder behind. Inside any other the file stays: between removing it
+            # and the next look of another host, whose view of the folder may be seconds old, two could own it.
+            if made and os.listdir(owner.parent) == [owner.name]:
+                owner.unlink(missing_ok=True)
+                drop_empty(made)
+            elif owner.name == OWNER:
                 with suppress(OSError):
                     os.ftruncate(lock.fd, 0)
             else:

@@ -85,3 +85,13 @@ def test_without_leave_to_write_or_without_locks_the_block_runs(tmp_path, monkey
     with owning(owner_of(tmp_path), what=tmp_path, remedy=""):
         ran.append(True)
     assert ran
+
+
+def test_who_wrote_nothing_leaves_no_folder(tmp_path):
+    folder = tmp_path / "runs" / "first"
+    with owning(owner_of(folder), what=folder, remedy="wait"):
+        assert folder.exists()
+    assert not list(tmp_path.iterdir())
+    with owning(owner_of(folder), what=folder, remedy="wait"):
+        (folder / "file").touch()
+    assert (folder / "file").exists()
