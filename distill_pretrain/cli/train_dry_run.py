@@ -108,7 +108,11 @@ def _sequences(recipe: Recipe, corpus: Corpus) -> Iterator[int]:
 def _data(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Corpora and caches: opened and compared where they are there."""
     assert recipe.data
+    from distill_pretrain.train.preflight import ignored_caches
+
     uses_cache = recipe.objective.target == "cache" and recipe.objective.peak_kd_weight > 0
+    if (ignored := ignored_caches(recipe.data, recipe.objective)) is not None:
+        yield "cache", ignored
     for source in recipe.data.sources:
         index = source.tokens.with_name(f"{source.tokens.name}.idx")
         if not index.is_file():

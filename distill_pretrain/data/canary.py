@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from distill_pretrain.contracts import IGNORED_LABEL, RaggedTargets
 from distill_pretrain.data.batches import SequenceSource, TargetSource
+from distill_pretrain.data.kept_mass import KeptShare
 from distill_pretrain.errors import CacheMismatch, DistillPretrainError, TeacherError
 
 MOST_SEQUENCES = 64
@@ -72,11 +73,18 @@ class Canary:
         )
 
 
-def measure_canary(plan: SequenceSource, cache: TargetSource, *, num_sequences: int) -> Canary:
+def measure_canary(
+    plan: SequenceSource,
+    cache: TargetSource,
+    *,
+    num_sequences: int,
+    kept: KeptShare | None = None,
+) -> Canary:
     """Read from sequences spread evenly over the first `num_sequences`.
 
     They are 64, or as many more as short ones take to make 16,000 positions. Of sequences too long for 131,072
-    positions in all a part each is read, from the start of the first one to the end of the last.
+    positions in all a part each is read, from the start of the first one to the end of the last. All that is
+    read is added to `kept`.
     """
     wanted = min(num_sequences, max(MOST_SEQUENCES, 2 * DECISIVE_POSITIONS // plan.seq_len))
     size = min(plan.seq_len, MOST_POSITIONS // wanted)
@@ -86,6 +94,8 @@ def measure_canary(plan: SequenceSource, cache: TargetSource, *, num_sequences: 
         start = place * (plan.seq_len - size) // max(1, wanted - 1)
         targets = cache.read(sequence, tokens, start, start + size)
         columns.append(target_columns(targets, labels[start : start + size]))
+        if kept is not None:
+            kept.add(targets)
     positions = np.array([len(column.hits) for column in columns])
     _, hits, mass, entropy, uniform, top = map(np.concatenate, zip(*columns, strict=True))
     _, counts = np.unique(top, return_counts=True)
@@ -172,6 +182,7 @@ def run_canary(
     captured_sequences: int,
     refuse: bool,
     say: Callable[[str], None],
+    kept: KeptShare | None = None,
 ) -> None:
     """Measure and judge a cache, and print one line with the figures.
 
@@ -185,8 +196,9 @@ def run_canary(
         captured_sequences: that the rate is of.
         refuse: raise what `check_canary` raises; otherwise print it.
         say: prints one line.
+        kept: gets what is read.
     """
-    canary = measure_canary(plan, cache, num_sequences=num_sequences)
+    canary = measure_canary(plan, cache, num_sequences=num_sequences, kept=kept)
     if num_sequences < COMPARED_SHARE * captured_sequences:
         captured_rate = None
     try:

@@ -1,19 +1,16 @@
-"""How much of the teacher's distribution the targets of top-k and top-p keep, and what leaving out the rest costs."""
+"""A capture says how much of the teacher's distribution the targets of top-k and top-p keep."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
-from distill_pretrain.contracts import RaggedTargets
+from distill_pretrain.data.kept_mass import KeptShare
 from distill_pretrain.formats.cache_plan import CachePlan
 from distill_pretrain.teacher.scoring import SampledBatch
 
 ENOUGH_POSITIONS = 8192
 """After so many it is said; a capture may take weeks."""
-LOW_MASS = 0.9
 
 
 class KeptMass:
@@ -50,29 +47,18 @@ class KeptMass:
         self._open = {}
 
 
-class _Sums:
+class _Sums(KeptShare):
     def __init__(self, folder: Path, plan: CachePlan) -> None:
+        super().__init__()
         self._folder, self._plan = folder, plan
-        self.positions, self._mass, self._bias = 0, 0.0, 0.0
-
-    def add(self, targets: RaggedTargets) -> None:
-        lengths = targets.entries_per_token[targets.entries_per_token > 0]
-        if not len(lengths):
-            return
-        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-        mass = np.add.reduceat(targets.probs().astype(np.float64), starts)
-        self.positions += len(mass)
-        self._mass += float(mass.sum())
-        self._bias -= float(np.log(mass).sum())
 
     def line(self) -> str:
-        mass, bias = self._mass / self.positions, max(0.0, self._bias / self.positions)
         sampler = self._plan.sampler["name"]
         said = (
-            f"{self._folder}: {sampler} keeps {mass:.1%} of the teacher's mass (mean of {self.positions:,} positions); "
-            f"scaled to 1, what is kept is {bias:.2f} nats off the teacher's distribution"
+            f"{self._folder}: {sampler} keeps {self.mean:.1%} of the teacher's mass (mean of {self.positions:,} "
+            f"positions); scaled to 1, what is kept is {self.bias:.2f} nats off the teacher's distribution"
         )
-        if mass >= LOW_MASS:
+        if not self.is_low:
             return said
         return (
             f"warning: {said}, and students learn that bias; remedy: raise num_draws"

@@ -17,7 +17,6 @@ from distill_pretrain.checkpoint.store import (
 from distill_pretrain.contracts import LogitsEngine
 from distill_pretrain.data.batches import StudentBatches
 from distill_pretrain.data.blend import blend_splits
-from distill_pretrain.data.canary import run_canary
 from distill_pretrain.data.config import DataConfig
 from distill_pretrain.data.sources import (
     SequenceData,
@@ -28,7 +27,7 @@ from distill_pretrain.data.sources import (
 from distill_pretrain.formats.ownership import owner_of
 from distill_pretrain.losses.config import ObjectiveConfig
 from distill_pretrain.losses.dense_kd import TeacherObjective
-from distill_pretrain.losses.sparse_kd import DistillationObjective, require_entries_fit
+from distill_pretrain.losses.sparse_kd import DistillationObjective
 from distill_pretrain.losses.terms import Objective
 from distill_pretrain.mcore.config import ModelConfig, OptimizerConfig, ParallelConfig
 from distill_pretrain.mcore.deep import residual_identity
@@ -50,6 +49,12 @@ from distill_pretrain.processes.process import (
 from distill_pretrain.train.config import TrainConfig
 from distill_pretrain.train.exports import RunExports
 from distill_pretrain.train.metrics import EventLog, MetricsLog
+from distill_pretrain.train.preflight import (
+    check_kernels,
+    check_targets,
+    check_teacher,
+    ignored_caches,
+)
 from distill_pretrain.train.throughput import Throughput, peak_tflops
 from distill_pretrain.train.trackers import Trackers, require_trackers
 
@@ -99,30 +104,6 @@ def run_identity(
         identity["blend"] = [source.identity for source in sources[1:]]
         identity["blend_splits"] = list(blend_splits([s.config.weight for s in sources]))
     return identity
-
-
-def check_targets(sources: Sequence[TrainingSource], say: Callable[[str], None]) -> None:
-    """Run the canary on every cache; rank 0 reads, every rank learns of an error."""
-
-    def check() -> None:
-        for source in sources:
-            if source.cache is not None:
-                require_entries_fit(
-                    source.cache.plan.sampler["num_draws"], where=source.config.cache
-                )
-                rate = source.cache.manifest.totals["canary_hit_rate"]
-                run_canary(
-                    source.sequences.plan,
-                    source.cache,
-                    num_sequences=source.sequences.num_sequences,
-                    where=source.config.cache,
-                    captured_rate=rate,
-                    captured_sequences=source.cache.plan.num_sequences,
-                    refuse=source.config.canary == "refuse",
-                    say=say,
-                )
-
-    on_first_rank(check)
 
 
 def make_objective(
@@ -212,13 +193,17 @@ def train_student(
     ):
         teacher = _open_whole(open_teacher, sources[0].sequences) if open_teacher else None
         identity = run_identity(sources, model, parallel, optimizer, objective, train, teacher)
+        if (ignored := ignored_caches(data, objective)) is not None:
+            say(ignored)
         exports = RunExports(train, identity, data.tokens, zero_stage=optimizer.zero_stage)
         checkpoints = CheckpointStore(train.output_dir / "checkpoints")
         newest = checkpoints.find(identity, say)
         if newest is not None and newest.step >= train.steps:
             say(f"already trained: {newest.folder}")
             return
-        check_targets(sources, say)
+        check_kernels(objective)
+        check_targets(sources, objective, say)
+        check_teacher(teacher, sources[0].sequences, objective)
         on_first_rank(lambda: drop_unfinished(train.output_dir))
         require_shared_folder(train.output_dir)
         if launch_rank() == 0:

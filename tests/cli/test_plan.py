@@ -104,6 +104,11 @@ def test_a_dry_run_says_what_the_job_would_be(recipe, tmp_path, capsys):
     assert "4 processes" in output and "data parallel 2" in output
     assert "2 epochs of 200 sequences" in output
     assert "nowhere/train: not here, not checked" in output
+    assert "not read" not in output
+    text_alone = ["objective.ce_weight=1", "objective.kd_weight=0"]
+    assert main(["train", str(recipe), *arguments, *text_alone]) == 0
+    ignored = "not read, since objective.kd_weight is 0: nowhere/cache (data.cache)"
+    assert ignored in capsys.readouterr().out
 
 
 def test_a_world_size_without_a_dry_run_is_refused(recipe, capsys):

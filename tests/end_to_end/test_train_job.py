@@ -123,6 +123,7 @@ def test_a_bit_flipped_in_the_newest_checkpoint_costs_its_steps_only(job, tmp_pa
         (["parallel.tensor=2"], "not tensor x pipeline x context x data parallel"),
         (["model.num_layers=3", "parallel.pipeline=2"], "model.num_layers = 3"),
         (["objective.kd_weight=1.0"], "data.cache"),
+        (["objective.kernel=cuda"], "the loss cannot be computed by CUDA kernels"),
         (["data.seq_len=100000000"], "seq_len"),
         (["data.num_sequences=100000000"], "data.num_sequences"),
         (["data.vocab_size=300"], "data.vocab_size"),
