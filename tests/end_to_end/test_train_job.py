@@ -109,8 +109,9 @@ def test_a_bit_flipped_in_the_newest_checkpoint_costs_its_steps_only(job, tmp_pa
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
     capsys.readouterr()
-    job.cli("train", *run, "train.steps=6")
+    job.cli("train", *run, "train.steps=6", f"data.cache={job.cache}")
     said = capsys.readouterr().out
+    assert f"not read, since objective.kd_weight is 0: {job.cache}" in said
     assert "WARNING" in said and victim.name in said and "resumed at step 2" in said
     again = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert len(again) == 6 and json.loads(again[3])["loss"] == json.loads(losses)["loss"]
