@@ -171,7 +171,7 @@ def _score(recipe: Recipe, models: dict[str, Path], held_out: SequenceData) -> E
             recipe.eval.dtype,
             vocab_size=held_out.vocab_size,
             seq_len=held_out.plan.seq_len,
-            tokenizer_sha256=held_out.tokenizer_sha256,
+            tokenizer_digests=held_out.tokenizer_digests,
         )
         for name, path in models.items()
     }

@@ -138,14 +138,14 @@ def _tokenizer_of_run(checkpoint: Checkpoint, *, required: bool) -> tuple[Path |
         if required:
             say("no tokenizer: the run's tokens have no tokens.json; name one with --tokenizer")
         return None, None
-    expected, found = checkpoint.identity.get("tokenizer_sha256"), record.tokenizer["sha256"]
-    if expected not in (None, found):
+    expected, found = checkpoint.identity.get("tokenizer_sha256"), record.tokenizer_digests
+    if expected is not None and expected not in found:
         if not required:
             return None, None
         raise TokenizerMismatch(
             "the tokens of the run were made again with another tokenizer",
             where=data.tokens.parent,
-            found=f"tokenizer {found[:12]}",
+            found=f"tokenizer {found[0][:12]}",
             expected=f"{expected[:12]}, recorded in the checkpoint",
             remedy="name the right one with --tokenizer, or --tokenizer none",
         )

@@ -154,8 +154,9 @@ def find_tokenizer(places: list[Path], sha256: str | None) -> Tokenizer | None:
         if not (place / "tokens.json").is_file():
             continue
         try:
-            record = TokensRecord.load(place).tokenizer
-            if record["sha256"] == sha256:
+            folder = TokensRecord.load(place)
+            record = folder.tokenizer
+            if sha256 in folder.tokenizer_digests:
                 return load_recorded_tokenizer(
                     place, kind=record["kind"], file=record["file"], sha256=record["sha256"]
                 )

@@ -36,7 +36,7 @@ def load_teacher(teacher: TeacherConfig, sequences: SequenceData, tokens: Path) 
         teacher.dtype,
         vocab_size=sequences.vocab_size,
         seq_len=sequences.plan.seq_len,
-        tokenizer_sha256=sequences.tokenizer_sha256,
+        tokenizer_digests=sequences.tokenizer_digests,
         trust=teacher.trust,
     )
     _name_padding(teacher, sequences)
@@ -56,7 +56,7 @@ def load_replica(teacher: TeacherConfig, sequences: SequenceData, tokens: Path) 
         teacher,
         vocab_size=sequences.vocab_size,
         seq_len=sequences.plan.seq_len,
-        tokenizer_sha256=sequences.tokenizer_sha256,
+        tokenizer_digests=sequences.tokenizer_digests,
     )
     _name_padding(teacher, sequences)
     return engine
@@ -111,7 +111,7 @@ def require_own_tokenizer(teacher: TeacherConfig, tokens: Path) -> None:
     Raises:
         TokenizerMismatch: the two differ.
     """
-    from distill_pretrain.corpus.tokenizers import HF_FILES, tokenizer_sha256
+    from distill_pretrain.corpus.tokenizers import HF_FILES, is_same_tokenizer
     from distill_pretrain.errors import TokenizerMismatch
     from distill_pretrain.formats import TokensRecord
 
@@ -120,12 +120,11 @@ def require_own_tokenizer(teacher: TeacherConfig, tokens: Path) -> None:
     has_tokenizer = any((model / name).is_file() for name in HF_FILES)
     if record is None or record.tokenizer["kind"] != "hf" or not has_tokenizer:
         return
-    found = tokenizer_sha256("hf", model)
-    if found != record.tokenizer["sha256"]:
+    if not is_same_tokenizer(record, tokens.parent, model):
         raise TokenizerMismatch(
             "the corpus was made with another tokenizer than the teacher's",
             where=f"teacher.path {model}, data.tokens {tokens}",
-            found=f"tokenizer {found[:12]} beside the teacher",
-            expected=f"{record.tokenizer['sha256'][:12]}, recorded in tokens.json",
+            found="another model, normaliser, pre-tokenizer or end-of-document token beside the teacher",
+            expected=f"tokenizer {record.tokenizer_digests[0][:12]}, recorded in tokens.json",
             remedy="tokenize with tokenizer.kind=hf and tokenizer.path set to the teacher's folder",
         )

@@ -23,9 +23,9 @@ from distill_pretrain.corpus.encode import encode_batches
 from distill_pretrain.corpus.readers import SourceList, batches_of, list_sources
 from distill_pretrain.corpus.tokenizers import (
     Tokenizer,
+    is_same_tokenizer,
     load_recorded_tokenizer,
     load_tokenizer,
-    tokenizer_sha256,
     train_tokenizer,
 )
 from distill_pretrain.errors import ConfigError, CorpusError, TokenizerMismatch
@@ -118,10 +118,12 @@ def _tokenize(
         )
         dump_recipe(recipe, folder / RECIPE)
         (folder / SOURCES).write_text(json.dumps(_describe(sources), indent=2) + "\n")
+        semantic = tokens.semantic_sha256
         record = TokensRecord(
             tokenizer={
                 "kind": tokens.kind,
                 "sha256": tokens.sha256,
+                **({"semantic_sha256": semantic} if semantic else {}),
                 "vocab_size": tokens.vocab_size,
                 "file": tokenizer_file,
             },
@@ -273,7 +275,9 @@ def _check_done(recipe: TokenizeRecipe, sources: SourceList) -> TokensRecord:
     config = recipe.tokenizer
     if config.path is not None:
         load_tokenizer(config.kind, config.path)
-        if tokenizer_sha256(config.kind, config.path) != record.tokenizer["sha256"]:
+        if config.kind != record.tokenizer["kind"] or not is_same_tokenizer(
+            record, folder, config.path
+        ):
             raise TokenizerMismatch(
                 "the folder was made with another tokenizer than tokenizer.path is now",
                 where=folder,

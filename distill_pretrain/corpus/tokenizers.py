@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import random
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 from distill_pretrain.corpus.config import CorpusConfig, TokenizerConfig
 from distill_pretrain.corpus.readers import Slice, SourceList, read_sample
 from distill_pretrain.errors import ConfigError, CorpusError, MissingDependency, TokenizerMismatch
+from distill_pretrain.formats.tokens_record import TokensRecord
 
 SAMPLE_BYTES = 1 << 16
 LEAST_SAMPLE = 0.9
@@ -37,12 +39,18 @@ class Tokenizer(Protocol):
         vocab_size: V; every id is below it.
         eod_id: token that ends a document.
         sha256: of the files that define it.
+        semantic_sha256: of what decides the ids of a text; None where that cannot be told from the rest.
     """
 
     kind: str
     vocab_size: int
     eod_id: int
     sha256: str
+
+    @property
+    def semantic_sha256(self) -> str | None:
+        """See above."""
+        ...
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, nothing added."""
@@ -83,6 +91,11 @@ class SentencePieceTokenizer:
                 where=where,
                 expected="a sentencepiece model with </s>",
             )
+
+    @property
+    def semantic_sha256(self) -> str | None:
+        """None: a sentencepiece model is one file, which nobody writes again."""
+        return None
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text."""
@@ -143,6 +156,26 @@ class HfTokenizer:
         self.eod_id = int(tokenizer.eos_token_id)
         self.sha256 = _sha256_of_hf_folder(folder)
 
+    @property
+    def semantic_sha256(self) -> str | None:
+        """Of the loaded tokenizer: model, normaliser, pre-tokenizer, added words and the end-of-document id.
+
+        Left out is what changes no id here, where nothing is added to a text and special tokens in it stay text:
+        chat template, lengths, padding, other special tokens, post-processor, decoder.
+        """
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return None
+        state = json.loads(backend.to_str())
+        added = [token for token in state.get("added_tokens") or [] if not token["special"]]
+        deciding = {
+            "added": sorted(added, key=lambda token: int(token["id"])),
+            "eod_id": self.eod_id,
+            **{part: state.get(part) for part in ("model", "normalizer", "pre_tokenizer")},
+        }
+        text = json.dumps(_without_defaults(deciding), sort_keys=True)
+        return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens."""
         encoded = self._tokenizer(
@@ -200,6 +233,32 @@ def tokenizer_sha256(kind: str, path: Path) -> str:
     if kind == "hf":
         return _sha256_of_hf_folder(path)
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def is_same_tokenizer(record: TokensRecord, folder: Path, path: Path) -> bool:
+    """Whether the tokenizer at a path gives the ids of the one that made a folder of tokens.
+
+    Files that are equal byte for byte are not loaded.
+
+    Args:
+        record: tokens.json of the folder.
+        folder: with the tokenizer that made the tokens, for a record that only knows the bytes of its files.
+        path: of the tokenizer in question, of the same kind.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    made_by = record.tokenizer
+    if tokenizer_sha256(made_by["kind"], path) == made_by["sha256"]:
+        return True
+    found = load_tokenizer(made_by["kind"], path).semantic_sha256
+    known = made_by.get("semantic_sha256")
+    if found is None or known is not None:
+        return found is not None and found == known
+    stored = load_recorded_tokenizer(
+        folder, kind=made_by["kind"], file=made_by["file"], sha256=made_by["sha256"]
+    )
+    return stored.semantic_sha256 == found
 
 
 def load_recorded_tokenizer(folder: Path, *, kind: str, file: str, sha256: str) -> Tokenizer:
@@ -334,6 +393,21 @@ def _choose(parts: list[Slice], num_bytes: int) -> list[Slice]:
         chosen.append(index)
         num_bytes -= parts[index].end - parts[index].start
     return [parts[index] for index in sorted(chosen)]
+
+
+def _without_defaults(value: Any) -> Any:
+    """JSON without what is off or empty, and merges as text: libraries of other versions write these differently."""
+    if isinstance(value, dict):
+        kept = {key: _without_defaults(inner) for key, inner in value.items()}
+        if isinstance(kept.get("merges"), list):
+            kept["merges"] = [m if isinstance(m, str) else " ".join(m) for m in kept["merges"]]
+        off: tuple[Any, ...] = (None, "", [], {})
+        return {
+            key: inner for key, inner in kept.items() if inner is not False and inner not in off
+        }
+    if isinstance(value, list):
+        return [_without_defaults(inner) for inner in value]
+    return value
 
 
 def _sha256_of_hf_folder(folder: Path) -> str:

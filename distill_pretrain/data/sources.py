@@ -26,15 +26,21 @@ class SequenceData:
         index: the corpus.
         plan: its sequences.
         vocab_size: V, real vocabulary.
-        tokenizer_sha256: of the tokenizer that made it; None for a corpus from elsewhere.
+        tokenizer_digests: what the tokenizer that made it is known by, see `TokensRecord`; empty for a corpus
+            from elsewhere.
         num_sequences: how many of the plan's sequences the recipe uses.
     """
 
     index: TokenIndex
     plan: SequencePlan
     vocab_size: int
-    tokenizer_sha256: str | None
+    tokenizer_digests: tuple[str, ...]
     num_sequences: int
+
+    @property
+    def tokenizer_sha256(self) -> str | None:
+        """What caches and checkpoints write down of the tokenizer."""
+        return self.tokenizer_digests[0] if self.tokenizer_digests else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +97,14 @@ def open_sequences(data: DataConfig, prefix: Path | None = None) -> SequenceData
             expected=f"a number, or tokens.json beside {tokens}",
             remedy="set data.vocab_size to the tokenizer's vocabulary size",
         )
-    if record and data.vocab_size and data.vocab_size != record.vocab_size:
+    # Fewer ids than the tokenizer has are right where the corpus holds none of the others: a padding token, say, that
+    # the model never knew. The ids are checked below.
+    if record and data.vocab_size and data.vocab_size > record.vocab_size:
         raise TokenizerMismatch(
-            "data.vocab_size is not the tokenizer's",
+            "data.vocab_size is more than the tokenizer has",
             where="data.vocab_size",
             found=data.vocab_size,
-            expected=f"{record.vocab_size} (tokens.json beside {tokens})",
+            expected=f"at most {record.vocab_size} (tokens.json beside {tokens})",
             remedy="leave data.vocab_size out",
         )
     # Rank 0 reads a corpus without fingerprint whole and leaves the result beside it for the others.
@@ -115,7 +123,7 @@ def open_sequences(data: DataConfig, prefix: Path | None = None) -> SequenceData
         index=index,
         plan=plan,
         vocab_size=vocab_size,
-        tokenizer_sha256=record.tokenizer["sha256"] if record else None,
+        tokenizer_digests=record.tokenizer_digests if record else (),
         num_sequences=wanted or plan.num_sequences,
     )
 
@@ -135,15 +143,16 @@ def open_blend(data: DataConfig) -> list[SequenceData]:
                 where=f"data.blend, {config.tokens}",
                 found=other.vocab_size,
                 expected=f"{first.vocab_size}, that of {data.tokens}",
-                remedy="tokenise both with the same tokenizer",
+                remedy="tokenise both with the same tokenizer, or set data.vocab_size to the smaller number "
+                "where no corpus holds an id at or above it",
             )
-        digests = (first.tokenizer_sha256, other.tokenizer_sha256)
-        if None not in digests and digests[0] != digests[1]:
+        digests = (first.tokenizer_digests, other.tokenizer_digests)
+        if all(digests) and not set(digests[0]) & set(digests[1]):
             raise TokenizerMismatch(
                 "the corpora of the blend were made with different tokenizers",
                 where=f"data.blend, {config.tokens}",
-                found=f"tokenizer {str(digests[1])[:12]}",
-                expected=f"{str(digests[0])[:12]}, that of {data.tokens}",
+                found=f"tokenizer {digests[1][0][:12]}",
+                expected=f"{digests[0][0][:12]}, that of {data.tokens}",
                 remedy="tokenise both with the same tokenizer",
             )
     return opened

@@ -194,12 +194,17 @@ class CachePlan:
         return _differences("", asdict(self), asdict(other.with_extent(self.num_sequences)))
 
     def joining(self, stored: CachePlan) -> CachePlan:
-        """This plan with the tables of the cache it joins, if it has none of its own.
+        """This plan as the cache it joins would say it.
+
+        That is with the cache's tables, if it has none of its own, and with the cache's name of the tokenizer, if the
+        corpus is the same: the teacher sees ids, whatever the tokenizer's files say beside them.
 
         Plans of earlier versions list every file of the teacher's folder that might hold weights, read or not: they
         are joined where all that are read now are the same.
         """
         plan = self
+        if plan.tokens == stored.tokens:
+            plan = replace(plan, tokenizer_sha256=stored.tokenizer_sha256)
         mine, theirs = self.teacher.get("files"), stored.teacher.get("files")
         if isinstance(mine, dict) and isinstance(theirs, dict) and mine.items() <= theirs.items():
             plan = replace(plan, teacher={**self.teacher, "files": theirs})

@@ -20,7 +20,8 @@ class TokensRecord:
     """Contents of tokens.json.
 
     Attributes:
-        tokenizer: {kind, sha256, vocab_size, file}; `file` is relative to the folder.
+        tokenizer: {kind, sha256, vocab_size, file}; `file` is relative to the folder, `sha256` is of the files.
+            Since 2026-11 also `semantic_sha256`: of what decides the ids of a text, whatever else the files say.
         vocab_size: V, the real vocabulary.
         eod_id: id that ends every document.
         corpora: name ("train", "held_out") -> TokenFingerprint.as_dict().
@@ -32,6 +33,13 @@ class TokensRecord:
     eod_id: int
     corpora: dict[str, dict[str, Any]]
     software: dict[str, str]
+
+    @property
+    def tokenizer_digests(self) -> tuple[str, ...]:
+        """Every hash that the tokenizer is known by; the first is the one that is written down."""
+        semantic = self.tokenizer.get("semantic_sha256")
+        files = str(self.tokenizer["sha256"])
+        return (semantic, files) if isinstance(semantic, str) else (files,)
 
     def save(self, folder: Path) -> None:
         """Publish FOLDER/tokens.json."""

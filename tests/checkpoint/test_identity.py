@@ -98,6 +98,16 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
         {"blend": [{"cache_plan_id": "b"}]},
         ["data.blend[0]: data.cache: checkpoint a, this run b"],
     ),
+    # Of the same ids the name of the tokenizer decides nothing.
+    ({PLAN: "a", "tokenizer_sha256": "x"}, {PLAN: "a", "tokenizer_sha256": "y"}, []),
+    (
+        {PLAN: "a", "tokenizer_sha256": "x"},
+        {PLAN: "b", "tokenizer_sha256": "y"},
+        [
+            "data.tokens, data.seed: checkpoint a, this run b",
+            "tokenizer of data.tokens: checkpoint x, this run y",
+        ],
+    ),
 ]
 
 

@@ -49,7 +49,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str]]:
     calls: list[tuple[str, str, str]] = []
 
     def open_engine(kind: str, path: Path, dtype: str, **options: Any) -> ScaledTable:
-        assert options["tokenizer_sha256"] == "d" * 64
+        assert options["tokenizer_digests"] == ("d" * 64,)
         calls.append((kind, path.name, dtype))
         return ScaledTable(path, options["vocab_size"])
 

@@ -4,6 +4,7 @@ import builtins
 import inspect
 import json
 import random
+import shutil
 import textwrap
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from distill_pretrain.corpus import readers, tokenizers
 from distill_pretrain.corpus.config import CorpusConfig, TokenizerConfig
 from distill_pretrain.errors import ConfigError, CorpusError, MissingDependency, TokenizerMismatch
+from distill_pretrain.formats.tokens_record import TokensRecord
 
 SOURCE = inspect.getsource(textwrap) + inspect.getsource(json)
 AWKWARD = [
@@ -144,6 +146,67 @@ def test_a_hugging_face_folder_encodes_and_is_copied_whole(tmp_path, hf_folder):
     )
     assert copy.encode(texts) == encoded
     assert tokenizers.tokenizer_sha256("hf", hf_folder) == tokenizer.sha256
+
+
+def edited(folder, file: str, change) -> None:
+    """Changes the JSON of a file, which is written with another indentation."""
+    values = json.loads((folder / file).read_text())
+    change(values)
+    (folder / file).write_text(json.dumps(values, indent=7))
+
+
+def add_token(values: dict, *, special: bool) -> None:
+    token = {"id": 400, "content": "return", "single_word": False, "lstrip": False}
+    values["added_tokens"].append(
+        {**token, "rstrip": False, "normalized": False, "special": special}
+    )
+
+
+SETTINGS, MODEL = "tokenizer_config.json", "tokenizer.json"
+SAME_IDS = {
+    "chat template": (SETTINGS, lambda v: v.update(chat_template="{{ messages }}")),
+    "longest text": (SETTINGS, lambda v: v.update(model_max_length=77)),
+    "indentation": (MODEL, lambda v: None),
+    "merges as text": (
+        MODEL,
+        lambda v: v["model"].update(merges=[" ".join(m) for m in v["model"]["merges"]]),
+    ),
+    "padding": (MODEL, lambda v: v.update(padding=None, truncation=None)),
+    "special token": (MODEL, lambda v: add_token(v, special=True)),
+}
+OTHER_IDS = {
+    "a merge less": (MODEL, lambda v: v["model"]["merges"].pop()),
+    "normaliser": (MODEL, lambda v: v.update(normalizer={"type": "NFC"})),
+    "pre-tokenizer": (MODEL, lambda v: v["pre_tokenizer"].update(add_prefix_space=True)),
+    "end of document": (SETTINGS, lambda v: v.update(eos_token="!")),
+    "added word": (MODEL, lambda v: add_token(v, special=False)),
+}
+
+
+def test_a_tokenizer_is_known_by_the_ids_it_gives(tmp_path, hf_folder):
+    made_by = tokenizers.load_tokenizer("hf", hf_folder)
+    known = {"kind": "hf", "sha256": made_by.sha256, "vocab_size": 400}
+    known["file"] = made_by.save(tmp_path)
+    records = [
+        TokensRecord(tokenizer=which, vocab_size=400, eod_id=0, corpora={}, software={})
+        for which in ({**known, "semantic_sha256": made_by.semantic_sha256}, known)
+    ]
+
+    def is_same(folder) -> set[bool]:
+        return {tokenizers.is_same_tokenizer(record, tmp_path, folder) for record in records}
+
+    saved_again = tmp_path / "again"
+    made_by._tokenizer.save_pretrained(saved_again)
+    assert is_same(hf_folder) == is_same(saved_again) == {True}
+    for cases, expected in ((SAME_IDS, True), (OTHER_IDS, False)):
+        for name, (file, change) in cases.items():
+            folder = shutil.copytree(hf_folder, tmp_path / name)
+            edited(folder, file, change)
+            assert is_same(folder) == {expected}, name
+            same = tokenizers.load_tokenizer("hf", folder).encode([SOURCE]) == made_by.encode(
+                [SOURCE]
+            )
+            assert same or not expected, name
 
 
 def test_a_hugging_face_tokenizer_without_eos_is_refused(hf_folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.data.config import BlendSource, DataConfig
 from distill_pretrain.data.sources import (
     open_blend,
+    open_sequences,
     open_sources,
     require_caches,
     require_one_source,
@@ -81,6 +83,31 @@ def test_corpora_of_different_tokenizers_are_refused(first, tmp_path, changes, e
     with pytest.raises(TokenizerMismatch, match=expected) as caught:
         open_blend(blend_of(first, other))
     assert str(other) in str(caught.value)
+
+
+def test_corpora_whose_tokenizers_give_the_same_ids_fit(first, tmp_path):
+    others = [corpus(tmp_path / name, seed=seed) for name, seed in (("b", 1), ("c", 2))]
+    for other, files in zip(others, "ef", strict=True):
+        record = TokensRecord.load(other.parent)
+        made_by = {**record.tokenizer, "sha256": files * 64, "semantic_sha256": "5" * 64}
+        replace(record, tokenizer=made_by).save(other.parent)
+    opened = open_blend(blend_of(*others))
+    assert [source.tokenizer_sha256 for source in opened] == ["5" * 64] * 2
+    with pytest.raises(TokenizerMismatch, match="different tokenizers"):
+        open_blend(blend_of(first, others[0]))
+
+
+def test_fewer_ids_than_the_tokenizer_has_do_where_the_corpus_holds_no_other(first):
+    record = TokensRecord.load(first.parent)
+    replace(record, vocab_size=53).save(first.parent)
+    data = DataConfig(tokens=first, seq_len=SEQ_LEN)
+    largest = open_sequences(data).index.fingerprint.max_token_id
+    assert largest < 50
+    enough = data.model_copy(update={"vocab_size": largest + 1})
+    assert open_sequences(enough).vocab_size == largest + 1
+    for vocab_size, message in ((largest, "outside the vocabulary"), (54, "more than the token")):
+        with pytest.raises(TokenizerMismatch, match=message):
+            open_sequences(data.model_copy(update={"vocab_size": vocab_size}))
 
 
 def test_too_many_sequences_of_a_source_are_refused_by_its_name(first, tmp_path):

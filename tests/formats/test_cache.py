@@ -5,6 +5,7 @@ import json
 import shutil
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -228,7 +229,6 @@ def test_shifted_tokens_are_refused(cache: Cache):
     ("run", "named"),
     [
         ({"tokens": {"bin_sha256": "x", "idx_sha256": "c" * 64}}, "another corpus.*data.tokens"),
-        ({"tokenizer_sha256": "x"}, "another tokenizer"),
         ({"vocab_size": 299}, "another vocabulary.*300, the run 299"),
         ({"seq_len": 13}, "another seq_len.*12, the run 13.*data.seq_len"),
         ({"sequence_plan_id": "x"}, "order of documents.*data.seed"),
@@ -248,6 +248,17 @@ def test_a_cache_of_something_else_is_named(cache: Cache, run: dict, named: str)
         reader.check_matches(**good)
         with pytest.raises(CacheMismatch, match=named):
             reader.check_matches(**{**good, **run})
+
+
+def test_of_the_same_ids_the_name_of_the_tokenizer_is_no_difference(cache: Cache):
+    other = replace(cache.plan, tokenizer_sha256="x")
+    assert other.joining(cache.plan) == cache.plan
+    elsewhere = replace(other, tokens={**other.tokens, "bin_sha256": "x"})
+    assert elsewhere.joining(cache.plan).tokenizer_sha256 == "x"
+    with CacheReader.open(cache.folder) as reader:
+        reader.check_matches(tokens=cache.plan.tokens, tokenizer_sha256="x")
+        with pytest.raises(CacheMismatch, match="another tokenizer"):
+            reader.check_matches(tokens=elsewhere.tokens, tokenizer_sha256="x")
 
 
 def test_all_differences_are_listed_at_once(cache: Cache):

@@ -19,7 +19,7 @@ def open_engine(
     *,
     vocab_size: int,
     seq_len: int,
-    tokenizer_sha256: str | None = None,
+    tokenizer_digests: tuple[str, ...] = (),
     trust: Trust = NO_TRUST,
 ) -> LogitsEngine:
     """Load a model for scoring, whole in this process.
@@ -31,7 +31,7 @@ def open_engine(
         dtype: "fp32" or "bf16", arithmetic of the forward pass.
         vocab_size: V of the corpus to score.
         seq_len: L of the sequences to score.
-        tokenizer_sha256: of the corpus; compared where the model knows its own.
+        tokenizer_digests: of the corpus; compared where the model knows its own.
         trust: what of a folder of kind "hf" may run.
 
     Raises:
@@ -49,7 +49,7 @@ def open_engine(
             dtype,
             vocab_size=vocab_size,
             seq_len=seq_len,
-            tokenizer_sha256=tokenizer_sha256,
+            tokenizer_digests=tokenizer_digests,
         )
     if kind == "deepspeed":
         raise ConfigError(
@@ -86,7 +86,11 @@ def teacher_groups(teacher: TeacherConfig) -> Iterator[None]:
 
 
 def open_teacher_engine(
-    teacher: TeacherConfig, *, vocab_size: int, seq_len: int, tokenizer_sha256: str | None = None
+    teacher: TeacherConfig,
+    *,
+    vocab_size: int,
+    seq_len: int,
+    tokenizer_digests: tuple[str, ...] = (),
 ) -> TeacherEngine:
     """Load this rank's share of a teacher for capture; inside `teacher_groups`, on every rank of the job.
 
@@ -94,7 +98,7 @@ def open_teacher_engine(
         teacher: the section.
         vocab_size: V of the corpus.
         seq_len: L of its sequences.
-        tokenizer_sha256: of the corpus; compared where the model knows its own.
+        tokenizer_digests: of the corpus; compared where the model knows its own.
 
     Raises:
         TeacherError, CheckpointError: the model cannot be loaded.
@@ -109,7 +113,7 @@ def open_teacher_engine(
             teacher.dtype,
             vocab_size=vocab_size,
             seq_len=seq_len,
-            tokenizer_sha256=tokenizer_sha256,
+            tokenizer_digests=tokenizer_digests,
             tensor=teacher.tensor,
             pipeline=teacher.pipeline,
             head_chunk_tokens=teacher.head_chunk_tokens,

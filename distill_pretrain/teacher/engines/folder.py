@@ -122,8 +122,19 @@ def require_known_ids(path: Path, width: int, vocab_size: int) -> None:
             where=path,
             found=f"{width} ids",
             expected=f"at least {vocab_size} ids",
-            remedy="tokenise the corpus with the model's own tokenizer (tokenizer.kind=hf)",
+            remedy=another_vocabulary(width, vocab_size),
         )
+
+
+def another_vocabulary(width: int, vocab_size: int) -> str:
+    """What to do where a model has another number of ids than a corpus."""
+    remedy = "tokenise the corpus with the model's own tokenizer (tokenizer.kind=hf)"
+    if width >= vocab_size:
+        return remedy
+    return (
+        f"if the tokenizer merely gained ids that the corpus does not hold (a padding token), set "
+        f"data.vocab_size={width}; else {remedy}"
+    )
 
 
 def require_positions(path: Path, longest: int | None, seq_len: int) -> None:

@@ -17,6 +17,7 @@ from distill_pretrain.mcore.config import ParallelConfig
 from distill_pretrain.processes.process import local_device
 from distill_pretrain.teacher.engines.folder import (
     CONFIG_FILE,
+    another_vocabulary,
     files_identity,
     require_known_ids,
     require_positions,
@@ -35,7 +36,7 @@ class MegatronEngine:
         *,
         vocab_size: int,
         seq_len: int,
-        tokenizer_sha256: str | None = None,
+        tokenizer_digests: tuple[str, ...] = (),
         tensor: int = 1,
         pipeline: int = 1,
         head_chunk_tokens: int = 1024,
@@ -50,7 +51,7 @@ class MegatronEngine:
         if (path / CONFIG_FILE).is_file():
             self._model = self._load_folder(path, parallel, seq_len)
         else:
-            self._model = self._load_checkpoint(path, parallel, seq_len, tokenizer_sha256)
+            self._model = self._load_checkpoint(path, parallel, seq_len, tokenizer_digests)
         self._identity |= {"head_chunk_tokens": head_chunk_tokens}
         self._identity |= {k: v for k, v in (("tensor", tensor), ("pipeline", pipeline)) if v > 1}
         self._forward = ForwardOnly(self._model)
@@ -82,11 +83,11 @@ class MegatronEngine:
             yield from self._head.chunks(hidden)
 
     def _load_checkpoint(
-        self, path: Path, parallel: ParallelConfig, seq_len: int, tokenizer_sha256: str | None
+        self, path: Path, parallel: ParallelConfig, seq_len: int, tokenizer_digests: tuple[str, ...]
     ) -> torch.nn.Module:
         checkpoint = find_checkpoint(path)
         trained = trained_model(checkpoint.identity, checkpoint.folder)
-        _require_same_tokens(path, trained, self.vocab_size, tokenizer_sha256)
+        _require_same_tokens(path, trained, self.vocab_size, tokenizer_digests)
         if trained.model.arch == "gpt2" and seq_len > trained.seq_len:
             raise TeacherError(
                 "the sequences are longer than the model's learned positions",
@@ -121,7 +122,7 @@ class MegatronEngine:
 
 
 def _require_same_tokens(
-    path: Path, trained: TrainedModel, vocab_size: int, tokenizer_sha256: str | None
+    path: Path, trained: TrainedModel, vocab_size: int, tokenizer_digests: tuple[str, ...]
 ) -> None:
     if trained.vocab_size != vocab_size:
         raise TokenizerMismatch(
@@ -129,14 +130,14 @@ def _require_same_tokens(
             where=path,
             found=f"{trained.vocab_size} ids",
             expected=f"{vocab_size} ids",
-            remedy="tokenise the corpus with the model's tokenizer",
+            remedy=another_vocabulary(trained.vocab_size, vocab_size),
         )
     known = trained.tokenizer_sha256
-    if known and tokenizer_sha256 and known != tokenizer_sha256:
+    if known and tokenizer_digests and known not in tokenizer_digests:
         raise TokenizerMismatch(
             "the model was trained with another tokenizer",
             where=path,
             found=f"tokenizer {known[:12]}",
-            expected=f"tokenizer {tokenizer_sha256[:12]}",
+            expected=f"tokenizer {tokenizer_digests[0][:12]}",
             remedy="tokenise the corpus with the model's tokenizer",
         )
