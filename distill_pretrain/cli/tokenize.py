@@ -23,7 +23,11 @@ Writes  corpus.output_dir, complete or not at all:
           tokens.json, sources.json           fingerprints of all of these, and of what was read
           recipe.yaml                         the settings that made it
 
-Running it again with the same recipe does nothing; with another recipe it refuses to overwrite.
+A .json file whose first line is an object with corpus.text_key is read as JSONL. Linked folders are searched too,
+each once. Compressed files are not read.
+
+Running it again with the same recipe does nothing; with another recipe, or a corpus of other contents, it refuses to
+overwrite.
 
 Example
   distill-pretrain tokenize recipe.yaml corpus.paths=[texts/] corpus.output_dir=runs/tokens
@@ -54,6 +58,16 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
         say(f"left out {skipped.num_empty:,} empty files")
     if skipped.num_repeated:
         say(f"left out {skipped.num_repeated:,} files that corpus.paths names more than once")
+    if skipped.left_out:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in skipped.left_out.most_common(8))
+        more = ", ..." if len(skipped.left_out) > 8 else ""
+        say(f"left out files that corpus.include does not match: {kinds}{more}")
+    lines = sum(file.holds_json_lines for file in skipped.files)
+    plain = sum(file.path.suffix.lower() == ".json" for file in skipped.files) - lines
+    if lines:
+        say(f"{lines:,} .json files hold JSON lines: every line is a document")
+    if plain:
+        say(f"{plain:,} .json files are read as text: every file is a document")
     for name, documents in result.num_documents.items():
         say(f"{name}: {documents:,} documents, {result.num_tokens[name]:,} tokens")
     say("tokens are in", result.output_dir)

@@ -98,7 +98,7 @@ def tokenize_corpus(
             if not (output_dir / RECORD).exists():
                 record = _tokenize(recipe, sources, say, on_progress)
                 return _result(record, output_dir, sources, already_done=False)
-    return _result(_check_done(recipe, sources), output_dir, sources, already_done=True)
+    return _result(_check_done(recipe, sources, say), output_dir, sources, already_done=True)
 
 
 def _tokenize(
@@ -262,7 +262,9 @@ def _building(output_dir: Path) -> Iterator[Path]:
         raise
 
 
-def _check_done(recipe: TokenizeRecipe, sources: SourceList) -> TokensRecord:
+def _check_done(
+    recipe: TokenizeRecipe, sources: SourceList, say: Callable[[str], None]
+) -> TokensRecord:
     """Checks that the output folder is what this recipe would make."""
     folder = recipe.corpus.output_dir
     record = TokensRecord.load(folder)
@@ -270,8 +272,7 @@ def _check_done(recipe: TokenizeRecipe, sources: SourceList) -> TokensRecord:
     different = _differences(recorded, recipe)
     if different:
         raise _stale(folder, f"another value of {', '.join(different)}")
-    if json.loads((folder / SOURCES).read_text())["fingerprint"] != sources.fingerprint():
-        raise _stale(folder, "other source files: some came, went, or changed size")
+    _check_sources(folder, sources, say)
     config = recipe.tokenizer
     if config.path is not None:
         load_tokenizer(config.kind, config.path)
@@ -294,6 +295,28 @@ def _check_done(recipe: TokenizeRecipe, sources: SourceList) -> TokensRecord:
                 remedy="remove the folder and tokenize again",
             )
     return record
+
+
+def _check_sources(folder: Path, sources: SourceList, say: Callable[[str], None]) -> None:
+    """Checks that the tokens were made from these files as they are now."""
+    stored = json.loads((folder / SOURCES).read_text())
+    if stored["fingerprint"] != sources.fingerprint():
+        raise _stale(
+            folder, "other source files: some came, went, changed size, or hold JSON lines"
+        )
+    written_ns = (folder / RECORD).stat().st_mtime_ns
+    later = [file.path for file in sources.files if file.modified_ns > written_ns]
+    if "stamp" not in stored:
+        if later:
+            say(
+                f"WARNING: {later[0]} was written after the tokens (of {len(later):,} such files); an earlier version "
+                "made them and noted sizes alone, which are the same"
+            )
+        return
+    # A copy of the corpus has other times and the same contents.
+    if stored["stamp"] != sources.stamp() and stored["content_sha256"] != sources.content_sha256():
+        changed = f", such as {later[0]}" if later else ""
+        raise _stale(folder, f"other contents: files have changed{changed}")
 
 
 def _differences(recorded: TokenizeRecipe, recipe: TokenizeRecipe) -> list[str]:
@@ -328,6 +351,9 @@ def _describe(sources: SourceList) -> dict[str, Any]:
         "files": len(sources.files),
         "bytes": sources.num_bytes,
         "fingerprint": sources.fingerprint(),
+        "stamp": sources.stamp(),
+        # Of files that changed while they were read nobody knows what the tokens have.
+        "content_sha256": sources.content_sha256() if sources.is_unchanged() else None,
         "empty_files_skipped": sources.num_empty,
         "repeated_files_skipped": sources.num_repeated,
     }

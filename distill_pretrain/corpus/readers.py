@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -20,6 +21,14 @@ from distill_pretrain.errors import CorpusError
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 SLICE_BYTES = 1 << 20
 UTF8_BOM = b"\xef\xbb\xbf"
+_MAGIC = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ\0": "xz",
+    b"BZh": "bzip2",
+    b"PK\x03\x04": "zip",
+    b"PAR1": "Parquet",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,17 +38,21 @@ class SourceFile:
     Attributes:
         path: where it is.
         size: bytes.
+        modified_ns: time of its last change, ns since 1970.
         from_directory: found in a directory, so that `corpus.exclude` can leave it out.
+        holds_json_lines: its first line is an object with the text, whatever it is called.
     """
 
     path: Path
     size: int
+    modified_ns: int
     from_directory: bool
+    holds_json_lines: bool = False
 
     @property
     def is_jsonl(self) -> bool:
         """Whether each line is a document of its own."""
-        return self.path.suffix.lower() in JSONL_SUFFIXES
+        return self.holds_json_lines or self.path.suffix.lower() in JSONL_SUFFIXES
 
     @property
     def remedy(self) -> str:
@@ -57,11 +70,13 @@ class SourceList:
         files: non-empty files.
         num_empty: empty files met inside directories.
         num_repeated: files reached by more than one entry of `corpus.paths`; each is read once.
+        left_out: kind, such as "*.gz" -> files met inside directories that `corpus.include` does not match.
     """
 
     files: tuple[SourceFile, ...]
     num_empty: int
     num_repeated: int
+    left_out: Counter[str] = field(default_factory=Counter)
 
     @property
     def num_bytes(self) -> int:
@@ -72,8 +87,49 @@ class SourceList:
         """sha256 over names and sizes in order: tells whether files came, went or grew."""
         digest = hashlib.sha256()
         for file in self.files:
-            digest.update(f"{file.path.name}\0{file.size}\n".encode("utf-8", "surrogateescape"))
+            lines = "\0lines" if file.holds_json_lines else ""
+            digest.update(_bytes(f"{file.path.name}\0{file.size}{lines}\n"))
         return digest.hexdigest()
+
+    def stamp(self) -> str:
+        """sha256 over names, sizes and times in order: while it is the same, so are the contents."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(_bytes(f"{file.path.name}\0{file.size}\0{file.modified_ns}\n"))
+        return digest.hexdigest()
+
+    def content_sha256(self) -> str:
+        """sha256 over the contents in order; reads every file.
+
+        Raises:
+            CorpusError: a file cannot be read.
+        """
+        digest = hashlib.sha256()
+        for file in self.files:
+            try:
+                with file.path.open("rb") as handle:
+                    content = hashlib.sha256()
+                    while chunk := handle.read(1 << 20):
+                        content.update(chunk)
+            except OSError as error:
+                raise _unreadable(file, error) from None
+            digest.update(content.digest())
+        return digest.hexdigest()
+
+    def is_unchanged(self) -> bool:
+        """Whether every file still has the size and time that it was found with."""
+        try:
+            found = [file.path.stat() for file in self.files]
+        except OSError:
+            return False
+        return all(
+            (status.st_size, status.st_mtime_ns) == (file.size, file.modified_ns)
+            for status, file in zip(found, self.files, strict=True)
+        )
+
+
+def _bytes(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +150,9 @@ def list_sources(corpus: CorpusConfig) -> SourceList:
     output = corpus.output_dir.resolve()
     found: dict[Path, SourceFile] = {}
     num_empty = num_repeated = 0
+    left_out: Counter[str] = Counter()
     for path in corpus.paths:
-        for file in _files_of(path, corpus, output):
+        for file in _files_of(path, corpus, output, left_out):
             key = file.path.resolve()
             if key in found:
                 num_repeated += 1
@@ -110,12 +167,19 @@ def list_sources(corpus: CorpusConfig) -> SourceList:
             found=f"{num_empty} files, all of them empty",
             expected="at least one file with text",
         )
-    return SourceList(files=tuple(found.values()), num_empty=num_empty, num_repeated=num_repeated)
+    return SourceList(
+        files=tuple(found.values()),
+        num_empty=num_empty,
+        num_repeated=num_repeated,
+        left_out=left_out,
+    )
 
 
-def _files_of(path: Path, corpus: CorpusConfig, output: Path) -> list[SourceFile]:
+def _files_of(
+    path: Path, corpus: CorpusConfig, output: Path, left_out: Counter[str]
+) -> list[SourceFile]:
     if path.is_dir():
-        files = _files_below(path, corpus, output)
+        files = _files_below(path, corpus, output, left_out)
         if not files:
             raise CorpusError(
                 "no file of this directory belongs to the corpus",
@@ -131,33 +195,73 @@ def _files_of(path: Path, corpus: CorpusConfig, output: Path) -> list[SourceFile
             where=path,
             remedy=f"correct corpus.paths (relative paths start at {Path.cwd()})",
         )
-    size = path.stat().st_size
-    if size == 0:
+    file = _source(path, corpus.text_key, from_directory=False)
+    if file.size == 0:
         raise CorpusError("corpus file is empty", where=path, remedy="remove it from corpus.paths")
-    return [SourceFile(path=path, size=size, from_directory=False)]
+    return [file]
 
 
-def _files_below(root: Path, corpus: CorpusConfig, output: Path) -> list[SourceFile]:
+def _source(path: Path, text_key: str, *, from_directory: bool) -> SourceFile:
+    status = path.stat()
+    return SourceFile(
+        path=path,
+        size=status.st_size,
+        modified_ns=status.st_mtime_ns,
+        from_directory=from_directory,
+        holds_json_lines=path.suffix.lower() == ".json" and _holds_json_lines(path, text_key),
+    )
+
+
+def _holds_json_lines(path: Path, text_key: str) -> bool:
+    try:
+        with path.open("rb") as handle:
+            line = handle.readline()
+        record = json.loads(line.removeprefix(UTF8_BOM))
+    except (OSError, ValueError, RecursionError):  # what cannot be read is named when it is
+        return False
+    return isinstance(record, dict) and isinstance(record.get(text_key), str)
+
+
+def _walk(root: Path, corpus: CorpusConfig, output: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Every folder below a directory with the names of its files; linked folders too, each folder once.
+
+    A folder that is there and linked as well is met where it is. Links that lead back up are not followed.
+    """
+
     def unreadable(error: OSError) -> None:
         raise CorpusError(
             "directory cannot be read", where=error.filename, found=error.strerror
         ) from error
 
+    seen = set(root.resolve().parents)
+    tops = [root]
+    for top in tops:  # grows on the way
+        for folder, folder_names, file_names in os.walk(top, onerror=unreadable):
+            here = Path(folder)
+            real = here.resolve()
+            if real in seen or (real == output and here != root):
+                folder_names.clear()
+                continue
+            seen.add(real)
+            relative = here.relative_to(root)
+            folder_names[:] = sorted(
+                name for name in folder_names if not _excluded(relative / name, corpus.exclude)
+            )
+            tops += [here / name for name in folder_names if (here / name).is_symlink()]
+            yield relative, file_names
+
+
+def _files_below(
+    root: Path, corpus: CorpusConfig, output: Path, left_out: Counter[str]
+) -> list[SourceFile]:
     files: list[tuple[tuple[str, ...], SourceFile]] = []
-    for folder, folder_names, file_names in os.walk(root, onerror=unreadable):
-        here = Path(folder)
-        if here.resolve() == output and here != root:
-            folder_names.clear()
-            continue
-        relative = here.relative_to(root)
-        folder_names[:] = [
-            name for name in folder_names if not _excluded(relative / name, corpus.exclude)
-        ]
+    for relative, file_names in _walk(root, corpus, output):
         for name in file_names:
             below = relative / name
-            if not any(fnmatchcase(name, pattern) for pattern in corpus.include):
-                continue
             if _excluded(below, corpus.exclude):
+                continue
+            if not any(fnmatchcase(name, pattern) for pattern in corpus.include):
+                left_out[f"*{below.suffix.lower()}" if below.suffix else "without suffix"] += 1
                 continue
             path = root / below
             if not path.exists():
@@ -167,8 +271,10 @@ def _files_below(root: Path, corpus: CorpusConfig, output: Path) -> list[SourceF
                     remedy=f"leave it out: corpus.exclude=['{name}']",
                 )
             if path.is_file():
-                source = SourceFile(path=path, size=path.stat().st_size, from_directory=True)
+                source = _source(path, corpus.text_key, from_directory=True)
                 files.append((below.parts, source))
+            else:
+                left_out["pipes and devices"] += 1
     return [source for _, source in sorted(files, key=lambda item: item[0])]
 
 
@@ -267,6 +373,15 @@ def _unreadable(file: SourceFile, error: OSError) -> CorpusError:
 def _decode(data: bytes, offset: int, file: SourceFile) -> str:
     if offset == 0 and data.startswith(UTF8_BOM):
         data, offset = data[len(UTF8_BOM) :], len(UTF8_BOM)
+    packed = next((kind for magic, kind in _MAGIC.items() if data.startswith(magic)), None)
+    if offset == 0 and packed is not None:
+        raise CorpusError(
+            "corpus file is not text",
+            where=file.path,
+            found=f"{packed} data",
+            expected="UTF-8 text",
+            remedy=f"unpack it first, or {file.remedy}",
+        )
     zero = data.find(b"\0")
     if zero >= 0:
         raise CorpusError(

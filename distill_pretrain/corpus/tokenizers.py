@@ -9,12 +9,16 @@ import random
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from distill_pretrain.corpus.config import CorpusConfig, TokenizerConfig
 from distill_pretrain.corpus.readers import Slice, SourceList, read_sample
 from distill_pretrain.errors import ConfigError, CorpusError, MissingDependency, TokenizerMismatch
-from distill_pretrain.formats.tokens_record import TokensRecord
+
+if (
+    TYPE_CHECKING
+):  # every tokenising process imports this module, and the package of formats imports torch
+    from distill_pretrain.formats.tokens_record import TokensRecord
 
 SAMPLE_BYTES = 1 << 16
 LEAST_SAMPLE = 0.9

@@ -158,6 +158,46 @@ def test_a_corpus_that_grew_is_noticed(texts, tmp_path):
         build.tokenize_corpus(config(texts, tmp_path / "out"), TOKENIZER)
 
 
+def test_a_corpus_edited_without_a_change_of_size_is_noticed(texts, tmp_path):
+    corpus = config(texts, tmp_path / "out")
+    build.tokenize_corpus(corpus, TOKENIZER)
+    path = texts / "00.txt"
+    before = path.read_text()
+    os.utime(path, ns=(0, 0))
+    assert build.tokenize_corpus(corpus, TOKENIZER).already_done
+    path.write_text(before.swapcase())
+    assert len(path.read_bytes()) == len(before)
+    with pytest.raises(CorpusError, match=r"other contents: files have changed, such as .*00\.txt"):
+        build.tokenize_corpus(corpus, TOKENIZER)
+
+
+def test_tokens_of_an_earlier_version_stay_done_and_a_later_edit_is_said(texts, tmp_path):
+    corpus = config(texts, tmp_path / "out")
+    build.tokenize_corpus(corpus, TOKENIZER)
+    path = tmp_path / "out/sources.json"
+    old = json.loads(path.read_text())
+    del old["stamp"], old["content_sha256"]
+    path.write_text(json.dumps(old))
+    said: list[str] = []
+    assert build.tokenize_corpus(corpus, TOKENIZER, say=said.append).already_done
+    assert not said
+    (texts / "00.txt").write_text((texts / "00.txt").read_text().swapcase())
+    assert build.tokenize_corpus(corpus, TOKENIZER, say=said.append).already_done
+    assert "00.txt was written after the tokens" in said[0]
+
+
+def test_files_that_change_while_they_are_read_are_not_vouched_for(texts, tmp_path):
+    corpus = config(texts, tmp_path / "out")
+    path = texts / "00.txt"
+
+    def edit(done: int, total: int) -> None:
+        path.write_text(path.read_text().swapcase())
+
+    build.tokenize_corpus(corpus, TOKENIZER, on_progress=edit)
+    with pytest.raises(CorpusError, match="other contents"):
+        build.tokenize_corpus(corpus, TOKENIZER)
+
+
 def test_damaged_tokens_are_not_taken_for_done(texts, tmp_path):
     build.tokenize_corpus(config(texts, tmp_path / "out"), TOKENIZER)
     path = tmp_path / "out/train.bin"

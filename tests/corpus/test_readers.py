@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 import os
 
@@ -83,6 +84,55 @@ def test_empty_files_in_a_directory_are_left_out_and_counted(tmp_path):
     sources = readers.list_sources(corpus(tmp_path, tmp_path))
     assert [file.path.name for file in sources.files] == ["a.txt"]
     assert sources.num_empty == 1
+
+
+def test_files_that_are_not_read_are_counted_by_kind(tmp_path):
+    for name in ("a.txt", "b.jsonl.gz", "c.GZ", "README", "sub/d.py", "skip/e.py"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_text("x")
+    os.mkfifo(tmp_path / "in/f.txt")
+    sources = readers.list_sources(corpus(tmp_path, tmp_path / "in", exclude=("skip",)))
+    assert sources.left_out == {"*.gz": 2, "*.py": 1, "without suffix": 1, "pipes and devices": 1}
+
+
+def test_linked_folders_are_searched_once_and_circles_end(tmp_path):
+    for name in ("in/a.txt", "in/real/b.txt", "outside/c.txt", "outside/sub/d.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    links = {
+        "in/link": "outside",
+        "in/again": "in/real",
+        "in/up": ".",
+        "outside/loop": "outside",
+        "outside/sub/back": "in",
+        "in/skipped": "outside",
+    }
+    for link, target in links.items():
+        os.symlink(tmp_path / target, tmp_path / link)
+    config = corpus(tmp_path, tmp_path / "in", exclude=("skipped",))
+    files = readers.list_sources(config).files
+    found = [file.path.relative_to(tmp_path / "in").as_posix() for file in files]
+    assert found == ["a.txt", "link/c.txt", "link/sub/d.txt", "real/b.txt"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"text": "x"}\n{"text": "y"}\n', ["x", "y"]),
+        ('{"text": "x"}', ["x"]),
+        ('{"body": "x"}\n', ['{"body": "x"}\n']),
+        ('{\n"text": "x"}\n', ['{\n"text": "x"}\n']),
+        ('[{"text": "x"}]', ['[{"text": "x"}]']),
+    ],
+)
+def test_a_json_file_of_json_lines_is_read_by_the_line(tmp_path, text, expected):
+    (tmp_path / "a.json").write_text(text)
+    assert documents(corpus(tmp_path, tmp_path / "a.json")) == expected
+
+
+def test_a_compressed_file_is_refused_as_what_it_is(tmp_path):
+    (tmp_path / "a.txt").write_bytes(gzip.compress(b"text"))
+    refused(corpus(tmp_path, tmp_path / "a.txt"), "found: gzip data.*unpack it first")
 
 
 def refused(config: CorpusConfig, message: str) -> None:
