@@ -11,7 +11,7 @@ from typing import Any
 from distill_pretrain.data.batches import BatchSource
 from distill_pretrain.data.config import DataConfig
 from distill_pretrain.errors import ConfigError, TokenDataError, TokenizerMismatch
-from distill_pretrain.formats.cache_reader import CacheReader
+from distill_pretrain.formats.cache_reader import CacheHead, CacheReader
 from distill_pretrain.formats.sequence_plan import SequencePlan
 from distill_pretrain.formats.token_index import TokenIndex
 from distill_pretrain.formats.tokens_record import TokensRecord
@@ -160,13 +160,16 @@ def open_blend(data: DataConfig) -> list[SequenceData]:
 
 @contextmanager
 def open_sources(data: DataConfig, *, kd_weight: float) -> Iterator[list[TrainingSource]]:
-    """Every corpus of the recipe, and its cache where the loss needs one, open for as long as the block lasts."""
+    """Every corpus of the recipe, and its cache where the loss needs one, open for as long as the block lasts.
+
+    In a job every rank calls it. Rank 0 reads what decides whether a cache fits, and tells the others.
+    """
     with ExitStack() as caches:
 
         def cache_of(config: DataConfig, sequences: SequenceData) -> CacheReader | None:
             if kd_weight == 0 or config.cache is None:
                 return None
-            return caches.enter_context(open_cache(config.cache, sequences))
+            return caches.enter_context(_open_together(config.cache, sequences))
 
         yield [
             TrainingSource(config=config, sequences=sequences, cache=cache_of(config, sequences))
@@ -214,6 +217,18 @@ def open_cache(location: str | Path, data: SequenceData) -> CacheReader:
     cache = CacheReader.open(location)
     require_made_from(cache, data, num_sequences=data.num_sequences)
     return cache
+
+
+def _open_together(location: str, data: SequenceData) -> CacheReader:
+    """As `open_cache`, by all ranks of a job: rank 0 reads and checks, another rank reads only the shards it needs."""
+    opened: list[CacheReader] = []
+
+    def open_first() -> CacheHead:
+        opened.append(open_cache(location, data))
+        return opened[0].head
+
+    head = on_first_rank(open_first)
+    return opened[0] if opened else CacheReader.of(head)
 
 
 def require_made_from(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,33 +40,45 @@ from distill_pretrain.formats.shard import Frame, ShardFile, ShardSpec, token_ha
 from distill_pretrain.formats.storage import Storage, open_storage
 
 
+@dataclass(frozen=True, kw_only=True)
+class CacheHead:
+    """What one process read of a cache, for others to open it without reading that again.
+
+    Attributes:
+        location: folder or URL.
+        plan: what the cache holds, with the extent that the manifest states.
+        manifest_bytes: of manifest.json, found sound.
+    """
+
+    location: str
+    plan: CachePlan
+    manifest_bytes: bytes
+
+
 class CacheReader(Closing):
     """A finished cache; not for use by several threads at once.
 
     Attributes:
         location: folder or URL of the cache.
         plan: what it holds.
-        manifest: its shards.
-        manifest_sha256: hex digest of manifest.json, the cache's identity.
+        head: what `of` takes in other processes.
         bytes_read: of blocks, by all calls of `read`.
     """
 
-    def __init__(self, storage: Storage, manifest: Manifest, max_open: int) -> None:
-        """Use `CacheReader.open`."""
+    def __init__(self, storage: Storage, head: CacheHead, max_open: int) -> None:
+        """Use `CacheReader.open` or `CacheReader.of`."""
         self.location = storage.location
-        self.plan = manifest.plan
-        self.manifest = manifest
-        self.manifest_sha256 = hashlib.sha256(manifest.to_json_bytes()).hexdigest()
+        self.head = head
+        self.plan = head.plan
         self._storage = storage
         self._codecs = CodecFiles(storage, self.plan)
-        self._codecs.get(self.plan.codec_sha256)
         self.bytes_read = 0
         self._max_open = max_open
         self._open: OrderedDict[int, ShardFile] = OrderedDict()
 
     @classmethod
     def open(cls, location: str | Path, *, max_open: int = 256) -> CacheReader:
-        """Open a cache.
+        """Open a cache; one listing of the folder, however many shards there are: `read` checks their sizes.
 
         Args:
             location: its folder, or a URL that fsspec reads (s3://bucket/cache).
@@ -71,48 +86,38 @@ class CacheReader(Closing):
 
         Raises:
             CacheIncomplete: no plan, no manifest, or a shard file is missing; names the sequences.
-            CacheCorrupt: plan, manifest, codec tables or the size of a shard is wrong.
+            CacheCorrupt: plan, manifest or codec tables are damaged.
             CacheError: the store cannot be read.
         """
         storage = open_storage(location)
         plan = load_plan(storage)
-        sizes = storage.sizes()
+        names = storage.names()
         try:
             data = storage.read(MANIFEST_NAME)
         except FileNotFoundError:
-            raise _unfinished(storage.location, plan, sizes) from None
+            raise _unfinished(storage.location, plan, names) from None
         manifest = Manifest.from_json_bytes(data, plan)
-        plan, missing = manifest.plan, []
-        for record in manifest.shards:
-            name = shard_name(plan, record.shard)
-            if name not in sizes:
-                missing.append(record.shard)
-            elif sizes[name] != record.size:
-                raise CacheCorrupt(
-                    "a shard has the wrong size",
-                    where=f"{storage.location}/{name}, "
-                    f"sequences {sequence_ranges(plan, [record.shard])}",
-                    found=f"{sizes[name]} bytes",
-                    expected=f"{record.size} bytes",
-                    remedy="copy the shard again, or recapture its sequences",
-                )
-        if missing:
-            names = [shard_name(plan, shard) for shard in missing[:4]]
-            raise CacheIncomplete(
-                "shard files of the cache are missing",
-                where=storage.location,
-                found=f"no {', '.join(names)}"
-                f"{' ...' if len(missing) > 4 else ''}: sequences {sequence_ranges(plan, missing)}",
-                remedy="copy the files again, or run `distill-pretrain capture` again",
-            )
-        for digest in sorted({record.codec_sha256 or "" for record in manifest.shards}):
-            if digest and tables_name(digest) not in sizes:
-                raise CacheCorrupt(
-                    "the tables of the cache's codec are missing",
-                    where=f"{storage.location}/{tables_name(digest)}",
-                    remedy="copy the file again from a sound copy of the cache",
-                )
-        return cls(storage, manifest, max_open)
+        _require_files(storage, manifest, names)
+        head = CacheHead(location=str(location), plan=manifest.plan, manifest_bytes=data)
+        reader = cls(storage, head, max_open)
+        reader.manifest = manifest
+        reader._codecs.get(reader.plan.codec_sha256)
+        return reader
+
+    @classmethod
+    def of(cls, head: CacheHead, *, max_open: int = 256) -> CacheReader:
+        """Open a cache that another process has opened; reads nothing before the first `read`."""
+        return cls(open_storage(head.location), head, max_open)
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """The shards."""
+        return Manifest.from_json_bytes(self.head.manifest_bytes, self.plan, is_checked=True)
+
+    @cached_property
+    def manifest_sha256(self) -> str:
+        """Hex digest of manifest.json, the cache's identity."""
+        return hashlib.sha256(self.head.manifest_bytes).hexdigest()
 
     def check_matches(
         self,
@@ -203,7 +208,8 @@ class CacheReader(Closing):
 
         Raises:
             CacheMismatch: the tokens of a block differ; names shard, block and sequence.
-            CacheCorrupt: bytes of the block are damaged.
+            CacheIncomplete: the shard's file is not there; names its sequences.
+            CacheCorrupt: the shard has not the size that the manifest states, or bytes of the block are damaged.
             CacheUnreadable: disk, network or store failed; another call opens the file anew.
         """
         plan = self.plan
@@ -261,17 +267,27 @@ class CacheReader(Closing):
             self._open.move_to_end(shard)
             return self._open[shard]
         name = shard_name(self.plan, shard)
-        codec = self._codecs.get(self.manifest.shards[shard].codec_sha256)
+        where = f"{self.location}/{name}, sequences {sequence_ranges(self.plan, [shard])}"
+        record = self.manifest.shards[shard]
+        codec = self._codecs.get(record.codec_sha256)
         try:
             data = self._storage.open(name)
         except FileNotFoundError:
             raise CacheIncomplete(
-                "a shard file vanished after the cache was opened",
-                where=f"{name}, sequences {sequence_ranges(self.plan, [shard])}",
+                "a shard file vanished after the cache was opened, or this node does not see it",
+                where=where,
                 remedy="copy the file again, or run `distill-pretrain capture` again",
             ) from None
-        spec = ShardSpec(self.plan, shard, codec)
-        file = ShardFile(data, spec, f"{self.location}/{name}")
+        if data.size != record.size:
+            data.close()
+            raise CacheCorrupt(
+                "a shard has the wrong size",
+                where=where,
+                found=f"{data.size} bytes",
+                expected=f"{record.size} bytes",
+                remedy="copy the shard again, or recapture its sequences",
+            )
+        file = ShardFile(data, ShardSpec(self.plan, shard, codec), f"{self.location}/{name}")
         self._open[shard] = file
         if len(self._open) > self._max_open:
             self._open.popitem(last=False)[1].close()
@@ -335,8 +351,30 @@ def load_plan_of_extent(storage: Storage) -> CachePlan:
     return plan.with_extent(max(known, plan.num_sequences))
 
 
-def _unfinished(location: str, plan: CachePlan, sizes: dict[str, int]) -> CacheIncomplete:
-    done = [shard for shard in shards_in(plan, sizes) if record_name(plan, shard) in sizes]
+def _require_files(storage: Storage, manifest: Manifest, names: Collection[str]) -> None:
+    """Raise unless every shard of a manifest and its tables are among the names of a folder's files."""
+    plan = manifest.plan
+    missing = [r.shard for r in manifest.shards if shard_name(plan, r.shard) not in names]
+    if missing:
+        named = [shard_name(plan, shard) for shard in missing[:4]]
+        raise CacheIncomplete(
+            "shard files of the cache are missing",
+            where=storage.location,
+            found=f"no {', '.join(named)}"
+            f"{' ...' if len(missing) > 4 else ''}: sequences {sequence_ranges(plan, missing)}",
+            remedy="copy the files again, or run `distill-pretrain capture` again",
+        )
+    for digest in sorted({record.codec_sha256 or "" for record in manifest.shards}):
+        if digest and tables_name(digest) not in names:
+            raise CacheCorrupt(
+                "the tables of the cache's codec are missing",
+                where=f"{storage.location}/{tables_name(digest)}",
+                remedy="copy the file again from a sound copy of the cache",
+            )
+
+
+def _unfinished(location: str, plan: CachePlan, names: Collection[str]) -> CacheIncomplete:
+    done = [shard for shard in shards_in(plan, names) if record_name(plan, shard) in names]
     missing = missing_ranges(plan, done)
     if missing:
         found = f"{plan.num_shards - len(done)} of {plan.num_shards} shards missing: sequences "

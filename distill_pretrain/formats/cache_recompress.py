@@ -92,6 +92,8 @@ def recompress_cache(
             remedy="name a new folder as DEST, or the one of an earlier `recompress` of this cache",
         )
     shards = FinishedShards(open_storage(source), manifest.plan)
+    for shard in range(manifest.plan.num_shards):
+        shards.record(shard)
     writer = CacheWriter.create_or_resume(
         dest,
         plan,

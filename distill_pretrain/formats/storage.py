@@ -65,8 +65,11 @@ class Storage(Protocol):
     def read(self, name: str) -> bytes:
         """A whole file; FileNotFoundError if there is none."""
 
+    def names(self) -> set[str]:
+        """Names of what is there, from one listing; empty if there is no such folder."""
+
     def sizes(self) -> dict[str, int]:
-        """Bytes by name of every file; empty if there is no such folder."""
+        """Bytes by name of every file, each of which may be asked for; empty if there is no such folder."""
 
     def open(self, name: str) -> RangeFile:
         """A file for positioned reads; FileNotFoundError if there is none."""
@@ -140,6 +143,13 @@ class _Folder:
         with _reading_errors(str(self.folder / name)):
             return (self.folder / name).read_bytes()
 
+    def names(self) -> set[str]:
+        try:
+            with _reading_errors(self.location):
+                return set(os.listdir(self.folder))
+        except FileNotFoundError:
+            return set()
+
     def sizes(self) -> dict[str, int]:
         if not self.folder.is_dir():
             return {}
@@ -185,20 +195,28 @@ class _RemoteStorage:
             data: bytes = self._files.cat_file(f"{self._root}/{name}")
             return data
 
+    def names(self) -> set[str]:
+        with _reading_errors(self.location):
+            return {str(path).rpartition("/")[2] for path in self._list(detail=False)}
+
     def sizes(self) -> dict[str, int]:
         sizes = {}
         with _reading_errors(self.location):
-            # Listings are cached by fsspec; a cache may have grown since.
-            self._files.invalidate_cache()
-            try:
-                listed: list[dict[str, Any]] = self._files.ls(self._root, detail=True)
-            except FileNotFoundError:
-                return {}
-            for entry in listed:
+            for entry in self._list(detail=True):
                 with suppress(FileNotFoundError):
                     if entry["type"] == "file":
                         sizes[entry["name"].rpartition("/")[2]] = self._size(entry)
         return sizes
+
+    def _list(self, *, detail: bool) -> list[Any]:
+        """Paths, or with detail records, of what is there; some stores ask for every file's size in turn for those."""
+        # Listings are cached by fsspec; a cache may have grown since.
+        self._files.invalidate_cache()
+        try:
+            listed: list[Any] = self._files.ls(self._root, detail=detail)
+        except FileNotFoundError:
+            return []
+        return listed
 
     def open(self, name: str) -> RangeFile:
         with _reading_errors(f"{self.location}/{name}"):

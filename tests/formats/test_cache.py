@@ -148,14 +148,17 @@ def test_every_flipped_bit_of_a_shard_is_detected(tmp_path: Path, codec: int):
 def test_every_truncation_of_a_shard_is_detected(cache: Cache):
     path = cache.folder / "s-000001.dpt"
     whole = path.read_bytes()
-    with CacheReader.open(cache.folder) as opened_before:
+    named = r"wrong size; where: .*s-000001\.dpt, sequences 2 to 3"
+    with CacheReader.open(cache.folder) as reader:
         for length in range(len(whole)):
             path.write_bytes(whole[:length])
-            with pytest.raises(CacheCorrupt):
-                CacheReader.open(cache.folder)
-        path.write_bytes(whole[:-1])
-        with pytest.raises(CacheCorrupt):
-            opened_before.read(2, make_tokens(cache.plan, 2))
+            with pytest.raises(CacheCorrupt, match=named):
+                reader.read(2, make_tokens(cache.plan, 2))
+        path.write_bytes(whole + b"x")
+        with pytest.raises(CacheCorrupt, match=named):
+            reader.read(3, make_tokens(cache.plan, 3))
+        path.write_bytes(whole)
+        reader.read(2, make_tokens(cache.plan, 2))
 
 
 def test_a_shard_that_shrinks_while_open_is_detected(cache: Cache):

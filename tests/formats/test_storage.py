@@ -66,7 +66,7 @@ def test_no_cache_behind_a_url(url: str):
 def test_no_folder_has_no_files(tmp_path: Path, url: str):
     for place in (url, tmp_path / "nothing"):
         storage = open_storage(place)
-        assert storage.sizes() == {}
+        assert storage.sizes() == {} and storage.names() == set()
         with pytest.raises(FileNotFoundError):
             storage.read("plan.json")
         with pytest.raises(FileNotFoundError):
@@ -78,15 +78,18 @@ def test_missing_and_cut_off_files_behind_a_url_are_named(cache: Cache, url: str
     files = fsspec.filesystem("memory")
     shard = files.cat_file("/bucket/cache/s-000001.dpt")
     files.pipe_file("/bucket/cache/s-000001.dpt", shard[:-1])
-    with pytest.raises(CacheCorrupt, match=f"{url}/s-000001.dpt, sequences 2 to 3"):
-        CacheReader.open(url)
+    with (
+        CacheReader.open(url) as reader,
+        pytest.raises(CacheCorrupt, match=f"{url}/s-000001.dpt, sequences 2 to 3"),
+    ):
+        reader.read(2, make_labels(cache.plan, 2))
     files.rm("/bucket/cache/s-000001.dpt")
     with pytest.raises(CacheIncomplete, match=r"no s-000001.dpt: sequences 2 to 3"):
         CacheReader.open(url)
     files.pipe_file("/bucket/cache/s-000001.dpt", shard)
     with CacheReader.open(url) as reader:
         files.rm("/bucket/cache/s-000001.dpt")
-        with pytest.raises(CacheIncomplete, match=r"vanished .* s-000001.dpt"):
+        with pytest.raises(CacheIncomplete, match=r"vanished .*s-000001.dpt, sequences 2"):
             reader.read(2, make_labels(cache.plan, 2))
 
 
