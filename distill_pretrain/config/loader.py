@@ -196,7 +196,10 @@ def annotation_takes_number_only(annotation: Any) -> bool:
 
 
 def _is_reported(layer: Layer, detail: ErrorDetails) -> bool:
-    return detail["loc"][-1:] == ("[key]",) or tuple(map(str, detail["loc"])) in layer.reported
+    path = tuple(map(str, detail["loc"]))
+    # A file's keys were judged when it was read; those in a value of the command line were not.
+    is_key = path[-1:] == ("[key]",) and layer.origin(path) != COMMAND_LINE
+    return is_key or path in layer.reported
 
 
 def _unknown_key(root: type[Section], path: KeyPath) -> str:
@@ -226,6 +229,8 @@ def _all_keys(schema: type[Section], path: KeyPath = ()) -> Iterator[KeyPath]:
 
 def _schema_problem(layer: Layer, detail: ErrorDetails) -> str:
     path = tuple(str(part) for part in detail["loc"])
+    if path[-1:] == ("[key]",):
+        return f"{layer.origin(path)}: {'.'.join(path[:-1])}: a key must be text; put it in quotes"
     prefix = f"{layer.origin(path)}: {'.'.join(path) or 'recipe'}"
     if detail["type"] == "missing":
         return f"{prefix}: required, not given"

@@ -88,7 +88,10 @@ def as_annotated(value: Any, annotation: Any) -> Any:
     """
     parts = list(_parts(annotation))
     if isinstance(value, dict):
-        return {name: as_annotated(inner, _inner(parts, name)) for name, inner in value.items()}
+        return {
+            as_annotated(name, None): as_annotated(inner, _inner(parts, name))
+            for name, inner in value.items()
+        }
     if isinstance(value, list):
         return [as_annotated(inner, _item(parts)) for inner in value]
     if isinstance(value, bool):

@@ -23,9 +23,9 @@ class CorpusConfig(Section):
     """Key of the text in a JSONL object."""
     held_out_fraction: float = Field(default=0.01, ge=0.0, lt=1.0)
     """Share of documents kept out of training, chosen by a hash of their position and `seed`."""
-    seed: int = Field(default=1234, ge=0)
+    seed: int = Field(default=1234, ge=0, lt=1 << 64)
     """Seed of the train / held-out split."""
-    workers: int = Field(default=0, ge=0)
+    workers: int = Field(default=0, ge=0, le=1 << 16)
     """Tokenising processes; 0 means one per CPU core."""
     output_dir: Path
     """Folder that receives train.bin/.idx, held_out.bin/.idx, tokens.json and the tokenizer."""
@@ -42,5 +42,5 @@ class TokenizerConfig(Section):
     """Size of a tokenizer trained here; ignored when `path` is given."""
     model_type: Literal["bpe", "unigram"] = "bpe"
     """sentencepiece algorithm of a tokenizer trained here."""
-    training_bytes: int = Field(default=20_000_000, ge=1)
+    training_bytes: int = Field(default=20_000_000, ge=1, le=1 << 50)
     """At most this much text, spread over the corpus, trains the tokenizer."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from distill_pretrain.config import Section
+from distill_pretrain.config import Section, nameable
 
 
 class BlendSource(Section):
@@ -19,10 +19,12 @@ class BlendSource(Section):
     """Its sparse-logit cache: a folder, or a URL; needed when objective.kd_weight > 0."""
     weight: float = Field(gt=0)
     """Its share of the sequences is weight / (data.weight + the weights of the blend)."""
-    num_sequences: int | None = Field(default=None, ge=1)
+    num_sequences: int | None = Field(default=None, ge=1, le=1 << 40)
     """Use only the first so many sequences of its plan; null uses all."""
-    seed: int | None = Field(default=None, ge=0)
+    seed: int | None = Field(default=None, ge=0, lt=1 << 64)
     """Seed of the document order in its sequence plan; null takes data.seed."""
+
+    _cache_can_be_named = field_validator("cache")(nameable)
 
 
 class DataConfig(Section):
@@ -34,11 +36,11 @@ class DataConfig(Section):
     """Prefix of the held-out corpus; needed by `eval`."""
     vocab_size: int | None = Field(default=None, ge=2, le=1 << 20)
     """Real vocabulary; null reads it from tokens.json beside the corpus (written by `tokenize`)."""
-    seq_len: int = Field(ge=2)
+    seq_len: int = Field(ge=2, le=1 << 24)
     """Tokens per training sequence."""
-    seed: int = Field(default=1234, ge=0)
+    seed: int = Field(default=1234, ge=0, lt=1 << 64)
     """Seed of the document order in the sequence plan."""
-    num_sequences: int | None = Field(default=None, ge=1)
+    num_sequences: int | None = Field(default=None, ge=1, le=1 << 40)
     """Use only the first so many sequences of the plan; null uses all."""
     cache: str | None = None
     """Sparse-logit cache to train from, a folder or a URL such as s3://bucket/cache; null trains on the text alone."""
@@ -46,12 +48,14 @@ class DataConfig(Section):
     """Share of this corpus among those of data.blend (any unit; only the ratios count)."""
     blend: tuple[BlendSource, ...] = ()
     """More corpora to train on (train): a list of {tokens, cache, weight, num_sequences, seed}."""
-    prefetch_steps: int = Field(default=2, ge=0)
+    prefetch_steps: int = Field(default=2, ge=0, le=1 << 20)
     """Steps that a background thread reads and decodes ahead of training; 0 reads when they are needed."""
     read_retry_s: float = Field(default=60.0, ge=0)
     """Seconds for which a read of the cache that disk, network or store fails is tried again; 0 fails at once."""
     canary: Literal["refuse", "warn"] = "refuse"
     """What `train` does when a cache's targets do not fit the text (shifted, or from a teacher that ignores it)."""
+
+    _cache_can_be_named = field_validator("cache")(nameable)
 
     @property
     def sources(self) -> tuple[DataConfig, ...]:

@@ -55,8 +55,10 @@ class CompareConfig(Section):
     @field_validator("seeds")
     @classmethod
     def _seeds_differ(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(seeds)) != len(seeds) or min(seeds) < 0:
-            raise ValueError(f"found: {list(seeds)}; expected: different numbers from 0 on")
+        if len(set(seeds)) != len(seeds) or min(seeds) < 0 or max(seeds) >= 1 << 63:
+            raise ValueError(
+                f"found: {list(seeds)}; expected: different numbers from 0 to 2^63 - 1"
+            )
         return seeds
 
     @field_validator("cells")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, field_validator
 
-from distill_pretrain.config import Section
+from distill_pretrain.config import Section, nameable
 
 
 class GradientsConfig(Section):
@@ -15,13 +15,13 @@ class GradientsConfig(Section):
 
     model: Path
     """Run folder (or checkpoint folder) of the student whose parameters the gradients are of."""
-    caches: dict[str, str] = Field(min_length=1)
+    caches: dict[str, Annotated[str, AfterValidator(nameable)]] = Field(min_length=1)
     """Name to folder (or URL) of every cache to compare; all captured from data.tokens."""
     num_batches: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         default=(1, 4, 16, 64), min_length=1
     )
     """Compare the gradients of the first so many micro-batches, for each of these numbers."""
-    micro_batch_size: int = Field(default=8, ge=1)
+    micro_batch_size: int = Field(default=8, ge=1, le=1 << 20)
     """Sequences per forward pass."""
     residual: Literal["drop", "renormalise", "label", "ghost", "uniform"] = "drop"
     """What becomes of the mass that Top-K targets lack; see objective.residual."""
@@ -34,9 +34,9 @@ class EvalConfig(Section):
     """Name to run folder (or checkpoint folder) of every model to score."""
     output: Path
     """JSON file that receives the figures."""
-    num_sequences: int | None = Field(default=None, ge=1)
+    num_sequences: int | None = Field(default=None, ge=1, le=1 << 40)
     """Score only the first so many held-out sequences; null scores all."""
-    micro_batch_size: int = Field(default=8, ge=1)
+    micro_batch_size: int = Field(default=8, ge=1, le=1 << 20)
     """Sequences per forward pass."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the models' forward pass; the teacher has its own in `teacher.dtype`."""
@@ -52,6 +52,8 @@ class EvalConfig(Section):
     """Zero-shot tasks for lm-evaluation-harness: names, or paths of task YAML files."""
     tasks_path: Path | None = None
     """Folder of further task YAML files, whose names `tasks` may use."""
+
+    _cache_can_be_named = field_validator("cache")(nameable)
 
 
 class ReportConfig(Section):

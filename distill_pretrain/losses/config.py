@@ -10,6 +10,8 @@ from pydantic import Field, field_validator, model_validator
 from distill_pretrain.config import Section
 from distill_pretrain.losses.points import Points, Scheduled, extremes
 
+MOST_WEIGHT = 1e9
+"""Of a term of the loss: squares of gradients must stay within fp32."""
 CHUNK_TOKENS = 4096
 """Of a chunked head: enough for the products to run at full speed."""
 
@@ -29,14 +31,14 @@ class ObjectiveConfig(Section):
     divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = "forward_kl"
     """KL(teacher || student), KL(student || teacher) or Jensen-Shannon; the last two only with target: teacher."""
     temperature: Scheduled = 1.0
-    """tau > 0 of softmax(z / tau); cached t^(1/tau) keeps its mass (biased for sampled t). A number or points."""
+    """tau of softmax(z / tau); cached t^(1/tau) keeps its mass (biased for sampled t). A number or points."""
     temperature_squared: bool = True
     """Multiply the distillation term by tau^2, so that its gradient keeps its size (Hinton et al. 2015)."""
     residual: Literal["drop", "renormalise", "label", "ghost", "uniform"] = "drop"
     """Where a cached target's missing mass goes: nowhere, kept ids, true token, bucket of other ids, all ids evenly."""
     smoothing: Scheduled = 0.0
     """a in [0, 1): targets become (1 - a) t + a / vocabulary size. A number or points."""
-    z_loss: float = Field(default=0.0, ge=0)
+    z_loss: float = Field(default=0.0, ge=0, le=MOST_WEIGHT)
     """Weight of (log sum exp z)^2 at every position with a label; reported as `z`."""
     token_weighting: Literal["none", "teacher_confidence"] = "none"
     """`teacher_confidence`: a token's distillation term is multiplied by its target's largest probability."""
@@ -60,13 +62,17 @@ class ObjectiveConfig(Section):
 
     @field_validator("ce_weight", "kd_weight")
     @classmethod
-    def _not_negative(cls, points: Points) -> Points:
-        return _within(points, "at least 0", lambda value: value >= 0)
+    def _a_weight(cls, points: Points) -> Points:
+        return _within(
+            points, f"at least 0, at most {MOST_WEIGHT:g}", lambda value: 0 <= value <= MOST_WEIGHT
+        )
 
     @field_validator("temperature")
     @classmethod
-    def _positive(cls, points: Points) -> Points:
-        return _within(points, "more than 0", lambda value: value > 0)
+    def _a_temperature(cls, points: Points) -> Points:
+        return _within(
+            points, "more than 0, from 1e-06 to 1e+06", lambda value: 1e-6 <= value <= 1e6
+        )
 
     @field_validator("smoothing")
     @classmethod

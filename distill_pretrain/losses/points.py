@@ -48,7 +48,7 @@ def parse_points(value: Any) -> Points:
         steps = [step for step, _ in points]
         if not points or any(step < 0 or step % 1 for step in steps) or steps != sorted({*steps}):
             raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(
             f"found: {value}; expected: a number, or a list of [step, value] points with whole, "
             "ascending steps"

@@ -14,27 +14,27 @@ class ModelConfig(Section):
 
     arch: Literal["llama", "gpt2"] = "llama"
     """`llama`: RMSNorm, SwiGLU, RoPE, no biases; `gpt2`: LayerNorm, GELU, learned positions, biases."""
-    num_layers: int = Field(ge=1)
+    num_layers: int = Field(ge=1, le=1 << 14)
     """Transformer layers."""
-    hidden_size: int = Field(ge=1)
+    hidden_size: int = Field(ge=1, le=1 << 20)
     """Width of the residual stream."""
-    ffn_hidden_size: int = Field(ge=1)
+    ffn_hidden_size: int = Field(ge=1, le=1 << 24)
     """Inner width of the feed-forward block."""
-    num_attention_heads: int = Field(ge=1)
+    num_attention_heads: int = Field(ge=1, le=1 << 20)
     """Query heads."""
-    num_query_groups: int | None = Field(default=None, ge=1)
+    num_query_groups: int | None = Field(default=None, ge=1, le=1 << 20)
     """Key/value heads (GQA); null means one per query head."""
-    kv_channels: int | None = Field(default=None, ge=1)
+    kv_channels: int | None = Field(default=None, ge=1, le=1 << 20)
     """Width of a head; null means hidden_size / num_attention_heads."""
-    rotary_base: int = Field(default=10000, ge=1)
+    rotary_base: int = Field(default=10000, ge=1, le=1 << 62)
     """RoPE base (llama)."""
-    rope_scaling_factor: float | None = Field(default=None, gt=0)
+    rope_scaling_factor: float | None = Field(default=None, gt=0, le=1e6)
     """Llama 3's RoPE scaling for contexts beyond 8192 positions by this factor (llama); null means none."""
     qkv_bias: bool = False
     """Biases on the query, key and value projections, as in Qwen2 (llama)."""
     qk_norm: bool = False
     """RMSNorm over each head's query and key, as in Qwen3 (llama)."""
-    norm_epsilon: float = Field(default=1e-5, gt=0)
+    norm_epsilon: float = Field(default=1e-5, gt=0, le=1)
     """Epsilon of the norms."""
     tie_embeddings: bool = False
     """Share the input embedding with the LM head."""
@@ -42,17 +42,17 @@ class ModelConfig(Section):
     """Hidden and attention dropout."""
     init: Literal["megatron", "xavier", "fan_in", "deepscale", "completep", "deepnorm"] = "megatron"
     """Weights, residual scaling: deepscale (arXiv 2403.09635), completep (2505.01618), deepnorm (post; 2203.00555)."""
-    init_std: float = Field(default=0.02, gt=0)
+    init_std: float = Field(default=0.02, gt=0, le=1e6)
     """Standard deviation of init: megatron; output projections use init_std / sqrt(2 num_layers)."""
     norm_placement: Literal["pre", "post"] = "pre"
     """`pre`: norms at the branches' inputs; `post` (experimental): after the sum, as in the first transformers."""
     residual_k: float = Field(default=1.0, gt=0)
     """init: deepscale gives a branch the share beta^2 = residual_k / (2 num_layers) of the stream's variance."""
-    base_num_layers: int = Field(default=1, ge=1)
+    base_num_layers: int = Field(default=1, ge=1, le=1 << 20)
     """init: completep multiplies branches by base_num_layers / num_layers; the depth the optimizer was tuned at."""
-    base_hidden_size: int | None = Field(default=None, ge=1)
+    base_hidden_size: int | None = Field(default=None, ge=1, le=1 << 24)
     """init: completep: the width the optimizer was tuned at; null means hidden_size."""
-    vocab_divisor: int = Field(default=128, ge=1)
+    vocab_divisor: int = Field(default=128, ge=1, le=1 << 20)
     """The vocabulary is padded to a multiple of this (and of the tensor-parallel size)."""
     spec: Literal["auto", "local", "te"] = "local"
     """Layer modules: `local` (PyTorch), `te` (Transformer Engine, on GPUs), `auto` (te where it is installed)."""
@@ -113,19 +113,19 @@ class ModelConfig(Section):
 class ParallelConfig(Section):
     """How one model is spread over processes; data parallelism takes what is left."""
 
-    tensor: int = Field(default=1, ge=1)
+    tensor: int = Field(default=1, ge=1, le=1 << 20)
     """Tensor-parallel size."""
-    pipeline: int = Field(default=1, ge=1)
+    pipeline: int = Field(default=1, ge=1, le=1 << 20)
     """Pipeline-parallel size."""
-    virtual_pipeline: int = Field(default=1, ge=1)
+    virtual_pipeline: int = Field(default=1, ge=1, le=1 << 14)
     """Model chunks per pipeline stage (interleaved schedule when > 1)."""
     sequence_parallel: bool = False
     """Split activations over the sequence between tensor-parallel regions."""
-    context: int = Field(default=1, ge=1)
+    context: int = Field(default=1, ge=1, le=1 << 20)
     """Context-parallel size: ranks that share each sequence, attention included."""
-    first_stage_layers: int | None = Field(default=None, ge=1)
+    first_stage_layers: int | None = Field(default=None, ge=1, le=1 << 14)
     """Layers of the first pipeline stage, which also has the embedding; null means an equal share."""
-    last_stage_layers: int | None = Field(default=None, ge=1)
+    last_stage_layers: int | None = Field(default=None, ge=1, le=1 << 14)
     """Layers of the last pipeline stage, which also has the LM head and the loss; null means an equal share."""
     distributed_optimizer: bool = False
     """Shard optimizer state over data-parallel (and context-parallel) ranks."""
@@ -141,7 +141,7 @@ class ParallelConfig(Section):
     """What recompute: selective leaves out of memory; core_attn is little but for context parallelism."""
     recompute_method: Literal["uniform", "block"] = "uniform"
     """recompute: full keeps the input of every `recompute_num_layers` layers, or recomputes only that many (block)."""
-    recompute_num_layers: int = Field(default=1, ge=1)
+    recompute_num_layers: int = Field(default=1, ge=1, le=1 << 14)
     """Layers of a group (uniform), or of a stage's chunk that are recomputed (block)."""
 
     @model_validator(mode="after")
@@ -169,17 +169,17 @@ class ParallelConfig(Section):
 class OptimizerConfig(Section):
     """AdamW and its learning-rate schedule."""
 
-    lr: float = Field(default=3e-4, gt=0)
+    lr: float = Field(default=3e-4, gt=0, le=1e6)
     """Peak learning rate."""
     min_lr: float = Field(default=0.0, ge=0)
     """Learning rate at the end of the decay."""
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0, le=1 << 38)
     """Linear warm-up from zero."""
-    decay_steps: int | None = Field(default=None, ge=1)
+    decay_steps: int | None = Field(default=None, ge=1, le=1 << 38)
     """Steps until min_lr is reached; null means train.steps."""
     decay_style: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the decay."""
-    weight_decay: float = Field(default=0.1, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0, le=1e6)
     """Decoupled weight decay (matrices only)."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """Adam's first moment."""
@@ -197,7 +197,12 @@ class OptimizerConfig(Section):
     """Keep optimizer state and master weights in host memory and update them there (deepspeed)."""
 
     @model_validator(mode="after")
-    def _zero_is_deepspeed(self) -> OptimizerConfig:
+    def _consistent(self) -> OptimizerConfig:
+        if self.min_lr > self.lr:
+            raise ValueError(
+                f"min_lr: {self.min_lr:g} is above lr: {self.lr:g}; the rate falls from lr to min_lr, "
+                "so lower min_lr or raise lr"
+            )
         wanted = {"zero_stage": self.zero_stage is not None, "offload": self.offload}
         used = [name for name, is_set in wanted.items() if is_set]
         if self.backend != "deepspeed" and used:

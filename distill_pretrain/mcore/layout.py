@@ -141,6 +141,7 @@ def check_layout(
             "model.num_attention_heads",
             "model.hidden_size",
         )
+    problems += _head_misfits(model)
     if parallel.sequence_parallel:
         must_divide(tp, seq_len, "parallel.tensor", "data.seq_len (sequence_parallel)")
     if parallel.context > 1:
@@ -190,6 +191,18 @@ def check_layout(
             "the parallel layout does not fit:\n" + "\n".join(f"  - {p}" for p in problems)
         )
     return data_parallel
+
+
+def _head_misfits(model: ModelConfig) -> list[str]:
+    """What of the width of an attention head does not come out."""
+    width = model.kv_channels or model.hidden_size // model.num_attention_heads
+    is_whole = model.kv_channels or model.hidden_size % model.num_attention_heads == 0
+    if model.arch != "llama" or not is_whole or width % 2 == 0:
+        return []
+    key = "model.kv_channels"
+    if model.kv_channels is None:
+        key = "model.hidden_size / model.num_attention_heads"
+    return [f"{key} = {width} is odd; arch: llama rotates the channels of a head in pairs (RoPE)"]
 
 
 def _stage_misfits(model: ModelConfig, parallel: ParallelConfig) -> list[str]:

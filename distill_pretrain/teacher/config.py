@@ -64,13 +64,13 @@ class TeacherConfig(Section):
     """Run folder or checkpoint folder (megatron), or model folder."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the forward pass; the softmax is always taken in fp32."""
-    tensor: int = Field(default=1, ge=1)
+    tensor: int = Field(default=1, ge=1, le=1 << 20)
     """Processes that split every layer between them (megatron, hf)."""
-    pipeline: int = Field(default=1, ge=1)
+    pipeline: int = Field(default=1, ge=1, le=1 << 20)
     """Processes, or groups of `tensor` of them, that hold the layers in turn (megatron)."""
-    fsdp: int = Field(default=1, ge=1)
+    fsdp: int = Field(default=1, ge=1, le=1 << 20)
     """Processes that store the weights between them and fetch a layer when it is its turn (hf)."""
-    zero: int = Field(default=1, ge=1)
+    zero: int = Field(default=1, ge=1, le=1 << 20)
     """Processes of the ZeRO-3 group (deepspeed): all that the job has."""
     offload: bool = False
     """Keep the weights of `zero` in the memory of the host (deepspeed)."""
@@ -78,7 +78,7 @@ class TeacherConfig(Section):
     """Run Python files that come with the model (hf, deepspeed); such a folder is refused otherwise."""
     allow_pickle: bool = False
     """Read pickled weights, pytorch_model*.bin (hf); a folder that has no others is refused otherwise."""
-    head_chunk_tokens: int = Field(default=1024, ge=1)
+    head_chunk_tokens: int = Field(default=1024, ge=1, le=1 << 40)
     """Positions whose logits exist at once in a capture; part of the cache's identity (it moves float rounding)."""
 
     @model_validator(mode="after")
@@ -142,26 +142,26 @@ class CaptureConfig(TargetsConfig):
     sets: dict[str, TargetSetConfig] | None = Field(default=None, min_length=1)
     """Name -> {sampler, num_draws, top_p, seed}: one pass of the teacher writes a cache output_dir/NAME for each,
     the same as a capture of that set alone; sampler, num_draws and top_p above then stay at their defaults."""
-    seed: int = Field(default=1234, ge=0)
+    seed: int = Field(default=1234, ge=0, lt=1 << 64)
     """Seed of the draws."""
-    num_sequences: int | None = Field(default=None, ge=1)
+    num_sequences: int | None = Field(default=None, ge=1, le=1 << 40)
     """Capture only the first so many sequences of the plan; null captures all."""
-    micro_batch_size: int | None = Field(default=None, ge=1)
+    micro_batch_size: int | None = Field(default=None, ge=1, le=1 << 20)
     """Sequences per teacher forward pass; part of the cache's identity (it moves float rounding). Null takes what
     micro_batch_tokens gives, or else 8."""
-    micro_batch_tokens: int | None = Field(default=None, ge=1)
+    micro_batch_tokens: int | None = Field(default=None, ge=1, le=1 << 40)
     """Instead of micro_batch_size: the most positions per forward pass, at least one sequence of data.seq_len."""
-    shard_sequences: int = Field(default=512, ge=1)
+    shard_sequences: int = Field(default=512, ge=1, le=1 << 20)
     """Sequences per shard file."""
     block_tokens: int = Field(default=1024, ge=16, le=65536)
     """Most positions per checksummed block; a block never crosses a sequence."""
     codec: Literal["hc", "raw"] = "hc"
     """Block codec: `hc` (entropy-coded, a third to half the bytes) or `raw` (fixed width)."""
-    pilot_tokens: int = Field(default=65536, ge=1)
+    pilot_tokens: int = Field(default=65536, ge=1, le=1 << 40)
     """Positions scored first to make the tables of `hc` (at most an eighth of the capture, but one micro-batch)."""
     codec_tables: Path | None = None
     """Tables of another cache (its codec-*.bin) instead of a pilot; caches to be merged need the same tables."""
-    threads: int = Field(default=1, ge=1)
+    threads: int = Field(default=1, ge=1, le=1024)
     """CPU threads per capture process (fixed, so that results do not depend on the machine)."""
     sampling_impl: Literal["auto", "numpy", "cuda"] = "auto"
     """Who samples: kernels on the teacher's GPU (`cuda`) or numpy on the host (`numpy`); `auto` takes the kernels where

@@ -23,11 +23,11 @@ class BadStepsConfig(Section):
     """For a loss above the rolling mean by `spike_deviations` standard deviations."""
     spike_deviations: float = Field(default=8.0, gt=0)
     """How far a loss must jump to be a spike."""
-    window: int = Field(default=64, ge=2)
+    window: int = Field(default=64, ge=2, le=1 << 20)
     """Applied steps in the rolling statistics; no step is a spike before they are full."""
-    most_in_a_row: int = Field(default=10, ge=0)
+    most_in_a_row: int = Field(default=10, ge=0, le=1 << 38)
     """Bad steps in a row that are put up with; one more stops the job."""
-    most_rollbacks: int = Field(default=3, ge=0)
+    most_rollbacks: int = Field(default=3, ge=0, le=1 << 38)
     """Rollbacks of one job that are put up with."""
 
 
@@ -36,25 +36,25 @@ class TrainConfig(Section):
 
     output_dir: Path
     """Run folder: recipe.yaml, metrics.jsonl, checkpoints/."""
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1, le=1 << 38)
     """Optimizer steps."""
-    micro_batch_size: int = Field(default=1, ge=1)
+    micro_batch_size: int = Field(default=1, ge=1, le=1 << 20)
     """Sequences per forward pass and data-parallel rank."""
-    global_batch_size: int = Field(ge=1)
+    global_batch_size: int = Field(ge=1, le=1 << 24)
     """Sequences per optimizer step, over all ranks."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the model; the loss is always taken in fp32, bf16 keeps fp32 master weights."""
-    seed: int = Field(default=1234, ge=0)
+    seed: int = Field(default=1234, ge=0, lt=1 << 63)
     """Seed of the initial weights, the dropout and the order in which sequences are visited."""
-    log_interval: int = Field(default=10, ge=1)
+    log_interval: int = Field(default=10, ge=1, le=1 << 38)
     """Steps between console lines (metrics.jsonl has every step)."""
-    checkpoint_interval: int = Field(default=500, ge=1)
+    checkpoint_interval: int = Field(default=500, ge=1, le=1 << 38)
     """Steps between checkpoints; the last step is always saved."""
-    keep_checkpoints: int = Field(default=2, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1, le=1 << 38)
     """Newest checkpoints kept."""
     async_save: bool = False
     """Write checkpoints from a copy in host memory while training goes on; they are published when complete."""
-    export_interval: int | None = Field(default=None, ge=1)
+    export_interval: int | None = Field(default=None, ge=1, le=1 << 38)
     """Steps between exports to output_dir/hf/step-N for transformers, the last step's included; null means none."""
     keep_exports: int | None = Field(default=None, ge=1)
     """Newest exports kept in output_dir/hf; null keeps all."""
@@ -67,5 +67,5 @@ class TrainConfig(Section):
     stuck_after_s: float | None = Field(default=1800.0, gt=0)
     """Seconds without a new step, save or read after which a job of several processes names the ranks it waits for and
     ends with exit code 75, for the launcher to start it again; null waits for the collective's own timeout."""
-    threads: int = Field(default=0, ge=0)
+    threads: int = Field(default=0, ge=0, le=1024)
     """CPU threads per process; 0 divides the cores among the processes of a node."""

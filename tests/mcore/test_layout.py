@@ -32,6 +32,8 @@ def check(world_size=1, micro=2, batch=8, seq_len=32, model=None, online_teacher
 
 def test_a_fitting_layout_gives_its_data_parallel_size():
     assert check(8, tensor=2, pipeline=2) == 2
+    # Learned positions rotate no pairs.
+    assert check(model={"arch": "gpt2", "kv_channels": 5}) == 1
 
 
 @pytest.mark.parametrize(
@@ -42,6 +44,9 @@ def test_a_fitting_layout_gives_its_data_parallel_size():
             "model.num_attention_heads = 4 is not divisible by parallel.tensor = 3",
         ),
         ({"world_size": 4, "tensor": 4}, "model.num_query_groups = 2 is not divisible by"),
+        ({"model": {"kv_channels": 5}}, "model.kv_channels = 5 is odd"),
+        ({"model": {"kv_channels": 1}}, "model.kv_channels = 1 is odd"),
+        ({"model": {"hidden_size": 20}}, "model.hidden_size / model.num_attention_heads = 5 is odd"),
         ({"world_size": 3, "pipeline": 3}, "model.num_layers = 4 is not divisible by"),
         ({"world_size": 3, "tensor": 2}, "3 processes, tensor 2 x pipeline 1"),
         ({"world_size": 1, "tensor": 2}, "expected: a multiple of 2 processes"),
