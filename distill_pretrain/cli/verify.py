@@ -95,13 +95,16 @@ def _check_matches(folder: str, sequences: SequenceData) -> None:
     """Raises CacheMismatch when the cache belongs to another corpus; damage is left to the full check."""
     from distill_pretrain.data.sources import require_made_from
     from distill_pretrain.formats.cache_reader import CacheReader, load_plan
+    from distill_pretrain.formats.own_plan import require_own_plan
     from distill_pretrain.formats.storage import open_storage
 
     try:
         with CacheReader.open(folder) as cache:
             require_made_from(cache, sequences)
     except (CacheCorrupt, CacheIncomplete):
-        plan = load_plan(open_storage(folder))
+        storage = open_storage(folder)
+        plan = load_plan(storage)
+        require_own_plan(storage, plan)
         if plan.sequence_plan_id != sequences.plan.plan_id:
             raise CacheMismatch(
                 "the cache was made from other sequences than the recipe names",

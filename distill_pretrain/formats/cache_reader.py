@@ -36,6 +36,7 @@ from distill_pretrain.formats.names import (
     shard_name,
     shards_in,
 )
+from distill_pretrain.formats.own_plan import require_own_plan
 from distill_pretrain.formats.shard import Frame, ShardFile, ShardSpec, token_hash
 from distill_pretrain.formats.storage import Storage, open_storage
 
@@ -96,7 +97,11 @@ class CacheReader(Closing):
             data = storage.read(MANIFEST_NAME)
         except FileNotFoundError:
             raise _unfinished(storage.location, plan, names) from None
-        manifest = Manifest.from_json_bytes(data, plan)
+        try:
+            manifest = Manifest.from_json_bytes(data, plan)
+        except CacheCorrupt:
+            require_own_plan(storage, plan)
+            raise
         _require_files(storage, manifest, names)
         head = CacheHead(location=str(location), plan=manifest.plan, manifest_bytes=data)
         reader = cls(storage, head, max_open)

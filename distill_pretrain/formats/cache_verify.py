@@ -27,6 +27,7 @@ from distill_pretrain.formats.names import (
     shard_name,
     shards_in,
 )
+from distill_pretrain.formats.own_plan import require_own_plan
 from distill_pretrain.formats.shard import ShardFile, ShardSpec, token_hash
 from distill_pretrain.formats.storage import RangeFile, Storage, open_storage
 
@@ -81,10 +82,12 @@ def verify_cache(
         quick: of each shard check only its size, header, index and first and last block.
 
     Raises:
-        CacheError: plan.json is missing or damaged, so nothing else can be judged.
+        CacheError: plan.json is missing, damaged or of another cache, so nothing else can be judged.
     """
     storage = open_storage(location)
-    check = _Check(storage, load_plan_of_extent(storage), plan_tokens, quick)
+    plan = load_plan_of_extent(storage)
+    require_own_plan(storage, plan)
+    check = _Check(storage, plan, plan_tokens, quick)
     shards = check.shards()
     damaged = []
     for done, (plan, shard) in enumerate(shards, start=1):

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import hashlib
+import json
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from small_cache import SEQ_LEN, SmallCache, make_small_cache, upload
+from small_cache import SEQ_LEN, SmallCache, make_small_cache, published, upload
 
 from distill_pretrain.cli.main import main
-from distill_pretrain.formats.cache_reader import load_plan
+from distill_pretrain.errors import CacheCorrupt
+from distill_pretrain.formats.atomic import canonical_json
+from distill_pretrain.formats.cache_reader import CacheReader, load_plan
 from distill_pretrain.formats.cache_writer import CacheWriter
 from distill_pretrain.formats.storage import open_storage
 
@@ -165,3 +170,65 @@ def test_an_unfinished_extension_is_said_and_its_damage_is_repaired(
     assert "it makes shards 2 (sequences 4 to 4) anew" in capsys.readouterr().err
     assert not path.exists()
     assert path.with_suffix(".bad").exists()
+
+
+def edit_plan(cache: SmallCache, key: str, value: object) -> str:
+    """Change one field of plan.json, canonically; returns the sha256 that the file had."""
+    path = cache.folder / "plan.json"
+    whole = path.read_bytes()
+    path.write_bytes(canonical_json({**json.loads(whole), key: value}))
+    return hashlib.sha256(whole).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("micro_batch_size", 2),
+        ("seq_len", SEQ_LEN - 1),
+        ("sequence_plan_id", "a" * 64),
+        ("teacher", {"kind": "another"}),
+    ],
+)
+@pytest.mark.parametrize("lost", [(), ("manifest.json",), ("manifest.json", "s-*.json")])
+def test_an_edited_plan_is_what_is_wrong_and_repair_touches_no_shard(
+    small_cache: SmallCache,
+    capsys: pytest.CaptureFixture[str],
+    key: str,
+    value: object,
+    lost: tuple[str, ...],
+) -> None:
+    for pattern in lost:
+        for path in small_cache.folder.glob(pattern):
+            path.unlink()
+    digest = edit_plan(small_cache, key, value)
+    before = published(small_cache.folder)
+    for options in ([], ["--quick"], ["--repair"]):
+        assert verify(small_cache, *options) == 2
+        error = capsys.readouterr().err
+        assert "plan.json is not the plan of this cache" in error and digest in error
+        assert "shard 0" not in error and "Traceback" not in error
+    assert published(small_cache.folder) == before
+
+
+def test_a_plan_that_is_edited_is_named_where_training_opens_the_cache(
+    small_cache: SmallCache,
+) -> None:
+    digest = edit_plan(small_cache, "micro_batch_size", 2)
+    with pytest.raises(CacheCorrupt, match=f"plan.json is not the plan.*sha256 {digest}"):
+        CacheReader.open(small_cache.folder)
+
+
+def test_shards_of_another_cache_are_still_what_is_wrong(
+    small_cache: SmallCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One sound record is enough to say that plan.json is right."""
+    (small_cache.folder / "manifest.json").unlink()
+    for shard in (0, 1):
+        path = small_cache.folder / f"s-00000{shard}.dpt"
+        data = bytearray(path.read_bytes())
+        data[56:88] = bytes(32)
+        data[252:256] = zlib.crc32(data[:252]).to_bytes(4, "little")
+        path.write_bytes(data)
+    assert verify(small_cache, "--repair") == 2
+    assert "shards 0, 1 (sequences 0 to 3)" in capsys.readouterr().err
+    assert len(list(small_cache.folder.glob("*.bad"))) == 2

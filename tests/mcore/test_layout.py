@@ -46,7 +46,10 @@ def test_a_fitting_layout_gives_its_data_parallel_size():
         ({"world_size": 4, "tensor": 4}, "model.num_query_groups = 2 is not divisible by"),
         ({"model": {"kv_channels": 5}}, "model.kv_channels = 5 is odd"),
         ({"model": {"kv_channels": 1}}, "model.kv_channels = 1 is odd"),
-        ({"model": {"hidden_size": 20}}, "model.hidden_size / model.num_attention_heads = 5 is odd"),
+        (
+            {"model": {"hidden_size": 20}},
+            "model.hidden_size / model.num_attention_heads = 5 is odd",
+        ),
         ({"world_size": 3, "pipeline": 3}, "model.num_layers = 4 is not divisible by"),
         ({"world_size": 3, "tensor": 2}, "3 processes, tensor 2 x pipeline 1"),
         ({"world_size": 1, "tensor": 2}, "expected: a multiple of 2 processes"),
