@@ -133,8 +133,8 @@ class TokenIndex:
                 where=f"{self.prefix}.bin",
                 found=f"token id {largest}",
                 expected=f"ids below the vocabulary size {vocab_size}",
-                remedy=f"leave data.vocab_size out, or set it to {largest + 1} or more; without it, use the tokenizer the corpus was "
-                "made with, or tokenise it again",
+                remedy=f"leave data.vocab_size out, or set it to {largest + 1} or more; where it is not set, use the "
+                "tokenizer the corpus was made with, or tokenise it again",
             )
 
     def read(self, document: int, offset: int, length: int) -> npt.NDArray[np.int32]:
