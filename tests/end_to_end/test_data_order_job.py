@@ -169,7 +169,7 @@ def test_a_blend_trains_resumes_and_guards_its_checkpoints(job, topk_cache, tmp_
     for changed in (blend_arguments(job, topk_cache, cut, 0.5), ["data.blend=[]"]):
         arguments = [*blend_arguments(job, topk_cache, cut), *changed, "train.steps=8"]
         assert main(["train", str(job.recipe), *arguments]) == 2
-        assert "blend_splits: checkpoint" in capsys.readouterr().err
+        assert "weights of data.blend: checkpoint" in capsys.readouterr().err
 
 
 def rows_of(targets: RaggedTargets, rows: np.ndarray) -> RaggedTargets:
