@@ -120,20 +120,19 @@ def drop_empty(folders: list[Path]) -> None:
 def require_writable(path: Path) -> None:
     """Raise StorageError unless the file could be written now: found out by writing a little beside it.
 
-    For a file that comes at the end of long work. Folders above it are made for the trial alone.
+    For a file that comes at the end of long work. Where its folder does not exist yet, the nearest one above it is
+    tried: nothing is made, since other processes may be making the same folders.
     """
     if path.is_dir():
         raise storage_error(OSError(errno.EISDIR, ""), path)
-    probe = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    made = missing_folders(path)
+    place = existing_parent(path.parent)
+    probe = place / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
     with naming(path):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             probe.write_bytes(bytes(_PROBE_BYTES))
         finally:
             with suppress(OSError):
                 probe.unlink()
-            drop_empty(made)
 
 
 def require_room(folder: Path, needed: int, *, what: str, remedy: str) -> None:

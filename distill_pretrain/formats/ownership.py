@@ -147,8 +147,11 @@ def try_to_own(owner: Path) -> FileLock | None:
 
 
 def _take(owner: Path) -> FileLock | None:
-    owner.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock.take(owner)
+    while True:
+        owner.parent.mkdir(parents=True, exist_ok=True)
+        # The owner before us may remove the empty folder between our making it and our opening the file.
+        with suppress(FileNotFoundError):
+            return FileLock.take(owner)
 
 
 def owner_of(folder: Path) -> Path:

@@ -67,6 +67,13 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(tmp_path, mon
         assert not list(tmp_path.iterdir())  # nor a folder
 
 
+def test_a_trial_of_an_output_makes_no_folder(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(Path, "mkdir", lambda path, *a, **k: made.append(path))
+    require_writable(tmp_path / "new" / "eval.json")  # others may be making `new` at this moment
+    assert made == [] and not list(tmp_path.iterdir())
+
+
 def test_room_is_compared_with_what_is_needed(tmp_path):
     require_room(tmp_path / "new", 10, what="it", remedy="leave it")
     with pytest.raises(StorageError, match="no room for it"):

@@ -95,3 +95,18 @@ def test_who_wrote_nothing_leaves_no_folder(tmp_path):
     with owning(owner_of(folder), what=folder, remedy="wait"):
         (folder / "file").touch()
     assert (folder / "file").exists()
+
+
+def test_a_folder_that_vanishes_while_it_is_taken_is_made_again(tmp_path, monkeypatch):
+    folder, take, calls = tmp_path / "run", ownership.FileLock.take, []
+
+    def take_late(path, **options):
+        if not calls:
+            path.parent.rmdir()
+        calls.append(path)
+        return take(path, **options)
+
+    monkeypatch.setattr(ownership.FileLock, "take", take_late)
+    with owning(owner_of(folder), what=folder, remedy="wait"):
+        assert owner_of(folder).exists()
+    assert len(calls) == 2
