@@ -39,6 +39,7 @@ class DistillPretrainError(Exception):
         super().__init__("; ".join(parts))
         self.what = what
         self.where = where
+        self.found = found
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
         """Pickle without calling `__init__`, whose arguments are not those that the message keeps."""

@@ -220,7 +220,7 @@ class PendingSave:
     Attributes:
         step: optimizer steps done.
         files: this rank's; none of them may be still being written when `publish` is called.
-        publish: as the end of `CheckpointStore.save`; raises CheckpointError where files could not be written.
+        publish: gives the checkpoint its name; raises CheckpointError where files could not be written.
     """
 
     step: int
@@ -249,35 +249,6 @@ class CheckpointStore:
         folders = self.complete()
         return Checkpoint.open(folders[-1]) if folders else None
 
-    def save(
-        self,
-        step: int,
-        identity: dict[str, Any],
-        write: Callable[[Path], None],
-        *,
-        keep: int,
-        progress: dict[str, Any] | None = None,
-    ) -> None:
-        """Publish a checkpoint and drop all but the newest `keep`. Every rank calls it.
-
-        Args:
-            step: optimizer steps done.
-            identity: recorded beside it.
-            write: puts this rank's files into the given empty folder.
-            keep: checkpoints to keep, this one included.
-            progress: see `Checkpoint`.
-
-        Raises:
-            CheckpointError: it could not be written, on every rank that found so; what was written of it is dropped.
-        """
-        temporary = self._temporary(step)
-        record = {"step": step, "identity": identity, "progress": progress or {}}
-        with self._whole_or_nothing(temporary):
-            self._make(temporary)
-            write(temporary)
-            dist.barrier()
-            self._publish(temporary, record, keep=keep, known={})
-
     def begin_save(
         self,
         step: int,
@@ -287,7 +258,18 @@ class CheckpointStore:
         keep: int,
         progress: dict[str, Any] | None = None,
     ) -> PendingSave:
-        """As `save`, but `start` only begins to put this rank's files into the given folder. Every rank calls it."""
+        """Begin a checkpoint; what is returned publishes it and drops all but the newest `keep`. Every rank calls both.
+
+        Args:
+            step: optimizer steps done.
+            identity: recorded beside it.
+            start: begins to put this rank's files into the given empty folder.
+            keep: checkpoints to keep, this one included.
+            progress: see `Checkpoint`.
+
+        Raises:
+            CheckpointError: it could not be written, on every rank that found so; what was written of it is dropped.
+        """
         temporary = self._temporary(step)
         with self._whole_or_nothing(temporary):
             self._make(temporary)
@@ -337,7 +319,7 @@ class CheckpointStore:
         if isinstance(error, OSError):
             reason = error.strerror or str(error)
         elif isinstance(error, CheckpointError):  # of the ranks that wrote
-            reason = str(error).partition("found: ")[2].partition("; remedy")[0] or str(error)
+            reason = str(error.found or error)
         else:
             # What C++ says comes before its frames, what another rank said after a traceback.
             lines = str(error).strip().splitlines() or [""]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from distill_pretrain.mcore.config import checkpoint_bytes_per_parameter
 from distill_pretrain.planning.figures import Figure, Part
 from distill_pretrain.planning.memory import StudentJob
 from distill_pretrain.planning.parameters import num_parameters
@@ -17,8 +18,7 @@ def disk_part(job: StudentJob, train: TrainConfig) -> Part:
         tensor=job.parallel.tensor,
     )
     weight = 2 if train.precision == "bf16" else 4
-    # The optimizer's fp32 weights are stored beside those of bf16.
-    checkpoint = parameters * (weight + 8 + (4 if weight == 2 else 0))
+    checkpoint = parameters * checkpoint_bytes_per_parameter(train.precision)
     exports = 0
     if train.export_interval is not None:
         exports = -(-train.steps // train.export_interval)

@@ -92,6 +92,7 @@ def recompress_cache(
             remedy="name a new folder as DEST, or the one of an earlier `recompress` of this cache",
         )
     shards = FinishedShards(open_storage(source), manifest.plan)
+    # Opening a cache compares no sizes: found out here, before hours of work.
     for shard in range(manifest.plan.num_shards):
         shards.record(shard)
     writer = CacheWriter.create_or_resume(

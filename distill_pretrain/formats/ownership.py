@@ -192,7 +192,7 @@ def owning(owner: Path, *, what: Path, remedy: str) -> Iterator[None]:
         if lock is not None:
             # A job that wrote nothing leaves no folder behind. Inside any other the file stays: between removing it
             # and the next look of another host, whose view of the folder may be seconds old, two could own it.
-            if made and os.listdir(owner.parent) == [owner.name]:
+            if made and _is_alone(owner):
                 owner.unlink(missing_ok=True)
                 drop_empty(made)
             elif owner.name == OWNER:
@@ -201,6 +201,14 @@ def owning(owner: Path, *, what: Path, remedy: str) -> Iterator[None]:
             else:
                 owner.unlink(missing_ok=True)
             lock.release()
+
+
+def _is_alone(owner: Path) -> bool:
+    """Whether the owner file is all that its folder holds; not where the job has removed the folder."""
+    try:
+        return os.listdir(owner.parent) == [owner.name]
+    except OSError:
+        return False
 
 
 def _own_soon(owner: Path, what: Path, remedy: str) -> FileLock | None:

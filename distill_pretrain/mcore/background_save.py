@@ -167,14 +167,3 @@ class BackgroundSave:
                 fsync_path(path)
                 unsynced = 0
             self._move()
-
-
-def save_student(student: Student, folder: Path) -> None:
-    """Write weights, optimizer, schedule and this rank's random streams into an existing empty folder.
-
-    Every rank calls it; the folder is complete when the last rank returns.
-
-    Raises:
-        CheckpointError: the files of some rank could not be written.
-    """
-    BackgroundSave(student, folder, behind=False).finish()

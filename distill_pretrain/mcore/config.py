@@ -208,3 +208,11 @@ class OptimizerConfig(Section):
         if self.backend != "deepspeed" and used:
             raise ValueError(f"{', '.join(used)}: only for backend: deepspeed, not {self.backend}")
         return self
+
+
+def checkpoint_bytes_per_parameter(precision: str) -> int:
+    """Return the bytes that a checkpoint holds for each parameter.
+
+    They are the weight ("fp32" 4, "bf16" 2), beside bf16 the optimizer's fp32 weight (4), and Adam's moments (8).
+    """
+    return 2 + 4 + 8 if precision == "bf16" else 4 + 8

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from distill_pretrain.mcore.config import checkpoint_bytes_per_parameter
 from distill_pretrain.mcore.core import (
     TorchDistSaveShardedStrategy,
     dist_checkpointing,
@@ -113,18 +114,17 @@ def saved_bytes(student: Student, *, precision: str) -> int:
 
     Every rank calls it. What two pipeline stages share counts twice.
     """
-    per_parameter = 14 if precision == "bf16" else 12
     own = 0
     if dist.get_rank(current_groups().data_context) == 0:
         parameters = [p for chunk in student.chunks for p in chunk.parameters()]
         own = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
     total = torch.tensor(own, dtype=torch.int64).to(local_device())
     dist.all_reduce(total)
-    return int(total.item()) * per_parameter
+    return int(total.item()) * checkpoint_bytes_per_parameter(precision)
 
 
 def load_student(student: Student, folder: Path) -> bool:
-    """Restore what `background_save.save_student` wrote, under any layout.
+    """Restore what `background_save` wrote, under any layout.
 
     Returns:
         Whether this rank's random streams were restored: not when the layout has changed.

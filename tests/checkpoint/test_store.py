@@ -14,6 +14,7 @@ from distill_pretrain.checkpoint import store
 from distill_pretrain.checkpoint.store import Checkpoint, CheckpointStore, require_shared_folder
 from distill_pretrain.errors import CheckpointError, ConfigError, StorageError
 from distill_pretrain.processes.process import process_group
+from tests.support.checkpoints import save
 from tests.support.distributed import run_distributed
 
 
@@ -30,7 +31,7 @@ def group():
 def test_the_newest_are_kept_and_found_by_step(tmp_path, group):
     checkpoints = CheckpointStore(tmp_path)
     for step in (5, 10, 15):
-        checkpoints.save(step, {"seed": 1}, write(f"at {step}"), keep=2)
+        save(checkpoints, step, {"seed": 1}, write(f"at {step}"), keep=2)
     assert [p.name for p in checkpoints.complete()] == ["step-00000010", "step-00000015"]
     newest = checkpoints.find({"seed": 1})
     assert newest.step == 15 and (newest.folder / "weights").read_text() == "at 15"
@@ -39,16 +40,16 @@ def test_the_newest_are_kept_and_found_by_step(tmp_path, group):
 
 def test_a_save_that_dies_leaves_the_one_before(tmp_path, group):
     checkpoints = CheckpointStore(tmp_path)
-    checkpoints.save(5, {}, write("good"), keep=1)
+    save(checkpoints, 5, {}, write("good"), keep=1)
 
     def dies(folder: Path) -> None:
         write("half")(folder)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        checkpoints.save(10, {}, dies, keep=1)
+        save(checkpoints, 10, {}, dies, keep=1)
     assert checkpoints.newest().step == 5
-    checkpoints.save(10, {}, write("whole"), keep=1)
+    save(checkpoints, 10, {}, write("whole"), keep=1)
     assert (checkpoints.newest().folder / "weights").read_text() == "whole"
 
 
@@ -56,7 +57,7 @@ def test_a_step_saved_again_replaces_the_old_one_only_when_it_is_there(
     tmp_path, group, monkeypatch
 ):
     checkpoints = CheckpointStore(tmp_path)
-    checkpoints.save(5, {}, write("old"), keep=1)
+    save(checkpoints, 5, {}, write("old"), keep=1)
     replace, seen = os.replace, []
 
     def watched(source: Path, target: Path) -> None:
@@ -64,7 +65,7 @@ def test_a_step_saved_again_replaces_the_old_one_only_when_it_is_there(
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", watched)
-    checkpoints.save(5, {}, write("new"), keep=1)
+    save(checkpoints, 5, {}, write("new"), keep=1)
     # Neither the one nor the other is removed before the new one has its name.
     assert seen[1:] == [["new", "old"], ["new", "old"]]
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000005"]
@@ -73,7 +74,7 @@ def test_a_step_saved_again_replaces_the_old_one_only_when_it_is_there(
 
 def test_a_kill_between_two_names_loses_neither(tmp_path, group):
     checkpoints = CheckpointStore(tmp_path)
-    checkpoints.save(5, {}, write("old"), keep=1)
+    save(checkpoints, 5, {}, write("old"), keep=1)
     (tmp_path / "step-00000005").rename(tmp_path / "step-00000005.old")
     found = checkpoints.find({})
     assert found is not None and (found.folder / "weights").read_text() == "old"
@@ -85,7 +86,7 @@ def test_a_kill_between_two_names_loses_neither(tmp_path, group):
 
 def test_another_run_is_refused_field_by_field(tmp_path, group):
     checkpoints = CheckpointStore(tmp_path)
-    checkpoints.save(5, {"seed": 1, "model": "a", "same": 0}, write(""), keep=1)
+    save(checkpoints, 5, {"seed": 1, "model": "a", "same": 0}, write(""), keep=1)
     with pytest.raises(CheckpointError) as error:
         checkpoints.find({"seed": 2, "model": "b", "same": 0})
     assert "train.seed: checkpoint 1, this run 2" in str(error.value)
@@ -96,7 +97,7 @@ def test_another_run_is_refused_field_by_field(tmp_path, group):
 @pytest.mark.parametrize("damage", ["changed", "missing"])
 def test_a_damaged_file_is_named(tmp_path, group, damage):
     checkpoints = CheckpointStore(tmp_path)
-    checkpoints.save(5, {}, write("good"), keep=1)
+    save(checkpoints, 5, {}, write("good"), keep=1)
     file = checkpoints.newest().folder / "weights"
     if damage == "changed":
         file.write_text("goof")
@@ -110,7 +111,7 @@ def test_a_damaged_file_is_named(tmp_path, group, damage):
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, group, damage):
     checkpoints = CheckpointStore(tmp_path)
     for step in (5, 10):
-        checkpoints.save(step, {}, write(f"at {step}"), keep=2)
+        save(checkpoints, step, {}, write(f"at {step}"), keep=2)
     newest = checkpoints.newest().folder
     if damage == "a bit":
         (newest / "weights").write_bytes(b"at 11")
@@ -124,7 +125,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, group, dama
     (line,) = said
     assert "WARNING" in line and newest.name in line and f"{newest.name}.bad" in line
     # Set aside, it is in the way of nothing: neither of later saves nor of what is kept.
-    checkpoints.save(10, {}, write("again at 10"), keep=2)
+    save(checkpoints, 10, {}, write("again at 10"), keep=2)
     assert [p.name for p in checkpoints.complete()] == ["step-00000005", "step-00000010"]
     assert (checkpoints.find({}).folder / "weights").read_text() == "again at 10"
 
@@ -132,7 +133,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, group, dama
 def test_damage_to_all_is_an_error_not_a_fresh_start(tmp_path, group):
     checkpoints = CheckpointStore(tmp_path)
     for step in (5, 10):
-        checkpoints.save(step, {}, write(""), keep=2)
+        save(checkpoints, step, {}, write(""), keep=2)
     for folder in checkpoints.complete():
         (folder / store.RECORD).write_text("{")
     with pytest.raises(CheckpointError, match="no sound checkpoint is left"):
@@ -176,7 +177,7 @@ def test_a_save_on_a_full_disk_says_so_and_leaves_room_for_the_next_start(
     tmp_path, group, behind, kind
 ):
     checkpoints = CheckpointStore(tmp_path)
-    checkpoints.save(5, {}, write("good"), keep=2)
+    save(checkpoints, 5, {}, write("good"), keep=2)
     checkpoints.num_bytes = 10**18
 
     def fail(folder: Path) -> Any:
@@ -192,20 +193,20 @@ def test_a_save_on_a_full_disk_says_so_and_leaves_room_for_the_next_start(
 
     begun = checkpoints.begin_save(10, {}, Files, keep=2) if behind else None
     with pytest.raises(CheckpointError) as error:
-        begun.publish() if begun else checkpoints.save(10, {}, fail, keep=2)
+        begun.publish() if begun else save(checkpoints, 10, {}, fail, keep=2)
     said = str(error.value)
     assert "could not be written: the disk is full" in said and "bytes free" in said
     assert f"where: {tmp_path / 'step-00000010'};" in said and "\n" not in said
     assert "about 1,000,000,000,000,000,000 bytes" in said and "pos 704 vs 598" in said
     assert "frame" not in said and "Traceback" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
-    checkpoints.save(10, {}, write("whole"), keep=2)
+    save(checkpoints, 10, {}, write("whole"), keep=2)
     assert checkpoints.newest().step == 10
 
 
 def test_what_killed_starts_left_unfinished_is_dropped_by_the_next(tmp_path, group):
     checkpoints = CheckpointStore(tmp_path / "checkpoints")
-    checkpoints.save(5, {}, write("good"), keep=2)
+    save(checkpoints, 5, {}, write("good"), keep=2)
     for name in ("checkpoints/step-00000099.tmp", "hf/step-00000004.tmp", "hf/step-00000002"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "weights").write_text("...")

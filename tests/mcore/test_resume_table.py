@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from distill_pretrain.mcore.config import ParallelConfig
 from distill_pretrain.processes.process import process_group, released_groups
+from tests.support.checkpoints import save_student
 from tests.support.distributed import run_distributed
 from tests.support.layouts import LLAMA, make_job, take_step
 
@@ -47,7 +48,6 @@ def take_steps(student: Any, batches: Any, start: int) -> dict[str, Any]:
 
 
 def resume(case: tuple[str, str, str], folder: Path) -> dict[str, Any]:
-    from distill_pretrain.mcore.background_save import save_student
     from distill_pretrain.mcore.parallel import model_parallel
     from distill_pretrain.mcore.state import load_student
 

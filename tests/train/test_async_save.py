@@ -24,6 +24,7 @@ from distill_pretrain.formats.atomic import sha256_file
 from distill_pretrain.mcore.config import ParallelConfig
 from distill_pretrain.processes.process import on_first_rank, process_group, released_groups
 from distill_pretrain.train.config import BadStepsConfig, TrainConfig
+from tests.support.checkpoints import save_student
 from tests.support.distributed import run_distributed
 from tests.support.layouts import LLAMA, make_job, take_step
 from tests.support.training import Fault, run_trainer
@@ -109,7 +110,7 @@ def said_at(step: int, action: Callable[[], None]) -> Callable[[str], None]:
 
 def files_of_both(root: Path) -> list[dict[str, str]]:
     """One state saved in the foreground and behind it, where only rank 0 has files to write."""
-    from distill_pretrain.mcore.background_save import BackgroundSave, save_student
+    from distill_pretrain.mcore.background_save import BackgroundSave
     from distill_pretrain.mcore.parallel import model_parallel
 
     layout = ParallelConfig(distributed_optimizer=True)

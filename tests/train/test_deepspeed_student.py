@@ -19,6 +19,7 @@ from distill_pretrain.losses.sparse_kd import DistillationObjective
 from distill_pretrain.mcore.config import ModelConfig, ParallelConfig
 from distill_pretrain.mcore.deep import residual_identity
 from distill_pretrain.processes.process import process_group
+from tests.support.checkpoints import save_student
 from tests.support.distributed import run_distributed
 from tests.support.layouts import (
     GPT2,
@@ -80,7 +81,6 @@ def two_steps(
     save: bool = False,
 ) -> list[list[float]]:
     """Terms of steps 2 and 3: after two steps that are saved, or from what was saved."""
-    from distill_pretrain.mcore.background_save import save_student
     from distill_pretrain.mcore.parallel import model_parallel
     from distill_pretrain.mcore.state import load_student
 
@@ -100,7 +100,7 @@ def two_steps(
                 "vocab_size": VOCAB_SIZE,
                 "seq_len": SEQ_LEN,
             }
-            store.save(2, identity, lambda path: save_student(student, path), keep=1)
+            save(store, 2, identity, lambda path: save_student(student, path), keep=1)
         else:
             load_student(student, store.complete()[-1])
         return [take_step(student, batches, step).terms.tolist() for step in (2, 3)]

@@ -157,7 +157,7 @@ def open_transformers_trunk(teacher: TeacherConfig, config: Any, head: str) -> T
         MissingDependency: accelerate.
         TeacherError: the model cannot be split in this way.
     """
-    transformers = import_transformers()
+    import_transformers()  # or the line that installs it
     try:
         import accelerate  # noqa: F401
     except ImportError:
@@ -179,21 +179,7 @@ def open_transformers_trunk(teacher: TeacherConfig, config: Any, head: str) -> T
         fsdp_size=teacher.fsdp,
         dp_replicate_size=dist.get_world_size() // teacher.processes,
     )
-    try:
-        with quiet(keep_bar=True):
-            trunk, info = transformers.AutoModel.from_pretrained(
-                teacher.path,
-                config=config,
-                dtype=DTYPES[teacher.dtype],
-                local_files_only=True,
-                trust_remote_code=teacher.trust_remote_code,
-                use_safetensors=True,
-                distributed_config=layout,
-                output_loading_info=True,
-            )
-    except Exception as error:  # transformers raises nearly anything here
-        raise cannot_be_loaded(teacher.path, error) from error
-    require_all_loaded(teacher.path, info, spare=f"{head}.")
+    trunk = _load_trunk(teacher, config, head, distributed_config=layout)
     trunk.eval()
 
     def hidden(tokens: torch.Tensor) -> torch.Tensor:
@@ -233,6 +219,24 @@ def open_deepspeed_trunk(teacher: TeacherConfig, config: Any, head: str) -> Trun
     }
     # While this object lives, transformers splits each weight as it is read.
     splitting = HfDeepSpeedConfig(settings)
+    trunk = _load_trunk(teacher, config, head)
+    del splitting
+    engine = deepspeed.initialize(model=trunk, config=settings)[0]
+    engine.eval()
+
+    def hidden(tokens: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = engine(input_ids=tokens, use_cache=False)[0]
+        return found
+
+    return hidden
+
+
+def _load_trunk(teacher: TeacherConfig, config: Any, head: str, **settings: Any) -> Any:
+    """The trunk as transformers loads it, split as it is told by `settings` or by what surrounds the call.
+
+    Raises:
+        TeacherError: it cannot be loaded, or not all of it, or not all of the files but the LM head's.
+    """
     try:
         with quiet(keep_bar=True):
             trunk, info = import_transformers().AutoModel.from_pretrained(
@@ -243,19 +247,12 @@ def open_deepspeed_trunk(teacher: TeacherConfig, config: Any, head: str) -> Trun
                 trust_remote_code=teacher.trust_remote_code,
                 use_safetensors=True,
                 output_loading_info=True,
+                **settings,
             )
     except Exception as error:  # transformers raises nearly anything here
         raise cannot_be_loaded(teacher.path, error) from error
     require_all_loaded(teacher.path, info, spare=f"{head}.")
-    del splitting
-    engine = deepspeed.initialize(model=trunk, config=settings)[0]
-    engine.eval()
-
-    def hidden(tokens: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = engine(input_ids=tokens, use_cache=False)[0]
-        return found
-
-    return hidden
+    return trunk
 
 
 def _contiguous_replica(size: int) -> Replica:
