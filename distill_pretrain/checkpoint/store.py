@@ -37,6 +37,7 @@ from distill_pretrain.formats.atomic import (
 )
 from distill_pretrain.formats.disk import free_bytes, require_room
 from distill_pretrain.processes.process import on_first_rank
+from distill_pretrain.processes.watchdog import alive
 
 RECORD = "checkpoint.json"
 SHARED_FOLDER_WAIT_S = 10.0
@@ -146,7 +147,7 @@ def hash_files(folder: Path, names: list[str], *, durable: bool = False) -> dict
         path = folder / name
         if durable and path.exists():
             fsync_path(path)
-        mine[name] = sha256_file(path) if path.exists() else "missing"
+        mine[name] = sha256_file(path, alive) if path.exists() else "missing"
     shares: list[Any] = [mine]
     if grouped:
         shares = [None] * size

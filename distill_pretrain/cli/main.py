@@ -17,10 +17,18 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 
 from distill_pretrain import __version__
+from distill_pretrain.cli.ending import (
+    INTERRUPTED,
+    NOT_READ,
+    interruptible,
+    nobody_reads,
+    output_may_end,
+)
 from distill_pretrain.errors import DistillPretrainError
 
 PROG = "distill-pretrain"
@@ -44,15 +52,30 @@ OTHER_VERBS = {
     "doctor": "check this machine and the installed packages",
 }
 VERBS = {**RECIPE_VERBS, **OTHER_VERBS}
+JOBS = ("tokenize", "capture", "train", "eval", "compare")
+"""Verbs that work for hours, and whose output is a by-product."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        0, or 2 for a user's mistake (printed without a traceback), or 130 when interrupted.
+        0; 2 for a user's mistake (printed without a traceback); 130 when interrupted; 143 when a training was told to
+        stop and has saved; 141 when nobody reads the output any more.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    with interruptible():
+        try:
+            status = _main(arguments)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            if not nobody_reads():
+                raise
+            return _leave(NOT_READ)
+        return status
+
+
+def _main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(overview())
         return 0
@@ -66,7 +89,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROG}: error: unknown verb {verb}; {hint}", file=sys.stderr)
         return 2
     try:
-        _run(verb, arguments)
+        with output_may_end() if verb in JOBS else nullcontext():
+            _run(verb, arguments)
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not nobody_reads():
+            traceback.print_exc()
+            return _leave(1)
+        return _leave(NOT_READ)
     except DistillPretrainError as error:
         _print_error(verb, error)
         return _leave(2)
@@ -79,7 +109,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print_error(verb, storage_error(error))
         return _leave(2)
     except KeyboardInterrupt:
-        return 130
+        _print_interrupted(verb)
+        return _leave(INTERRUPTED)
+    except SystemExit as end:
+        if not isinstance(end.code, int):
+            raise
+        return _leave(end.code)
     except Exception:
         traceback.print_exc()
         return _leave(1)
@@ -100,14 +135,21 @@ def _print_error(verb: str, error: DistillPretrainError) -> None:
     print(f"{PROG} {verb}: error{where}: {error}", file=sys.stderr, flush=True)
 
 
+def _print_interrupted(verb: str) -> None:
+    """One line for the job."""
+    from distill_pretrain.processes.env import launch_rank
+
+    if launch_rank() == 0:
+        print(f"{PROG} {verb}: interrupted", file=sys.stderr, flush=True)
+
+
 def _leave(status: int) -> int:
     """The exit status; in a job of several processes the process ends here and now.
 
     After an error other ranks may be waiting for this one in a collective, and so may the end of the interpreter; the
     launcher ends the job as soon as one process has gone. After success the communication library's threads can abort
-    a process whose interpreter is being taken down; all work is on disk by then. The exit functions still run: they
-    end the helper processes this one started (checkpoint saving keeps one), which would otherwise live on and hold
-    the job's output open.
+    a process whose interpreter is being taken down; all work is on disk by then. The exit functions still run: those of
+    other packages end what they have started, which would otherwise live on and hold the job's output open.
     """
     from distill_pretrain.processes.env import launch_world_size
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from distill_pretrain.contracts import LogitsEngine
     from distill_pretrain.data.sources import SequenceData
 
+STOPPED_EXIT_CODE = 143  # 128 + SIGTERM, as a shell reports it
+
 SECTIONS = ("data", "model", "parallel", "optimizer", "objective", "teacher", "train", "plan")
 HELP = """
 Trains a model with megatron-core: on the text alone (a teacher, or a baseline), from a cache of sparse teacher
@@ -26,7 +28,8 @@ Writes  train.output_dir: recipe.yaml, metrics.jsonl (one record per step), even
         checkpoints/; with train.track also tensorboard/ or metrics.prom
 
 Started again with the same recipe it goes on from the newest checkpoint, under any tensor x pipeline x data parallel
-layout. What may not change on the way is compared, and a difference is named.
+layout. What may not change on the way is compared, and a difference is named. SIGTERM, to one process or to all, saves
+after the step and ends with exit code 143; Ctrl-C ends at once, with 130.
 
     distill-pretrain train student.yaml
     distill-pretrain train student.yaml --dry-run --world-size 64
@@ -78,7 +81,7 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
         assert recipe.teacher and recipe.data
         return load_teacher(recipe.teacher, sequences, recipe.data.tokens)
 
-    train_student(
+    stopped = train_student(
         data=recipe.data,
         model=recipe.model,
         parallel=recipe.parallel,
@@ -89,3 +92,5 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
         save_recipe=save_recipe,
         open_teacher=open_teacher if online else None,
     )
+    if stopped:
+        raise SystemExit(STOPPED_EXIT_CODE)

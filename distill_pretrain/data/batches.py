@@ -19,6 +19,7 @@ from distill_pretrain.contracts import NO_ENTRY, RaggedTargets, SparseTargets, T
 from distill_pretrain.data.blend import BlendOrder
 from distill_pretrain.data.patience import read_patiently
 from distill_pretrain.processes.context import context_spans
+from distill_pretrain.processes.watchdog import alive
 
 
 class SequenceSource(Protocol):
@@ -233,6 +234,8 @@ class StudentBatches:
                     )
                     for span in self._spans
                 ]
+                alive()
+        alive()
         ids = probs = None
         if parts:
             ids, probs = map(torch.from_numpy, pad_targets(parts, rows=len(sequences)))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from distill_pretrain.errors import CacheUnreadable
+from distill_pretrain.processes.watchdog import alive
 
 Result = TypeVar("Result")
 
@@ -49,6 +50,7 @@ def read_patiently(
             if wait <= 0:
                 raise
             warn(f"WARNING: {error}; trying again in {wait:g} s")
+        alive()  # up to its patience, waiting here is not being stuck
         sleep(wait)
         waited += wait
         wait = min(2 * wait, LONGEST_WAIT_S)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -63,7 +64,9 @@ def process_group(timeout: timedelta = timedelta(hours=2)) -> Iterator[None]:
     # Tensor parallelism overlaps communication with compute only under this setting; read when CUDA starts.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        store = _store_of_this_start(timeout)
+        rank, size = (launch_rank(), launch_world_size()) if store is not None else (-1, -1)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
     else:
         dist.init_process_group(
             backend,
@@ -79,6 +82,33 @@ def process_group(timeout: timedelta = timedelta(hours=2)) -> Iterator[None]:
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def _store_of_this_start(timeout: timedelta) -> dist.Store | None:
+    """Where the ranks meet, if torchrun's own store is it: in a room of its own for every start.
+
+    torchrun keeps that store over restarts, and new ranks would find in it the addresses of those that died (pytorch
+    issue 135712). Its count of restarts is the same on all ranks of one node alone.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
+        if launch_rank() == 0 and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+            print(
+                "WARNING: torchrun will not be able to start this job again (--max-restarts) on several nodes; "
+                "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before it, as launch/torchrun_multi.sh does",
+                file=sys.stderr,
+                flush=True,
+            )
+        return None
+    server = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        launch_world_size(),
+        is_master=False,
+        timeout=timeout,
+    )
+    return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 import sys
@@ -17,6 +16,8 @@ from typing import Any
 import torch.distributed as dist
 
 STUCK_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: worth another try
+_OF_FILES = ("reading", "writing", "saving", "loading", "exporting", "checkpoint")
+"""Activities that wait for a disk, not for other ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,27 +41,17 @@ class Beat:
     beats: int
 
 
-def end_process(status: int) -> None:
-    """End this process at once, and first its helpers (saving keeps one), which would hold the job's output open."""
-    for helper in multiprocessing.active_children():
-        helper.kill()
-    os._exit(status)
-
-
 class Watchdog:
-    """Publishes what this rank is doing; ends the process when nothing has moved for too long.
+    """Publishes what this rank is doing; ends the process when nothing has moved anywhere for too long.
 
     Args:
         store: key-value store of the job, this thread's own client.
-        timeout: seconds in one activity after which the job counts as stuck.
+        timeout: seconds without progress of any rank after which the job counts as stuck.
         end: ends the process.
     """
 
     def __init__(
-        self,
-        store: dist.Store,
-        timeout: float,
-        end: Callable[[int], None] = end_process,
+        self, store: dist.Store, timeout: float, end: Callable[[int], None] = os._exit
     ) -> None:
         self._store = store
         self._timeout = timeout
@@ -68,6 +59,10 @@ class Watchdog:
         self._interval = min(10.0, timeout / 4)
         self._doing = "starting"
         self._changed = time.monotonic()
+        # How often this rank has moved; how often all had when this thread last looked, and when it saw that grow.
+        self._moves = self._told = 0
+        self._of_all = 0
+        self._moved = time.monotonic()
         self._beats = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -76,6 +71,11 @@ class Watchdog:
         """Say what this rank does from now on."""
         self._doing = what
         self._changed = time.monotonic()
+        self._moves += 1
+
+    def alive(self) -> None:
+        """Say that what this rank does goes on."""
+        self._moves += 1
 
     def start(self) -> None:
         """Start watching."""
@@ -90,26 +90,47 @@ class Watchdog:
         while not self._stop.wait(self._interval):
             # Where rank 0 keeps the store, it is gone with rank 0.
             with suppress(dist.DistError):
-                self._publish()
-            if time.monotonic() - self._changed > self._timeout:
-                try:
-                    report = self._watched_report()
-                except dist.DistError as error:
-                    report = f"{self._complaint()}\n  the store of the job does not answer: rank 0 is gone ({error})"
-                if report is not None:
-                    print(report, file=sys.stderr, flush=True)
-                    self._end(STUCK_EXIT_CODE)
+                self._look()
+            if not self._is_stuck():
+                continue
+            try:
+                report = self._watched_report()
+            except dist.DistError as error:
+                report = f"{self._complaint()}\n  the store of the job does not answer: rank 0 is gone ({error})"
+            if report is not None:
+                print(report, file=sys.stderr, flush=True)
+                self._end(STUCK_EXIT_CODE)
                 return
 
+    def _is_stuck(self) -> bool:
+        return time.monotonic() - self._moved > self._timeout
+
+    def _look(self) -> None:
+        """Publish this rank's beat and moves, and see whether any rank has moved since the last look."""
+        moves = self._moves
+        own, self._told = moves - self._told, moves
+        if own:
+            self._moved = time.monotonic()
+        self._publish()
+        # One sum over all ranks: a look costs the same in a job of any size.
+        of_all = self._store.add("moves", own)
+        if of_all != self._of_all:
+            self._of_all = of_all
+            self._moved = time.monotonic()
+
     def _watched_report(self) -> str | None:
-        """The report after a second look at everybody; None where the block was left meanwhile."""
+        """The report after a second look at everybody; None where some rank moved, or the block was left, meanwhile."""
         before = self._heard()
         # The others may be waiting here too, and must go on being heard.
         for _ in range(3):
             if self._stop.wait(self._interval):
                 return None
-            self._publish()
-        return self._report(before, self._heard())
+            self._look()
+            if not self._is_stuck():
+                return None
+        report = self._report(before, self._heard())
+        self._look()
+        return report if self._is_stuck() else None
 
     def _complaint(self) -> str:
         return (
@@ -163,8 +184,9 @@ class Watchdog:
                     f'{beat.since:.0f} s; most ranks are at "{most}"'
                 )
         if len(lines) == 1:
+            what = "file system" if any(word in most for word in _OF_FILES) else "network"
             lines.append(
-                f'  all ranks are live and at "{most}": look at the network, or raise train.stuck_after_s'
+                f'  all ranks are live and at "{most}": look at the {what}, or raise train.stuck_after_s'
             )
         return "\n".join(lines)
 
@@ -177,6 +199,7 @@ def watchdog(timeout: float | None) -> Iterator[Callable[[str], None]]:
         timeout: seconds without a new activity after which the process reports the ranks it waits for and ends, with
             STUCK_EXIT_CODE; None, or a job of one process, watches nothing.
     """
+    global _current
     if timeout is None or dist.get_world_size() == 1:
         yield lambda what: None
         return
@@ -184,7 +207,19 @@ def watchdog(timeout: float | None) -> Iterator[Callable[[str], None]]:
     # A client of its own, so that no wait of the main thread keeps this one from speaking.
     dog = Watchdog(store.clone() if hasattr(store, "clone") else store, timeout)
     dog.start()
+    before, _current = _current, dog
     try:
         yield dog.doing
     finally:
+        _current = before
         dog.close()
+
+
+_current: Watchdog | None = None
+
+
+def alive() -> None:
+    """For work that takes long on one rank (a disk, above all): it goes on. Cheap, from any thread, watched or not."""
+    dog = _current
+    if dog is not None:
+        dog.alive()

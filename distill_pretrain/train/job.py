@@ -151,8 +151,8 @@ def train_student(
     say: Callable[[str], None],
     save_recipe: Callable[[], None],
     open_teacher: OpenTeacher | None = None,
-) -> None:
-    """Train, or go on training, the model of a recipe.
+) -> bool:
+    """Train, or go on training, the model of a recipe; whether it was asked to stop before the last step.
 
     Args:
         data: corpora and caches.
@@ -200,7 +200,7 @@ def train_student(
         newest = checkpoints.find(identity, say)
         if newest is not None and newest.step >= train.steps:
             say(f"already trained: {newest.folder}")
-            return
+            return False
         check_kernels(objective)
         check_targets(sources, objective, say)
         check_teacher(teacher, sources[0].sequences, objective)
@@ -257,7 +257,7 @@ def train_student(
             on_first_rank(
                 lambda: checkpoints.require_room(needed, keep=train.keep_checkpoints, say=say)
             )
-            Trainer(
+            trainer = Trainer(
                 student=student,
                 batches=batches,
                 prefetch_steps=data.prefetch_steps,
@@ -280,7 +280,8 @@ def train_student(
                 objective=loss,
                 has_targets=has_targets,
                 say=say,
-            ).fit()
+            )
+            return trainer.fit().stopped
 
 
 def _open_metrics(

@@ -115,7 +115,7 @@ class Saver:
         """Leaves no save in flight behind the block, unless an error of one rank alone ends it."""
         try:
             yield
-        except (TrainingStopped, SystemExit):  # which every rank raises
+        except TrainingStopped:  # which every rank raises
             self.flush(doing)
             raise
         except BaseException:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,7 +28,18 @@ from distill_pretrain.train.saving import Saver
 from distill_pretrain.train.stopping import StopRequest, stop_on_sigterm
 from distill_pretrain.train.throughput import Throughput
 
-STOPPED_EXIT_CODE = 143  # 128 + SIGTERM, as a shell reports it
+
+@dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """How a training ended that did not fail.
+
+    Attributes:
+        steps: done, and saved.
+        stopped: whether it was asked to stop before its last step.
+    """
+
+    steps: int
+    stopped: bool
 
 
 class Trainer:
@@ -88,13 +100,13 @@ class Trainer:
         self._verdict = Verdict.APPLY
         # Batches that rollbacks left out: step n trains on batch n + passed_over.
         self._passed_over = 0
+        self._stopped = False
 
-    def fit(self) -> None:
+    def fit(self) -> FitResult:
         """Train to the last step, or to the step at which the job is asked to stop.
 
         Raises:
             TrainingStopped: a bad step, and the recipe says stop.
-            SystemExit: after SIGTERM, once a checkpoint is saved.
         """
         done = self._resume()
         device = self.batches.device
@@ -104,12 +116,14 @@ class Trainer:
             watchdog(self.config.stuck_after_s) as doing,
             self.saver.flushed(doing),
         ):
-            while done < self.config.steps:
+            while done < self.config.steps and not self._stopped:
                 done = self._train_from(done, stop, doing)
-        self.events.add("finished", done)
+        if not self._stopped:
+            self.events.add("finished", done)
+        return FitResult(steps=done, stopped=self._stopped)
 
     def _train_from(self, done: int, stop: StopRequest, doing: Callable[[str], None]) -> int:
-        """Train until the last step or a rollback; the steps done."""
+        """Train until the last step, a rollback or a stop; the steps done."""
         metrics = self.open_metrics(done)
         if metrics is not None and metrics.dropped:
             self.events.add("repeating", done, steps=metrics.dropped)
@@ -140,7 +154,7 @@ class Trainer:
                 figures = (self.saver.writing, *self._own_figures(waited))
                 asked, (writing, *most) = stop.anywhere(figures)
                 self._report(done, result, metrics, seconds, most)
-                doing(f"step {done}: saving")
+                doing(f"step {done}: exporting or saving")
                 if self.exports.is_due(done):
                     self.student.settle_weights()
                 self.exports.after_step(done, self.student.chunks)
@@ -154,7 +168,8 @@ class Trainer:
                     self.saver.flush(doing)
                     self.say(f"asked to stop: saved step {done}; start it again to go on")
                     self.events.add("stopped", done)
-                    raise SystemExit(STOPPED_EXIT_CODE)
+                    self._stopped = True
+                    break
         return done
 
     def _accepts(self, step: int, seen: StepResult) -> bool:

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -74,8 +77,6 @@ def test_a_misspelt_verb_is_refused_with_a_suggestion(capsys):
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    import os
-
     return subprocess.run(
         [sys.executable, "-m", "distill_pretrain", *arguments],
         capture_output=True,
@@ -119,12 +120,78 @@ def test_a_missing_section_is_named(capsys):
     )
 
 
-def test_an_interrupt_ends_quietly(monkeypatch, tmp_path):
+def test_an_interrupt_ends_in_one_line(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
+    before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(cli, "_run", interrupted)
     assert cli.main(["tokenize", "x.yaml"]) == 130
+    assert capsys.readouterr().err == "distill-pretrain tokenize: interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def unread(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """A verb whose output nobody reads any more, as behind `| head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        return subprocess.run(
+            [sys.executable, "-m", "distill_pretrain", *arguments],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            cwd=cwd,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+            text=True,
+            timeout=300,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+
+
+def test_output_that_nobody_reads_ends_a_verb_quietly_and_no_job(tmp_path):
+    for number in range(30):
+        (tmp_path / f"{number}.txt").write_text(f"some words of text, number {number}\n" * 30)
+    tokenize = [
+        "tokenize",
+        f"corpus.paths=[{tmp_path}]",
+        "corpus.include=['*.txt']",
+        "corpus.output_dir=out",
+        "corpus.workers=1",
+        "corpus.held_out_fraction=0.3",
+        "tokenizer.vocab_size=300",
+    ]
+    job = unread(*tokenize, cwd=tmp_path)
+    assert (job.returncode, job.stderr.count("Error")) == (0, 0), job.stderr
+    assert (tmp_path / "out/train.bin").is_file()
+    for arguments in (["--help"], ["--version"], ["inspect", "out/train"], ["doctor", "."]):
+        done = unread(*arguments, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (141, ""), (arguments, done.stderr)
+
+
+def test_a_broken_pipe_of_ours_keeps_its_traceback(monkeypatch, capsys):
+    def broken(*_):
+        raise BrokenPipeError("a socket's")
+
+    monkeypatch.setattr(cli, "_run", broken)
+    assert cli.main(["inspect", "x"]) == 1
+    assert "in broken" in capsys.readouterr().err
+
+
+def test_a_second_interrupt_ends_what_the_first_began():
+    code = (
+        "import signal, os, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # of a shell in the background: ignored
+        "from distill_pretrain.cli import main as cli\n"
+        "def run(*_):\n"
+        "    try:\n        os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"
+        "    finally:\n        os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"
+        "cli._run = run\n"
+        "cli.main(['inspect', 'x'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch, capsys):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
+from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 
+from distill_pretrain.data.batches import BatchSource, StudentBatches
 from distill_pretrain.processes.process import process_group
 from distill_pretrain.processes.watchdog import STUCK_EXIT_CODE, Watchdog
 from tests.support.distributed import run_distributed
+from tests.support.layouts import WalkPlan, WalkTargets
 
 
 def reports(kind: str) -> str:
@@ -41,9 +44,8 @@ def reports(kind: str) -> str:
                         time.sleep(0.05)
                     os.kill(pid, signal.SIGSTOP)
                 else:
-                    for _ in range(16):
-                        dog.doing("step 7: reading")
-                        time.sleep(0.5)
+                    dog.doing("step 7: reading")
+                    time.sleep(8)
             dist.all_reduce(torch.zeros(1))
             dog.close()
         if dist.get_rank() == 0:
@@ -75,19 +77,84 @@ def test_a_store_that_is_gone_is_said_and_the_process_ends(capsys):
     assert 'rank 0 is at "step 7: computing"' in said and "rank 0 is gone (Broken pipe)" in said
 
 
-def test_the_helpers_of_a_process_end_with_it():
-    code = (
-        "import multiprocessing, sys, threading\n"
-        "from distill_pretrain.processes.watchdog import end_process\n"
-        "if __name__ == '__main__':\n"
-        "    helper = multiprocessing.get_context('spawn').Manager()\n"
-        "    threading.Thread(target=end_process, args=(75,)).start()\n"
-        "    threading.Event().wait()\n"
+def watched(
+    timeout: float, moments: list[float], act: Callable[[Watchdog, float], None]
+) -> list[int]:
+    """With what a lonely watchdog ended its process, if it did, while `act` was called at these seconds."""
+    codes: list[int] = []
+    with process_group():
+        dog = Watchdog(dist.HashStore(), timeout, end=codes.append)
+        started = time.monotonic()
+        dog.start()
+        for moment in moments:
+            time.sleep(max(0.0, started + moment - time.monotonic()))
+            act(dog, moment)
+        dog.close()
+    return codes
+
+
+def test_a_rank_that_moves_again_is_left_alone_and_watched_on(capsys):
+    # Stuck from 0.8 s on; the second look takes 0.6 s more.
+    again = [1.1 + 0.1 * n for n in range(15)]
+    assert watched(0.8, again, lambda dog, _: dog.doing("step 8: computing")) == []
+    assert capsys.readouterr().err == ""
+    assert watched(0.8, [*again, 6.0], lambda dog, at: at < 6 and dog.alive()) == [STUCK_EXIT_CODE]
+    assert "no progress for 1 s" in capsys.readouterr().err
+
+
+def test_progress_of_any_rank_is_progress():
+    store = dist.HashStore()
+    codes: list[int] = []
+    with process_group():
+        waiting, working = (Watchdog(store, 0.8, end=codes.append) for _ in range(2))
+        for dog in (waiting, working):
+            dog.start()
+        waiting.doing("step 3: computing")
+        for _ in range(15):
+            time.sleep(0.2)
+            working.alive()
+        assert codes == []
+        for dog in (waiting, working):
+            dog.close()
+
+
+@pytest.mark.parametrize(
+    ("doing", "place"),
+    [("step 3: writing the checkpoint", "file system"), ("step 3: computing", "network")],
+)
+def test_what_all_ranks_do_says_where_to_look(capsys, doing, place):
+    assert watched(0.4, [0.0, 3.0], lambda dog, at: at or dog.doing(doing)) == [STUCK_EXIT_CODE]
+    said = capsys.readouterr().err
+    assert f'all ranks are live and at "{doing}": look at the {place}, or' in said
+
+
+def walk_batches() -> StudentBatches:
+    """Four micro-batches of two sequences a step."""
+    plan = WalkPlan()
+    return StudentBatches(
+        [BatchSource(plan=plan, cache=WalkTargets(plan), num_sequences=plan.num_sequences)],
+        seed=3,
+        global_batch_size=8,
+        micro_batch_size=2,
+        data_rank=0,
+        data_size=1,
+        device=torch.device("cpu"),
     )
-    command = [sys.executable, "-c", code]
-    # Ends only when nobody holds the pipe open any more.
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 75, done.stderr
+
+
+def test_reading_and_hashing_say_that_they_go_on(tmp_path):
+    from distill_pretrain.checkpoint.store import hash_files
+    from distill_pretrain.processes import watchdog as module
+
+    (tmp_path / "file").write_bytes(b"x")
+    dog = Watchdog(dist.HashStore(), 100.0)
+    with mock.patch.object(module, "_current", dog):
+        hash_files(tmp_path, ["file"])
+        assert dog._moves == 1
+        batches = walk_batches()
+        batches.host_batches(0, with_targets=True)
+        assert dog._moves == 1 + 8 + 4  # sequences and micro-batches
+    batches.host_batches(0, with_targets=True)  # watched by nobody
 
 
 def test_a_stopped_process_is_named():

@@ -83,12 +83,14 @@ class Run:
         checkpoints: of the run.
         said: every line.
         error: what ended it early.
+        stopped: whether it was asked to stop.
     """
 
     model: torch.nn.Module
     checkpoints: CheckpointStore
     said: list[str]
     error: BaseException | None
+    stopped: bool
 
 
 def run_trainer(
@@ -150,9 +152,10 @@ def run_trainer(
         say=say,
     )
     error: BaseException | None = None
+    stopped = False
     try:
-        trainer.fit()
-    except (TrainingStopped, SystemExit, CheckpointError) as end:
+        stopped = trainer.fit().stopped
+    except (TrainingStopped, CheckpointError) as end:
         error = end
     dist.barrier()
-    return Run(part, store, said, error)
+    return Run(part, store, said, error, stopped)

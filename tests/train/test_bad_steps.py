@@ -49,6 +49,7 @@ def train(folder: Path, factor: float, on_step: Any = None, **policy: Any) -> An
             "applied": [r["applied"] for r in records],
             "weights": weights,
             "ended": "" if run.error is None else str(run.error),
+            "stopped": run.stopped,
             "said": run.said,
         }
 
@@ -126,5 +127,5 @@ def test_bad_steps_and_sigterm(tmp_path):
     assert f"step {BAD}" in runs["stop"]["ended"] and "nan" in runs["stop"]["ended"]
     assert len(runs["stop"]["loss"]) == BAD - 1
 
-    assert runs["stopped"]["ended"] == "143" and runs["saved"] == 6
+    assert runs["stopped"]["stopped"] and runs["saved"] == 6
     assert runs["resumed"]["loss"] == good["loss"] and runs["resumed"]["weights"] == good["weights"]

@@ -31,6 +31,7 @@ from distill_pretrain.formats.disk import naming, require_room
 from distill_pretrain.mcore.config import ModelConfig
 from distill_pretrain.processes.groups import ParallelGroups
 from distill_pretrain.processes.process import on_first_rank
+from distill_pretrain.processes.watchdog import alive
 
 RECORD = "export.json"
 MAX_SHARD_BYTES = 5 * 10**9
@@ -214,6 +215,7 @@ class _Export:
                     whole = self._gather(tensor)
                     assert whole is not None
                     out.append(tensor.name, whole)
+                    alive()
 
     @torch.no_grad()
     def _gather(self, tensor: Tensor) -> torch.Tensor | None:
