@@ -65,7 +65,8 @@ class TrainConfig(Section):
     bad_steps: BadStepsConfig = BadStepsConfig()
     """What becomes of a step with NaN, infinity or a jump of the loss."""
     stuck_after_s: float | None = Field(default=1800.0, gt=0)
-    """Seconds without a new step, save or read after which a job of several processes names the ranks it waits for and
-    ends with exit code 75, for the launcher to start it again; null waits for the collective's own timeout."""
+    """Seconds without progress of any rank (a step; a tensor or file read, written, hashed or exported) after which a
+    job of several processes names the ranks it waits for and ends with exit code 75, for the launcher to start it
+    again; null waits for the collective's own timeout."""
     threads: int = Field(default=0, ge=0, le=1024)
     """CPU threads per process; 0 divides the cores among the processes of a node."""

@@ -1,1 +1,1 @@
-"""Fault tests of the sparse-logit cache; `tools/stress_cache.py` runs them."""
+"""Fault tests of the sparse-logit cache, which `tools/stress_cache.py` runs, and the job that `stress_train.py` strikes at."""
