@@ -1,1 +1,1 @@
-"""Fault tests of the sparse-logit cache, which `tools/stress_cache.py` runs, and the job that `stress_train.py` strikes at."""
+"""Fault tests: of the sparse-logit cache (`stress_cache.py`), and the job that `stress_train.py` strikes at."""
