@@ -19,6 +19,7 @@ from distill_pretrain.losses.sparse_kd import DistillationObjective
 from distill_pretrain.mcore.config import ModelConfig, ParallelConfig
 from distill_pretrain.mcore.deep import residual_identity
 from distill_pretrain.processes.process import process_group
+from tests.support import checkpoints
 from tests.support.checkpoints import save_student
 from tests.support.distributed import run_distributed
 from tests.support.layouts import (
@@ -100,7 +101,7 @@ def two_steps(
                 "vocab_size": VOCAB_SIZE,
                 "seq_len": SEQ_LEN,
             }
-            save(store, 2, identity, lambda path: save_student(student, path), keep=1)
+            checkpoints.save(store, 2, identity, lambda path: save_student(student, path), keep=1)
         else:
             load_student(student, store.complete()[-1])
         return [take_step(student, batches, step).terms.tolist() for step in (2, 3)]
