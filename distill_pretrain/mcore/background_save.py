@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import threading
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from queue import Queue
@@ -105,10 +104,8 @@ class BackgroundSave:
         if self._results:
             # In one order, whichever thread was first.
             self._request.async_fn_args[2].put(dict(sorted(self._results.items())))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for finalize in self._request.finalize_fns:
-                finalize()
+        for finalize in self._request.finalize_fns:
+            finalize()
         return {name: digest for _, hashes in shares for name, digest in hashes.items()}
 
     def _copy_state(self, *, in_any_case: bool) -> None:

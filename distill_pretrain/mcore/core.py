@@ -84,6 +84,11 @@ _HARMLESS_WARNINGS = (
     # Under recompute: selective, whatever computes the layers.
     r"If you are using transformer_engine as the transformer implementation",
     r"The \.grad attribute of a Tensor that is not a leaf",
+    # Of torch, of how megatron-core calls it to save and to load.
+    r"Please use DTensor instead and we are deprecating ShardedTensor",
+    r"`load_state_dict` is deprecated and will be removed in future versions",
+    r"The argument order of load has been changed",
+    r"torch\.distributed is disabled, unavailable or uninitialized, assuming the intent is to load",
 )
 
 

@@ -6,7 +6,6 @@ megatron-core unpickles parts of a checkpoint: `unpickling` reads them first, so
 from __future__ import annotations
 
 import inspect
-import warnings
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -87,19 +86,17 @@ def plan_save(student: Student, folder: Path) -> Any:
     # It would start a Manager process for this queue and keep it: one that a SIGTERM to the process group ends before
     # the last save, and that outlives a killed job. A queue of this save alone, since a failed one leaves its results.
     filesystem_async._results_queue = Queue()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        state = _student_state(student, is_loading=False)
-        request = dist_checkpointing.save(
-            state,
-            str(folder),
-            TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=_FILES_PER_RANK),
-            async_sharded_save=True,
-            **_WRITER,
-        )
-        if not _WRITES_COMMON_FILE and dist.get_rank() == 0:
-            _, common = save_preprocess(state, validate_access_integrity=False)
-            torch.save(common, folder / "common.pt")
+    state = _student_state(student, is_loading=False)
+    request = dist_checkpointing.save(
+        state,
+        str(folder),
+        TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=_FILES_PER_RANK),
+        async_sharded_save=True,
+        **_WRITER,
+    )
+    if not _WRITES_COMMON_FILE and dist.get_rank() == 0:
+        _, common = save_preprocess(state, validate_access_integrity=False)
+        torch.save(common, folder / "common.pt")
     streams = {
         "default": torch.get_rng_state(),
         "device": torch.cuda.get_rng_state(),
@@ -130,8 +127,7 @@ def load_student(student: Student, folder: Path) -> bool:
         Whether this rank's random streams were restored: not when the layout has changed.
     """
     on_first_rank(lambda: check_pickles(folder))
-    with warnings.catch_warnings(), reading(folder):
-        warnings.simplefilter("ignore")
+    with reading(folder):
         loaded = dist_checkpointing.load(_student_state(student, is_loading=True), str(folder))
         student.load_model_state(loaded)
         student.load_optimizer_state(loaded["optimizer"])
@@ -171,8 +167,7 @@ def load_weights(
         from_masters: take the optimizer's fp32 weights of a bf16 run, where it has them.
     """
     names = on_first_rank(lambda: check_pickles(folder))
-    with warnings.catch_warnings(), reading(folder):
-        warnings.simplefilter("ignore")
+    with reading(folder):
         state = sharded_chunks(chunks)
         if from_masters:
             state = {chunk: _of_masters(entries, names) for chunk, entries in state.items()}
