@@ -87,20 +87,24 @@ class Watchdog:
         self._thread.join(timeout=self._interval + 5)
 
     def _watch(self) -> None:
-        while not self._stop.wait(self._interval):
+        # The first look at once: a rank that is stopped before its second is known to the others by then.
+        while True:
             # Where rank 0 keeps the store, it is gone with rank 0.
             with suppress(dist.DistError):
                 self._look()
-            if not self._is_stuck():
-                continue
-            try:
-                report = self._watched_report()
-            except dist.DistError as error:
-                report = f"{self._complaint()}\n  the store of the job does not answer: rank 0 is gone ({error})"
-            if report is not None:
+            if self._is_stuck() and (report := self._last_words()) is not None:
                 print(report, file=sys.stderr, flush=True)
                 self._end(STUCK_EXIT_CODE)
                 return
+            if self._stop.wait(self._interval):
+                return
+
+    def _last_words(self) -> str | None:
+        """See `_watched_report`; also where the store is gone."""
+        try:
+            return self._watched_report()
+        except dist.DistError as error:
+            return f"{self._complaint()}\n  the store of the job does not answer: rank 0 is gone ({error})"
 
     def _is_stuck(self) -> bool:
         return time.monotonic() - self._moved > self._timeout

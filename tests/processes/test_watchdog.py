@@ -68,8 +68,8 @@ def test_a_store_that_is_gone_is_said_and_the_process_ends(capsys):
     codes: list[int] = []
     with process_group():
         dog = Watchdog(LostStore(), 0.4, end=codes.append)
-        dog.start()
         dog.doing("step 7: computing")
+        dog.start()
         dog._thread.join(timeout=60)
         dog.close()
     assert codes == [STUCK_EXIT_CODE]
@@ -100,6 +100,18 @@ def test_a_rank_that_moves_again_is_left_alone_and_watched_on(capsys):
     assert capsys.readouterr().err == ""
     assert watched(0.8, [*again, 6.0], lambda dog, at: at < 6 and dog.alive()) == [STUCK_EXIT_CODE]
     assert "no progress for 1 s" in capsys.readouterr().err
+
+
+def test_a_rank_is_known_from_its_first_moment():
+    store = dist.HashStore()
+    with process_group():
+        dog = Watchdog(store, 1000.0)  # looks every ten seconds
+        dog.start()
+        deadline = time.monotonic() + 5
+        while not store.check(["beat/0"]) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        dog.close()
+    assert store.check(["beat/0"])
 
 
 def test_progress_of_any_rank_is_progress():
