@@ -41,8 +41,8 @@ setup(
     # Loaded with ctypes; where no C compiler is found, a slow coder in Python takes its place.
     ext_modules=[
         Extension(
-            "distill_pretrain.formats._hc",
-            ["distill_pretrain/formats/_hc.c"],
+            "distill_pretrain.cache.codec.hc._hc",
+            ["distill_pretrain/cache/codec/hc/_hc.c"],
             extra_compile_args=["-O3"],
             optional=True,
         )

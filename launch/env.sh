@@ -26,7 +26,7 @@ _env_setup() {
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
         { _env_fail "$python is $("$python" -V 2>&1); 3.10 or newer is needed"; return 1; }
 
-    key=$( (cat "$root/setup.py" "$root"/distill_pretrain/formats/*.c; echo "$root ${TORCH_SPEC:-}") | "$python" -c \
+    key=$( (cat "$root/setup.py" "$root"/distill_pretrain/cache/codec/hc/*.c; echo "$root ${TORCH_SPEC:-}") | "$python" -c \
         'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())') || return 1
     if ! _env_is_ready "$stamp" "$key" "$extras"; then
         if "$python" -c 'import torch, sys; sys.exit(not (torch.version.cuda or torch.version.hip))' 2>/dev/null &&

@@ -22,19 +22,19 @@ import numpy as np
 import torch
 from reporting import command_line, environment, write_json
 
+from distill_pretrain.cache import CacheReader
+from distill_pretrain.cache.codec.hc.build import build_tables
+from distill_pretrain.cache.codec.hc.codec import HcCodec
+from distill_pretrain.cache.codec.raw import RawCodec
+from distill_pretrain.cache.codec.registry import BlockCodec
+from distill_pretrain.cache.plan import CachePlan
 from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.config import load_recipe, require
 from distill_pretrain.contracts import RaggedTargets
 from distill_pretrain.data.batches import BatchSource, StudentBatches
 from distill_pretrain.data.order import VisitOrder
 from distill_pretrain.data.sources import SequenceData, open_cache, open_sequences
-from distill_pretrain.formats import CacheReader
-from distill_pretrain.formats.cache_plan import CachePlan
-from distill_pretrain.formats.codecs import BlockCodec
-from distill_pretrain.formats.hc_build import build_tables
-from distill_pretrain.formats.hc_codec import HcCodec
-from distill_pretrain.formats.raw_codec import RawCodec
-from distill_pretrain.formats.storage import open_storage
+from distill_pretrain.files.storage import open_storage
 from distill_pretrain.processes.process import set_cpu_threads
 
 PASSES = 5

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from distill_pretrain.formats.ownership import FileLock, owner_of, owning, try_to_own
+from distill_pretrain.files.ownership import FileLock, owner_of, owning, try_to_own
 from distill_pretrain.processes.process import on_first_rank
 
 
 @contextmanager
 def job_owning(owner: Path, *, what: Path, remedy: str) -> Iterator[None]:
-    """As `formats.ownership.owning`, for the whole job; every rank calls it, and raises what rank 0 finds."""
+    """As `files.ownership.owning`, for the whole job; every rank calls it, and raises what rank 0 finds."""
     with ExitStack() as stack:
 
         def enter() -> None:

@@ -28,14 +28,14 @@ import torch.distributed as dist
 from distill_pretrain import __version__
 from distill_pretrain.checkpoint.identity import differences
 from distill_pretrain.errors import CheckpointError, ConfigError
-from distill_pretrain.formats.atomic import (
+from distill_pretrain.files.atomic import (
     canonical_json,
     discard_stale_temporaries,
     fsync_path,
     publish_bytes,
     sha256_file,
 )
-from distill_pretrain.formats.disk import free_bytes, require_room
+from distill_pretrain.files.disk import free_bytes, require_room
 from distill_pretrain.processes.process import on_first_rank
 from distill_pretrain.processes.watchdog import alive
 

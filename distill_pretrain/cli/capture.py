@@ -15,12 +15,12 @@ from distill_pretrain.config import dump_recipe, require
 from distill_pretrain.processes.env import launch_rank
 
 if TYPE_CHECKING:
+    from distill_pretrain.cache.codec.hc.tables import HcTables
+    from distill_pretrain.cache.manifest import Manifest
+    from distill_pretrain.cache.plan import CachePlan
+    from distill_pretrain.cache.writer import CacheWriter
     from distill_pretrain.contracts import TeacherEngine
     from distill_pretrain.data.sources import SequenceData
-    from distill_pretrain.formats.cache_plan import CachePlan
-    from distill_pretrain.formats.cache_writer import CacheWriter
-    from distill_pretrain.formats.hc_tables import HcTables
-    from distill_pretrain.formats.manifest import Manifest
     from distill_pretrain.teacher.config import CaptureConfig
     from distill_pretrain.teacher.crew import Crew
     from distill_pretrain.teacher.telemetry import CaptureLog, Stopwatch
@@ -192,8 +192,8 @@ def open_replica(recipe: Recipe) -> Iterator[tuple[SequenceData, TeacherEngine]]
 
 def _join(plans: Mapping[Path, CachePlan], capture: CaptureConfig, crew: Crew) -> list[CacheWriter]:
     """Start the caches, or join those that are there."""
-    from distill_pretrain.formats.cache_writer import CacheWriter
-    from distill_pretrain.formats.codec_files import read_tables
+    from distill_pretrain.cache.codec.files import read_tables
+    from distill_pretrain.cache.writer import CacheWriter
 
     given = None
     if capture.codec_tables is not None:
@@ -219,7 +219,7 @@ def _tables_of_new_caches(
     given: HcTables | None,
 ) -> Callable[[Path], Callable[[], HcTables]]:
     """Folder -> what makes the tables of its cache: the given ones, or those of one pilot for all that need any."""
-    from distill_pretrain.formats.names import PLAN_NAME
+    from distill_pretrain.cache.names import PLAN_NAME
     from distill_pretrain.teacher.pilot import pilot_tables
 
     made: dict[Path, HcTables] = {}
@@ -255,8 +255,8 @@ def _require_codec_with_tables(capture: CaptureConfig) -> None:
 
 def _require_writable(capture: CaptureConfig) -> None:
     """Raise StorageError where a cache that is not finished cannot be written: before the teacher is loaded."""
-    from distill_pretrain.formats.disk import require_writable
-    from distill_pretrain.formats.names import MANIFEST_NAME
+    from distill_pretrain.cache.names import MANIFEST_NAME
+    from distill_pretrain.files.disk import require_writable
 
     for name in capture.sets or ("",):
         folder = capture.output_dir / name
@@ -266,8 +266,8 @@ def _require_writable(capture: CaptureConfig) -> None:
 
 def _summarise(folder: Path, manifest: Manifest, sequences: SequenceData) -> None:
     """Printed by the process that finished the cache, whatever its rank."""
+    from distill_pretrain.cache.reader import CacheReader
     from distill_pretrain.data.canary import run_canary
-    from distill_pretrain.formats.cache_reader import CacheReader
 
     totals = manifest.totals
     print(

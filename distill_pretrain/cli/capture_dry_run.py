@@ -15,8 +15,8 @@ from distill_pretrain.errors import CacheError, ConfigError, DistillPretrainErro
 from distill_pretrain.processes.env import launch_rank, launch_world_size
 
 if TYPE_CHECKING:
+    from distill_pretrain.cache.plan import CachePlan
     from distill_pretrain.data.sources import SequenceData
-    from distill_pretrain.formats.cache_plan import CachePlan
     from distill_pretrain.teacher.config import TeacherConfig
 
 IDS_PER_POSITION = (0.98, 0.64)
@@ -215,11 +215,11 @@ def _look_at(folder: Path, plan: CachePlan) -> tuple[int, float | None]:
     Raises:
         CacheMismatch, CacheCorrupt: the folder holds another cache, or a damaged one.
     """
+    from distill_pretrain.cache.finished_shards import FinishedShards
+    from distill_pretrain.cache.names import PLAN_NAME
+    from distill_pretrain.cache.plan import CachePlan
     from distill_pretrain.errors import CacheMismatch
-    from distill_pretrain.formats.cache_plan import CachePlan
-    from distill_pretrain.formats.finished_shards import FinishedShards
-    from distill_pretrain.formats.names import PLAN_NAME
-    from distill_pretrain.formats.storage import open_storage
+    from distill_pretrain.files.storage import open_storage
 
     if not (folder / PLAN_NAME).is_file():
         return 0, None
@@ -246,7 +246,7 @@ def _look_at(folder: Path, plan: CachePlan) -> tuple[int, float | None]:
 
 
 def _size_of(plan: CachePlan, measured: float | None) -> _Size:
-    from distill_pretrain.formats.raw_codec import RawCodec
+    from distill_pretrain.cache.codec.raw import RawCodec
 
     positions = plan.num_sequences * plan.seq_len
     raw = RawCodec(kind=plan.kind, num_draws=plan.num_draws, vocab_size=plan.vocab_size)

@@ -209,7 +209,7 @@ def _capture(recipe: Recipe) -> None:
     """Capture until every cache is complete: another job may still hold shards, or have died with them."""
     import torch.distributed as dist
 
-    from distill_pretrain.formats.names import MANIFEST_NAME
+    from distill_pretrain.cache.names import MANIFEST_NAME
     from distill_pretrain.processes.process import on_first_rank
 
     assert recipe.capture and recipe.capture.sets
@@ -239,7 +239,7 @@ def _report(plan: ComparisonPlan, args: argparse.Namespace) -> None:
     from distill_pretrain.eval.comparison import Comparison
     from distill_pretrain.eval.comparison_journal import read_stages
     from distill_pretrain.eval.comparison_report import write_comparison
-    from distill_pretrain.formats.ownership import owner_of, owning
+    from distill_pretrain.files.ownership import owner_of, owning
 
     output_dir = plan.compare.output_dir
     folder = output_dir / "report"

@@ -319,7 +319,7 @@ def _remote_stores() -> Finding:
 
 def _fast_coder() -> Finding:
     """The C part of this package, which pip leaves out without an error where it cannot compile it."""
-    module, problem = try_import("distill_pretrain.formats.hc_native", top="distill_pretrain")
+    module, problem = try_import("distill_pretrain.cache.codec.hc.native", top="distill_pretrain")
     install = "pip install -e . with a C compiler (such as gcc) on PATH"
     if module is not None:
         try:

@@ -17,11 +17,11 @@ from distill_pretrain.processes.env import launch_rank, launch_world_size
 if TYPE_CHECKING:
     import torch
 
+    from distill_pretrain.cache.reader import CacheReader
     from distill_pretrain.contracts import LogitsEngine
     from distill_pretrain.data.sources import SequenceData
     from distill_pretrain.eval.metrics import ModelScores
     from distill_pretrain.eval.results import EvalResults
-    from distill_pretrain.formats.cache_reader import CacheReader
 
 SECTIONS = ("data", "eval", "teacher")
 
@@ -81,7 +81,7 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
     with process_group():
         held_out = open_sequences(recipe.data, recipe.data.held_out_tokens)
         from distill_pretrain.checkpoint.ownership import job_owning
-        from distill_pretrain.formats.ownership import owner_beside
+        from distill_pretrain.files.ownership import owner_beside
         from distill_pretrain.mcore.config import ParallelConfig
         from distill_pretrain.mcore.parallel import model_parallel
 
@@ -143,7 +143,7 @@ def _score(recipe: Recipe, models: dict[str, Path], held_out: SequenceData) -> E
     from distill_pretrain.eval.report import installed_versions, today
     from distill_pretrain.eval.results import EvalResults
     from distill_pretrain.eval.targets import open_cache_of
-    from distill_pretrain.formats.disk import require_writable
+    from distill_pretrain.files.disk import require_writable
     from distill_pretrain.processes.process import on_first_rank
     from distill_pretrain.teacher.engines import open_engine
 
@@ -303,9 +303,9 @@ def _tasks(
     if not config.tasks:
         return None
     from distill_pretrain.corpus.tokenizers import load_recorded_tokenizer
+    from distill_pretrain.corpus.tokens_record import TokensRecord
     from distill_pretrain.eval.heldout import TEACHER
     from distill_pretrain.eval.tasks import run_tasks
-    from distill_pretrain.formats.tokens_record import TokensRecord
     from distill_pretrain.processes.process import on_first_rank
 
     record = TokensRecord.beside(tokens)

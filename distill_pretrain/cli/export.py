@@ -73,7 +73,7 @@ def run(recipe: Recipe | None, args: argparse.Namespace) -> None:
         tokenizer = None
     from distill_pretrain.checkpoint.hf.export import export_checkpoint
     from distill_pretrain.checkpoint.ownership import job_owning
-    from distill_pretrain.formats.ownership import owner_beside
+    from distill_pretrain.files.ownership import owner_beside
     from distill_pretrain.processes.process import process_group, set_cpu_threads
 
     set_cpu_threads(0)
@@ -125,7 +125,7 @@ def _tokenizer_of_run(checkpoint: Checkpoint, *, required: bool) -> tuple[Path |
         TokenizerMismatch: the tokens are no longer those of the run.
     """
     from distill_pretrain.config import load_recipe
-    from distill_pretrain.formats import TokensRecord
+    from distill_pretrain.corpus.tokens_record import TokensRecord
 
     path = checkpoint.folder.parent.parent / "recipe.yaml"
     try:

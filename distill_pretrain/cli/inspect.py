@@ -148,7 +148,7 @@ def fact(name: str, value: object) -> None:
 def find_tokenizer(places: list[Path], sha256: str | None) -> Tokenizer | None:
     """The tokenizer of that hash, from the first of some folders with a tokens.json that names it."""
     from distill_pretrain.corpus.tokenizers import load_recorded_tokenizer
-    from distill_pretrain.formats.tokens_record import TokensRecord
+    from distill_pretrain.corpus.tokens_record import TokensRecord
 
     for place in places:
         if not (place / "tokens.json").is_file():
@@ -168,8 +168,8 @@ def find_tokenizer(places: list[Path], sha256: str | None) -> Tokenizer | None:
 def _show_tokens(prefix: Path) -> None:
     import numpy as np
 
-    from distill_pretrain.formats.token_index import TokenIndex
-    from distill_pretrain.formats.tokens_record import TokensRecord
+    from distill_pretrain.corpus.token_index import TokenIndex
+    from distill_pretrain.corpus.tokens_record import TokensRecord
 
     index = TokenIndex.open(prefix)
     record = TokensRecord.beside(prefix)

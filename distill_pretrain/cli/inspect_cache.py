@@ -10,22 +10,22 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import numpy.typing as npt
 
+from distill_pretrain.cache.codec.files import tables_name
+from distill_pretrain.cache.codec.registry import CODECS
+from distill_pretrain.cache.finished_shards import FinishedShards
+from distill_pretrain.cache.plan import CachePlan
+from distill_pretrain.cache.reader import load_plan_of_extent
 from distill_pretrain.cli.console import say
 from distill_pretrain.cli.inspect import fact, find_tokenizer, short
 from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.config import load_recipe
 from distill_pretrain.contracts import RaggedTargets
+from distill_pretrain.corpus.sequence_plan import SequencePlan
+from distill_pretrain.corpus.token_index import TokenIndex
 from distill_pretrain.corpus.tokenizers import Tokenizer
 from distill_pretrain.data.config import DataConfig
 from distill_pretrain.errors import DistillPretrainError
-from distill_pretrain.formats.cache_plan import CachePlan
-from distill_pretrain.formats.cache_reader import load_plan_of_extent
-from distill_pretrain.formats.codec_files import tables_name
-from distill_pretrain.formats.codecs import CODECS
-from distill_pretrain.formats.finished_shards import FinishedShards
-from distill_pretrain.formats.sequence_plan import SequencePlan
-from distill_pretrain.formats.storage import Storage, is_remote, open_storage
-from distill_pretrain.formats.token_index import TokenIndex
+from distill_pretrain.files.storage import Storage, is_remote, open_storage
 
 SAMPLED_BLOCKS = 64
 EXAMPLE_POSITION = 32

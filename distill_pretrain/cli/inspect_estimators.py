@@ -66,8 +66,8 @@ def show_estimators(args: argparse.Namespace) -> None:
     require(recipe, "inspect --estimators", "data", "teacher", "capture")
     assert recipe.data and recipe.teacher and recipe.capture
     from distill_pretrain.data.sources import require_one_source
-    from distill_pretrain.formats.atomic import publish_bytes
-    from distill_pretrain.formats.disk import require_writable
+    from distill_pretrain.files.atomic import publish_bytes
+    from distill_pretrain.files.disk import require_writable
     from distill_pretrain.teacher.capture import software_versions
     from distill_pretrain.teacher.estimators import moved_by_batch_shape, study_estimators
 

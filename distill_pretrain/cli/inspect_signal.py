@@ -70,8 +70,8 @@ def show_signal(args: argparse.Namespace) -> None:
     from distill_pretrain.checkpoint.identity import trained_model
     from distill_pretrain.checkpoint.store import find_checkpoint
     from distill_pretrain.data.sources import open_sequences
-    from distill_pretrain.formats.atomic import publish_bytes
-    from distill_pretrain.formats.disk import require_writable
+    from distill_pretrain.files.atomic import publish_bytes
+    from distill_pretrain.files.disk import require_writable
     from distill_pretrain.mcore.deep_theory import predict
     from distill_pretrain.processes.process import process_group, set_cpu_threads
 

@@ -101,7 +101,7 @@ def _main(arguments: list[str]) -> int:
         _print_error(verb, error)
         return _leave(2)
     except OSError as error:
-        from distill_pretrain.formats.disk import is_of_storage, storage_error
+        from distill_pretrain.files.disk import is_of_storage, storage_error
 
         if not is_of_storage(error):
             traceback.print_exc()

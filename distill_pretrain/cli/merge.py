@@ -47,8 +47,8 @@ def run(recipe: Recipe | None, args: argparse.Namespace) -> None:
     if launch_rank() != 0:
         return
     _check(args)
-    from distill_pretrain.formats.cache_merge import RECIPE_NAME, copy_recipe, merge_caches
-    from distill_pretrain.formats.names import ranges_text
+    from distill_pretrain.cache.merge import RECIPE_NAME, copy_recipe, merge_caches
+    from distill_pretrain.cache.names import ranges_text
 
     dest = Path(args.dest)
     with progress(None, "merging", unit="shards") as bar:
@@ -72,7 +72,7 @@ def run(recipe: Recipe | None, args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from distill_pretrain.formats.storage import is_remote
+    from distill_pretrain.files.storage import is_remote
 
     if is_remote(args.dest):
         raise ConfigError(

@@ -57,7 +57,7 @@ def corpus_of(recipe: Recipe) -> Corpus:
     assert recipe.data
     vocab_size, num_sequences = recipe.data.vocab_size, recipe.data.num_sequences
     if vocab_size is None or num_sequences is None:
-        from distill_pretrain.formats.tokens_record import TokensRecord
+        from distill_pretrain.corpus.tokens_record import TokensRecord
 
         tokens = recipe.data.tokens
         record = TokensRecord.beside(tokens)
@@ -130,8 +130,8 @@ def _most_entries(recipe: Recipe) -> int:
     caches = [source.cache for source in recipe.data.sources if source.cache]
     local = [path for path in map(Path, caches) if (path / "plan.json").is_file()]
     if local:
-        from distill_pretrain.formats.cache_reader import load_plan
-        from distill_pretrain.formats.storage import open_storage
+        from distill_pretrain.cache.reader import load_plan
+        from distill_pretrain.files.storage import open_storage
 
         return max(load_plan(open_storage(path)).max_entries_per_token for path in local)
     if recipe.capture:

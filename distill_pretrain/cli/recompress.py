@@ -12,7 +12,7 @@ from distill_pretrain.errors import ConfigError
 from distill_pretrain.processes.env import launch_rank, launch_world_size
 
 if TYPE_CHECKING:
-    from distill_pretrain.formats.manifest import Manifest
+    from distill_pretrain.cache.manifest import Manifest
 
 SECTIONS = ()
 PILOT_TOKENS = 131072
@@ -60,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(recipe: Recipe | None, args: argparse.Namespace) -> None:
     """Recompresses a cache; every process of the job takes part."""
     _check(args)
-    from distill_pretrain.formats.cache_merge import copy_recipe
-    from distill_pretrain.formats.cache_recompress import recompress_cache
+    from distill_pretrain.cache.merge import copy_recipe
+    from distill_pretrain.cache.recompress import recompress_cache
 
     dest = Path(args.dest)
     with progress(None, "recompressing", unit="positions") as bar:
@@ -82,7 +82,7 @@ def run(recipe: Recipe | None, args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from distill_pretrain.formats.storage import is_remote
+    from distill_pretrain.files.storage import is_remote
 
     if is_remote(args.dest):
         raise ConfigError(
@@ -109,7 +109,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _summarise(dest: Path, source: Manifest, written: Manifest) -> None:
     """Printed by the process that published the cache, whichever that is."""
-    from distill_pretrain.formats.codec_files import tables_name
+    from distill_pretrain.cache.codec.files import tables_name
 
     before, after = source.totals, written.totals
     text = (

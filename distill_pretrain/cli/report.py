@@ -76,7 +76,7 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
     if launch_rank() != 0:
         return
     from distill_pretrain.eval.report import write_report
-    from distill_pretrain.formats.ownership import owner_of, owning
+    from distill_pretrain.files.ownership import owner_of, owning
 
     assert recipe.report
     named = args.recipe if "=" not in args.recipe else None

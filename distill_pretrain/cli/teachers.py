@@ -112,8 +112,8 @@ def require_own_tokenizer(teacher: TeacherConfig, tokens: Path) -> None:
         TokenizerMismatch: the two differ.
     """
     from distill_pretrain.corpus.tokenizers import HF_FILES, is_same_tokenizer
+    from distill_pretrain.corpus.tokens_record import TokensRecord
     from distill_pretrain.errors import TokenizerMismatch
-    from distill_pretrain.formats import TokensRecord
 
     model = teacher.path
     record = TokensRecord.beside(tokens)

@@ -13,8 +13,8 @@ from distill_pretrain.errors import CacheCorrupt, CacheIncomplete, CacheMismatch
 from distill_pretrain.processes.env import launch_rank
 
 if TYPE_CHECKING:
+    from distill_pretrain.cache.verify import VerifyResult
     from distill_pretrain.data.sources import SequenceData
-    from distill_pretrain.formats.cache_verify import VerifyResult
 
 SECTIONS = ("data",)
 MOST_LISTED = 20
@@ -64,8 +64,8 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
         )
     if launch_rank() != 0:
         return
+    from distill_pretrain.cache.verify import verify_cache
     from distill_pretrain.data.sources import open_sequences, require_one_source
-    from distill_pretrain.formats.cache_verify import verify_cache
 
     require_one_source(recipe.data, "verify", "data.cache")
     sequences = open_sequences(recipe.data)
@@ -93,10 +93,10 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
 
 def _check_matches(folder: str, sequences: SequenceData) -> None:
     """Raises CacheMismatch when the cache belongs to another corpus; damage is left to the full check."""
+    from distill_pretrain.cache.own_plan import require_own_plan
+    from distill_pretrain.cache.reader import CacheReader, load_plan
     from distill_pretrain.data.sources import require_made_from
-    from distill_pretrain.formats.cache_reader import CacheReader, load_plan
-    from distill_pretrain.formats.own_plan import require_own_plan
-    from distill_pretrain.formats.storage import open_storage
+    from distill_pretrain.files.storage import open_storage
 
     try:
         with CacheReader.open(folder) as cache:
@@ -116,8 +116,8 @@ def _check_matches(folder: str, sequences: SequenceData) -> None:
 
 
 def _repair(folder: str, result: VerifyResult) -> None:
-    from distill_pretrain.formats.cache_verify import repair_cache
-    from distill_pretrain.formats.storage import is_remote
+    from distill_pretrain.cache.verify import repair_cache
+    from distill_pretrain.files.storage import is_remote
 
     if is_remote(folder):
         raise ConfigError(

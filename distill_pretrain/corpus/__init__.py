@@ -1,1 +1,1 @@
-"""Raw text to tokenised corpora: readers, tokenizers, the tokenize job."""
+"""Text to tokenised corpora, and the sequences cut from them."""

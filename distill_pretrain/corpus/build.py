@@ -21,6 +21,8 @@ from distill_pretrain.config import Section, dump_recipe, load_recipe
 from distill_pretrain.corpus.config import CorpusConfig, TokenizerConfig
 from distill_pretrain.corpus.encode import encode_batches
 from distill_pretrain.corpus.readers import SourceList, batches_of, list_sources
+from distill_pretrain.corpus.token_index import TokenIndex
+from distill_pretrain.corpus.token_writer import TokenIndexWriter
 from distill_pretrain.corpus.tokenizers import (
     Tokenizer,
     is_same_tokenizer,
@@ -28,14 +30,12 @@ from distill_pretrain.corpus.tokenizers import (
     load_tokenizer,
     train_tokenizer,
 )
+from distill_pretrain.corpus.tokens_record import FILE_NAME as RECORD
+from distill_pretrain.corpus.tokens_record import TokensRecord
 from distill_pretrain.errors import ConfigError, CorpusError, TokenizerMismatch
-from distill_pretrain.formats.atomic import fsync_path
-from distill_pretrain.formats.disk import naming
-from distill_pretrain.formats.ownership import owner_beside, owning
-from distill_pretrain.formats.token_index import TokenIndex
-from distill_pretrain.formats.token_writer import TokenIndexWriter
-from distill_pretrain.formats.tokens_record import FILE_NAME as RECORD
-from distill_pretrain.formats.tokens_record import TokensRecord
+from distill_pretrain.files.atomic import fsync_path
+from distill_pretrain.files.disk import naming
+from distill_pretrain.files.ownership import owner_beside, owning
 
 TRAIN, HELD_OUT = "train", "held_out"
 RECIPE, SOURCES = "recipe.yaml", "sources.json"

@@ -15,10 +15,8 @@ from distill_pretrain.corpus.config import CorpusConfig, TokenizerConfig
 from distill_pretrain.corpus.readers import Slice, SourceList, read_sample
 from distill_pretrain.errors import ConfigError, CorpusError, MissingDependency, TokenizerMismatch
 
-if (
-    TYPE_CHECKING
-):  # every tokenising process imports this module, and the package of formats imports torch
-    from distill_pretrain.formats.tokens_record import TokensRecord
+if TYPE_CHECKING:
+    from distill_pretrain.corpus.tokens_record import TokensRecord
 
 SAMPLE_BYTES = 1 << 16
 LEAST_SAMPLE = 0.9

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distill_pretrain.cache.reader import CacheHead, CacheReader
+from distill_pretrain.corpus.sequence_plan import SequencePlan
+from distill_pretrain.corpus.token_index import TokenIndex
+from distill_pretrain.corpus.tokens_record import TokensRecord
 from distill_pretrain.data.batches import BatchSource
 from distill_pretrain.data.config import DataConfig
 from distill_pretrain.errors import ConfigError, TokenDataError, TokenizerMismatch
-from distill_pretrain.formats.cache_reader import CacheHead, CacheReader
-from distill_pretrain.formats.sequence_plan import SequencePlan
-from distill_pretrain.formats.token_index import TokenIndex
-from distill_pretrain.formats.tokens_record import TokensRecord
 from distill_pretrain.processes.process import on_first_rank
 
 

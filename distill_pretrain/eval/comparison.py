@@ -14,10 +14,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from distill_pretrain.cache.reader import CacheReader
 from distill_pretrain.eval.curves import TrainingCurve
 from distill_pretrain.eval.heldout import TEACHER
 from distill_pretrain.eval.results import EvalResults
-from distill_pretrain.formats.cache_reader import CacheReader
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from distill_pretrain.eval.comparison_orderings import orderings, own_orderings
 from distill_pretrain.eval.comparison_picture import draw_losses, reliability_choice
 from distill_pretrain.eval.picture import draw_reliability
 from distill_pretrain.eval.report import installed_versions, today
-from distill_pretrain.formats.atomic import publish_bytes
+from distill_pretrain.files.atomic import publish_bytes
 
 REPORT = "report.md"
 _ABSENT = "–"

@@ -40,7 +40,7 @@ _MOST_NAMED = 8
 
 
 class HeldOutPlan(Protocol):
-    """The part of `formats.SequencePlan` that is needed here."""
+    """The part of `corpus.sequence_plan.SequencePlan` that is needed here."""
 
     num_sequences: int
 

@@ -22,7 +22,7 @@ from distill_pretrain.eval.curves import TrainingCurve
 from distill_pretrain.eval.heldout import TEACHER
 from distill_pretrain.eval.picture import draw_curves, draw_reliability, require_matplotlib
 from distill_pretrain.eval.results import EvalResults
-from distill_pretrain.formats.atomic import publish_bytes
+from distill_pretrain.files.atomic import publish_bytes
 
 REPORT, PICTURE, RELIABILITY = "report.md", "loss.png", "reliability.png"
 FINAL_STEPS = 20

@@ -10,7 +10,7 @@ from typing import Any
 
 from distill_pretrain.errors import DistillPretrainError
 from distill_pretrain.eval.metrics import ModelScores, PairedDifference
-from distill_pretrain.formats.atomic import publish_bytes
+from distill_pretrain.files.atomic import publish_bytes
 
 VERSION = 2
 PAIRED_FIELDS = ("ce", "kl", "cross_entropy_cache")

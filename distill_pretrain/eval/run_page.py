@@ -16,7 +16,7 @@ import numpy as np
 
 from distill_pretrain.eval.curves import FIELDS, TrainingCurve
 from distill_pretrain.eval.run_plot import Mark, draw, legend
-from distill_pretrain.formats.atomic import publish_bytes
+from distill_pretrain.files.atomic import publish_bytes
 
 PAGE = "run.html"
 LAST_STEPS = 20

@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from distill_pretrain.cache.reader import CacheReader
 from distill_pretrain.contracts import SparseTargets
 from distill_pretrain.data.batches import TargetSource, pad_targets
 from distill_pretrain.data.sources import SequenceData, require_made_from
 from distill_pretrain.errors import CacheMismatch
 from distill_pretrain.eval.gradients import GradientBatch
-from distill_pretrain.formats.cache_reader import CacheReader
 
 
 def open_cache_of(

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from distill_pretrain.errors import CheckpointError
-from distill_pretrain.formats.atomic import fsync_path, sha256_file
+from distill_pretrain.files.atomic import fsync_path, sha256_file
 from distill_pretrain.mcore.core import FileSystemWriterAsync
 from distill_pretrain.mcore.schedule import Student
 from distill_pretrain.mcore.state import plan_save

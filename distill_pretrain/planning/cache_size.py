@@ -102,7 +102,7 @@ class Pilot:
 
     @classmethod
     def _of_cache(cls, folder: Path) -> Pilot:
-        from distill_pretrain.formats.cache_reader import CacheReader
+        from distill_pretrain.cache.reader import CacheReader
 
         with CacheReader.open(folder) as cache:
             plan, totals, shards = cache.plan, cache.manifest.totals, cache.manifest.shards

@@ -23,11 +23,11 @@ import numpy as np
 import numpy.typing as npt
 
 from distill_pretrain import __version__
+from distill_pretrain.cache.codec.registry import codec_number
+from distill_pretrain.cache.manifest import Manifest
+from distill_pretrain.cache.plan import CachePlan
+from distill_pretrain.cache.writer import CacheWriter, ShardWriter
 from distill_pretrain.data.sources import SequenceData
-from distill_pretrain.formats.cache_plan import CachePlan
-from distill_pretrain.formats.cache_writer import CacheWriter, ShardWriter
-from distill_pretrain.formats.codecs import codec_number
-from distill_pretrain.formats.manifest import Manifest
 from distill_pretrain.sampling import RNG_NAME
 from distill_pretrain.teacher.config import CaptureConfig, TargetSetConfig
 from distill_pretrain.teacher.crew import Crew

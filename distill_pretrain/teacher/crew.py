@@ -7,10 +7,10 @@ from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
 
+from distill_pretrain.cache.plan import CachePlan
 from distill_pretrain.contracts import TeacherEngine
 from distill_pretrain.data.sources import SequenceData
 from distill_pretrain.errors import DistillPretrainError, TeacherError
-from distill_pretrain.formats.cache_plan import CachePlan
 from distill_pretrain.sampling import host_columns
 from distill_pretrain.teacher.sampling_backend import ReadColumns
 from distill_pretrain.teacher.scoring import SampledBatch, score

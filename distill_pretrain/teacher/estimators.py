@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from distill_pretrain.cache.codec.hc.build import build_tables
+from distill_pretrain.cache.codec.hc.codec import HcCodec
 from distill_pretrain.contracts import IGNORED_LABEL, RaggedTargets, TeacherEngine
 from distill_pretrain.data.sources import SequenceData
-from distill_pretrain.formats.hc_build import build_tables
-from distill_pretrain.formats.hc_codec import HcCodec
 from distill_pretrain.sampling import Sampler, sample_sets
 from distill_pretrain.sampling.weights import integer_weights
 from distill_pretrain.teacher.scoring import require_whole_vocabulary

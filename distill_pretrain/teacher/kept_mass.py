@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from distill_pretrain.cache.plan import CachePlan
 from distill_pretrain.data.kept_mass import KeptShare
-from distill_pretrain.formats.cache_plan import CachePlan
 from distill_pretrain.teacher.scoring import SampledBatch
 
 ENOUGH_POSITIONS = 8192

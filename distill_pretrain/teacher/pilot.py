@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from distill_pretrain.cache.codec.hc.build import build_tables
+from distill_pretrain.cache.codec.hc.tables import HcTables
+from distill_pretrain.cache.plan import CachePlan
 from distill_pretrain.contracts import RaggedTargets
-from distill_pretrain.formats.cache_plan import CachePlan
-from distill_pretrain.formats.hc_build import build_tables
-from distill_pretrain.formats.hc_tables import HcTables
 from distill_pretrain.teacher.scoring import SampledBatch
 
 Score = Callable[[int, int, Sequence[CachePlan]], SampledBatch]

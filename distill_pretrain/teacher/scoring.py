@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from distill_pretrain.cache.plan import CachePlan
 from distill_pretrain.contracts import (
     IGNORED_LABEL,
     LogitsChunk,
@@ -23,7 +24,6 @@ from distill_pretrain.contracts import (
 )
 from distill_pretrain.data.sources import SequenceData
 from distill_pretrain.errors import TeacherError
-from distill_pretrain.formats.cache_plan import CachePlan
 from distill_pretrain.sampling import (
     BadLogits,
     DistributionFigures,

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from distill_pretrain.cache.names import shards_in
+from distill_pretrain.cache.plan import CachePlan
 from distill_pretrain.contracts import LogitsChunk, Replica, TeacherEngine
-from distill_pretrain.formats.cache_plan import CachePlan
-from distill_pretrain.formats.names import shards_in
 
 FOLDER = ".telemetry"
 INTERVAL_S = 10.0

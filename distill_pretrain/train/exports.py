@@ -13,8 +13,8 @@ import torch
 from distill_pretrain.checkpoint.hf import hf_config
 from distill_pretrain.checkpoint.hf.save import RECORD
 from distill_pretrain.checkpoint.identity import trained_model
+from distill_pretrain.corpus.tokens_record import TokensRecord
 from distill_pretrain.errors import ConfigError
-from distill_pretrain.formats.tokens_record import TokensRecord
 from distill_pretrain.processes.process import on_first_rank
 from distill_pretrain.train.config import TrainConfig
 

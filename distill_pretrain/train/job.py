@@ -24,7 +24,7 @@ from distill_pretrain.data.sources import (
     open_sources,
     require_caches,
 )
-from distill_pretrain.formats.ownership import owner_of
+from distill_pretrain.files.ownership import owner_of
 from distill_pretrain.losses.config import ObjectiveConfig
 from distill_pretrain.losses.dense_kd import TeacherObjective
 from distill_pretrain.losses.sparse_kd import DistillationObjective

@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from distill_pretrain.errors import DistillPretrainError
-from distill_pretrain.formats.atomic import publish_bytes
-from distill_pretrain.formats.disk import naming
+from distill_pretrain.files.atomic import publish_bytes
+from distill_pretrain.files.disk import naming
 from distill_pretrain.train.trackers import Trackers
 
 

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from distill_pretrain.cache.reader import CacheReader
 from distill_pretrain.contracts import LogitsEngine
 from distill_pretrain.data.canary import run_canary
 from distill_pretrain.data.config import DataConfig
 from distill_pretrain.data.kept_mass import KeptShare
 from distill_pretrain.data.sources import SequenceData, TrainingSource
 from distill_pretrain.errors import TeacherError
-from distill_pretrain.formats.cache_reader import CacheReader
 from distill_pretrain.losses.backend import LossBackend, choose_backend
 from distill_pretrain.losses.config import ObjectiveConfig
 from distill_pretrain.losses.points import extremes

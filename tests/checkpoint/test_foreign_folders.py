@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from distill_pretrain.cli.main import main
+from distill_pretrain.corpus.token_writer import TokenIndexWriter
 from distill_pretrain.errors import CheckpointError
-from distill_pretrain.formats import TokenIndexWriter
-from distill_pretrain.formats.atomic import sha256_file
+from distill_pretrain.files.atomic import sha256_file
 from distill_pretrain.mcore.unpickling import METADATA, check_pickles
 from distill_pretrain.processes.process import process_group
 from tests.support.jobs import run_cli

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from distill_pretrain.cache.plan import CachePlan
+from distill_pretrain.cache.writer import CacheWriter
 from distill_pretrain.contracts import RaggedTargets
-from distill_pretrain.formats.cache_plan import CachePlan
-from distill_pretrain.formats.cache_writer import CacheWriter
-from distill_pretrain.formats.sequence_plan import SequencePlan
-from distill_pretrain.formats.token_index import TokenIndex
-from distill_pretrain.formats.token_writer import TokenIndexWriter
-from distill_pretrain.formats.tokens_record import TokensRecord
+from distill_pretrain.corpus.sequence_plan import SequencePlan
+from distill_pretrain.corpus.token_index import TokenIndex
+from distill_pretrain.corpus.token_writer import TokenIndexWriter
+from distill_pretrain.corpus.tokens_record import TokensRecord
 
 VOCAB = 50
 SEQ_LEN = 16

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from distill_pretrain.cache.codec.hc import native as hc_native
 from distill_pretrain.cli import doctor, doctor_finding, doctor_machine
 from distill_pretrain.cli.main import main
-from distill_pretrain.formats import hc_native
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

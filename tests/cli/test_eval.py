@@ -17,10 +17,10 @@ import distill_pretrain.mcore.parallel
 import distill_pretrain.teacher.engines
 from distill_pretrain.cli import eval as eval_verb
 from distill_pretrain.cli.main import main
-from distill_pretrain.formats import ownership
-from distill_pretrain.formats.ownership import owner_beside
-from distill_pretrain.formats.sequence_plan import SequencePlan
-from distill_pretrain.formats.token_index import TokenIndex
+from distill_pretrain.corpus.sequence_plan import SequencePlan
+from distill_pretrain.corpus.token_index import TokenIndex
+from distill_pretrain.files import ownership
+from distill_pretrain.files.ownership import owner_beside
 from tests.support.owner import owned_elsewhere
 
 

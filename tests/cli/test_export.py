@@ -19,8 +19,8 @@ from distill_pretrain.checkpoint.store import find_checkpoint
 from distill_pretrain.checkpoint.whole import load_whole_model, model_logits
 from distill_pretrain.cli.main import main
 from distill_pretrain.corpus.tokenizers import load_tokenizer
+from distill_pretrain.corpus.tokens_record import TokensRecord
 from distill_pretrain.errors import CheckpointError
-from distill_pretrain.formats import TokensRecord
 from distill_pretrain.mcore.config import ModelConfig, ParallelConfig
 from distill_pretrain.processes.process import process_group
 from tests.support.distributed import REPOSITORY, torchrun

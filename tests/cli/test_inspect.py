@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 from small_cache import SmallCache, upload
 
+from distill_pretrain.cache.codec.hc.codec import HcCodec
+from distill_pretrain.cache.finished_shards import FinishedShards
+from distill_pretrain.cache.reader import load_plan_of_extent
+from distill_pretrain.cache.recompress import recompress_cache
+from distill_pretrain.cache.writer import CacheWriter
 from distill_pretrain.cli.inspect_cache import bins
 from distill_pretrain.cli.main import main
-from distill_pretrain.formats.cache_reader import load_plan_of_extent
-from distill_pretrain.formats.cache_recompress import recompress_cache
-from distill_pretrain.formats.cache_writer import CacheWriter
-from distill_pretrain.formats.finished_shards import FinishedShards
-from distill_pretrain.formats.hc_codec import HcCodec
-from distill_pretrain.formats.sequence_plan import SequencePlan
-from distill_pretrain.formats.storage import open_storage
-from distill_pretrain.formats.token_index import TokenIndex
+from distill_pretrain.corpus.sequence_plan import SequencePlan
+from distill_pretrain.corpus.token_index import TokenIndex
+from distill_pretrain.files.storage import open_storage
 
 
 def inspect(path: Path | str, capsys: pytest.CaptureFixture[str], *, status: int = 0) -> str:

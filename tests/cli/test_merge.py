@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from small_cache import SmallCache, make_small_cache, published, upload
 
+from distill_pretrain.cache import merge as cache_merge
 from distill_pretrain.cli.main import main
-from distill_pretrain.formats import cache_merge
 
 
 def merge(*arguments: object) -> int:

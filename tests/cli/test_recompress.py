@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from small_cache import SmallCache, published, upload
 
+from distill_pretrain.cache import merge as cache_merge
+from distill_pretrain.cache.reader import CacheReader
 from distill_pretrain.cli.main import main
-from distill_pretrain.formats import cache_merge
-from distill_pretrain.formats.cache_reader import CacheReader
 from tests.support.distributed import REPOSITORY, torchrun
 
 

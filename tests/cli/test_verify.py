@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from small_cache import SEQ_LEN, SmallCache, make_small_cache, published, upload
 
+from distill_pretrain.cache.reader import CacheReader, load_plan
+from distill_pretrain.cache.writer import CacheWriter
 from distill_pretrain.cli.main import main
 from distill_pretrain.errors import CacheCorrupt
-from distill_pretrain.formats.atomic import canonical_json
-from distill_pretrain.formats.cache_reader import CacheReader, load_plan
-from distill_pretrain.formats.cache_writer import CacheWriter
-from distill_pretrain.formats.storage import open_storage
+from distill_pretrain.files.atomic import canonical_json
+from distill_pretrain.files.storage import open_storage
 
 
 def verify(cache: SmallCache, *overrides: str) -> int:

@@ -15,11 +15,11 @@ import pytest
 
 from distill_pretrain.corpus import build, readers
 from distill_pretrain.corpus.config import CorpusConfig, TokenizerConfig
+from distill_pretrain.corpus.token_index import TokenIndex
+from distill_pretrain.corpus.tokens_record import TokensRecord
 from distill_pretrain.errors import ConfigError, CorpusError, InUse, TokenizerMismatch
-from distill_pretrain.formats import ownership
-from distill_pretrain.formats.ownership import owner_beside
-from distill_pretrain.formats.token_index import TokenIndex
-from distill_pretrain.formats.tokens_record import TokensRecord
+from distill_pretrain.files import ownership
+from distill_pretrain.files.ownership import owner_beside
 from tests.support.owner import owned_elsewhere
 
 TOKENIZER = TokenizerConfig(vocab_size=350)

@@ -11,8 +11,8 @@ import pytest
 
 from distill_pretrain.corpus import readers, tokenizers
 from distill_pretrain.corpus.config import CorpusConfig, TokenizerConfig
+from distill_pretrain.corpus.tokens_record import TokensRecord
 from distill_pretrain.errors import ConfigError, CorpusError, MissingDependency, TokenizerMismatch
-from distill_pretrain.formats.tokens_record import TokensRecord
 
 SOURCE = inspect.getsource(textwrap) + inspect.getsource(json)
 AWKWARD = [

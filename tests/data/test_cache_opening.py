@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
+from distill_pretrain.cache import CacheReader
+from distill_pretrain.cache.writer import CacheWriter
+from distill_pretrain.corpus.sequence_plan import SequencePlan
+from distill_pretrain.corpus.token_index import TokenIndex
 from distill_pretrain.data.config import DataConfig
 from distill_pretrain.data.sources import open_sources
 from distill_pretrain.errors import CacheIncomplete
-from distill_pretrain.formats import CacheReader, SequencePlan, TokenIndex
-from distill_pretrain.formats.cache_writer import CacheWriter
 from distill_pretrain.processes.process import process_group
-from tests.formats.cache_samples import make_plan, make_targets, write_corpus
+from tests.support.cache_samples import make_plan, make_targets, write_corpus
 from tests.support.distributed import run_distributed
 
 SEQ_LEN, VOCAB = 12, 300

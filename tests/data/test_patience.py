@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from distill_pretrain.cache.reader import CacheReader
 from distill_pretrain.data import patience
 from distill_pretrain.data.batches import BatchSource, StudentBatches
 from distill_pretrain.data.patience import read_patiently
 from distill_pretrain.data.prefetch import PrefetchedBatches
 from distill_pretrain.errors import CacheCorrupt, CacheError, CacheUnreadable
-from distill_pretrain.formats.cache_reader import CacheReader
-from tests.formats.cache_samples import make_plan, make_tokens, write_cache
+from tests.support.cache_samples import make_plan, make_tokens, write_cache
 
 PLAN = make_plan(num_sequences=8)
 

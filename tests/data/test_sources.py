@@ -10,6 +10,9 @@ import pytest
 
 from distill_pretrain.cli import capture, verify
 from distill_pretrain.cli.recipe import Recipe
+from distill_pretrain.corpus.token_index import TokenIndex
+from distill_pretrain.corpus.token_writer import TokenIndexWriter
+from distill_pretrain.corpus.tokens_record import TokensRecord
 from distill_pretrain.data.config import BlendSource, DataConfig
 from distill_pretrain.data.sources import (
     open_blend,
@@ -19,7 +22,6 @@ from distill_pretrain.data.sources import (
     require_one_source,
 )
 from distill_pretrain.errors import ConfigError, TokenDataError, TokenizerMismatch
-from distill_pretrain.formats import TokenIndex, TokenIndexWriter, TokensRecord
 
 SEQ_LEN = 16
 

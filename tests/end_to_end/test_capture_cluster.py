@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from distill_pretrain.cli.main import main
+from distill_pretrain.corpus.token_writer import TokenIndexWriter
 from distill_pretrain.data.config import DataConfig
 from distill_pretrain.data.sources import open_cache, open_sequences
-from distill_pretrain.formats import TokenIndexWriter, sha256_file
+from distill_pretrain.files.atomic import sha256_file
 from tests.support.distributed import REPOSITORY
 from tests.support.jobs import SEQ_LEN, run_cli
 from tests.support.slow_capture import VOCAB_SIZE, SlowTeacher, capture

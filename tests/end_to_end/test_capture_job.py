@@ -15,7 +15,7 @@ from distill_pretrain.cli.main import main
 from distill_pretrain.contracts import RaggedTargets
 from distill_pretrain.data.config import DataConfig
 from distill_pretrain.data.sources import open_cache, open_sequences
-from distill_pretrain.formats import sha256_file
+from distill_pretrain.files.atomic import sha256_file
 from tests.support.jobs import SEQ_LEN, kill_all
 
 

@@ -16,11 +16,11 @@ import numpy as np
 import psutil
 import pytest
 
+from distill_pretrain.cache.writer import CacheWriter
 from distill_pretrain.cli.main import main
 from distill_pretrain.contracts import RaggedTargets
 from distill_pretrain.data.config import DataConfig
 from distill_pretrain.data.sources import open_cache, open_sequences
-from distill_pretrain.formats.cache_writer import CacheWriter
 from tests.support.distributed import run_distributed
 from tests.support.jobs import SEQ_LEN, Job
 

@@ -10,8 +10,8 @@ import pytest
 
 from distill_pretrain.checkpoint.store import CheckpointStore
 from distill_pretrain.cli.main import main
-from distill_pretrain.formats import ownership
-from distill_pretrain.formats.ownership import owner_of
+from distill_pretrain.files import ownership
+from distill_pretrain.files.ownership import owner_of
 from tests.support.jobs import kill_all
 from tests.support.owner import owned_elsewhere
 

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import yaml
 
-from distill_pretrain.formats import TokenIndexWriter
+from distill_pretrain.corpus.token_writer import TokenIndexWriter
 from tests.support.distributed import REPOSITORY
 from tests.support.jobs import kill_all
 

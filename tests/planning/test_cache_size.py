@@ -18,7 +18,7 @@ from distill_pretrain.planning.cache_size import (
     load_pilot,
     shard_bytes,
 )
-from tests.formats.cache_samples import make_plan, write_cache
+from tests.support.cache_samples import make_plan, write_cache
 
 KIND = Targets(sampler="systematic", num_draws=7)
 

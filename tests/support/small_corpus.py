@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distill_pretrain.formats import TokenIndexWriter
+from distill_pretrain.corpus.token_writer import TokenIndexWriter
 
 VOCAB_SIZE, SEQ_LEN, NUM_SEQUENCES = 200, 32, 12
 

@@ -14,13 +14,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from distill_pretrain.cache import CachePlan, CacheWriter
+from distill_pretrain.cache.codec.files import read_tables
+from distill_pretrain.cache.writer import ShardWriter
 from distill_pretrain.contracts import LogitsChunk, RaggedTargets, Replica
 from distill_pretrain.data.config import DataConfig
 from distill_pretrain.data.sources import SequenceData, open_sequences
 from distill_pretrain.errors import CacheCorrupt, CacheError, ConfigError, TeacherError
-from distill_pretrain.formats import CachePlan, CacheWriter
-from distill_pretrain.formats.cache_writer import ShardWriter
-from distill_pretrain.formats.codec_files import read_tables
 from distill_pretrain.kernels.teacher_sampling import SOURCE
 from distill_pretrain.sampling import host_columns
 from distill_pretrain.teacher.capture import (

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from distill_pretrain.contracts import Replica
+from distill_pretrain.corpus.token_writer import TokenIndexWriter
 from distill_pretrain.errors import CacheError, ConfigError, TeacherError
-from distill_pretrain.formats import TokenIndexWriter
 from distill_pretrain.kernels.cuda.backend import KernelsUnavailable
 from distill_pretrain.kernels.teacher_sampling import SOURCE
 from distill_pretrain.processes.process import process_group

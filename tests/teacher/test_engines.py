@@ -12,11 +12,11 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from distill_pretrain.cache import CachePlan
 from distill_pretrain.contracts import RaggedTargets
 from distill_pretrain.data.config import DataConfig
 from distill_pretrain.data.sources import SequenceData, open_sequences
 from distill_pretrain.errors import ConfigError, LayoutError, TeacherError
-from distill_pretrain.formats import CachePlan
 from distill_pretrain.processes.process import process_group
 from distill_pretrain.teacher.capture import make_plans
 from distill_pretrain.teacher.config import CaptureConfig, TeacherConfig

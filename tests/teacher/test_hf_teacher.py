@@ -165,7 +165,7 @@ def test_a_stray_file_in_the_teachers_folder_does_not_block_extending(
 def test_a_plan_that_lists_more_files_is_joined_where_those_in_use_are_the_same():
     from dataclasses import replace
 
-    from tests.formats.cache_samples import make_plan
+    from tests.support.cache_samples import make_plan
 
     ours = replace(make_plan(), teacher={"files": {"config.json": "a", "model.safetensors": "b"}})
     old = replace(ours, teacher={"files": {**ours.teacher["files"], "training_args.bin": "c"}})

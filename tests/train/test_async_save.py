@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from distill_pretrain.checkpoint.store import RECORD, Checkpoint, CheckpointStore
-from distill_pretrain.formats.atomic import sha256_file
+from distill_pretrain.files.atomic import sha256_file
 from distill_pretrain.mcore.config import ParallelConfig
 from distill_pretrain.processes.process import on_first_rank, process_group, released_groups
 from distill_pretrain.train.config import BadStepsConfig, TrainConfig

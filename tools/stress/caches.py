@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from distill_pretrain.cache import CacheReader, CacheWriter, verify_cache
 from distill_pretrain.errors import CacheError
-from distill_pretrain.formats import CacheReader, CacheWriter, verify_cache
 from stress.samples import Sample
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from distill_pretrain.formats import CachePlan, CacheReader
+from distill_pretrain.cache import CachePlan, CacheReader
 from stress.caches import outcome, read_all, workplace, write_cache
 from stress.mutants import Contents, mutant_of
 from stress.samples import Sample

@@ -10,11 +10,12 @@ import zlib
 from types import SimpleNamespace
 from typing import Any
 
+from distill_pretrain.cache import CachePlan
+from distill_pretrain.cache.codec.files import tables_name
+from distill_pretrain.cache.names import EXTENT_NAME, MANIFEST_NAME, PLAN_NAME, shard_name
+from distill_pretrain.cache.shard import FRAME_HEAD_BYTES, HEADER_BYTES, INDEX_DTYPE, ShardSpec
 from distill_pretrain.errors import CacheError
-from distill_pretrain.formats import CachePlan, canonical_json
-from distill_pretrain.formats.codec_files import tables_name
-from distill_pretrain.formats.names import EXTENT_NAME, MANIFEST_NAME, PLAN_NAME, shard_name
-from distill_pretrain.formats.shard import FRAME_HEAD_BYTES, HEADER_BYTES, INDEX_DTYPE, ShardSpec
+from distill_pretrain.files.atomic import canonical_json
 
 FOOTER_BYTES, INDEX_ROW_BYTES = 40, INDEX_DTYPE.itemsize
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from distill_pretrain.cache import CacheReader
+from distill_pretrain.cache.names import EXTENT_NAME, shard_name
 from distill_pretrain.errors import CacheError, CacheIncomplete, CacheMismatch
-from distill_pretrain.formats import CacheReader
-from distill_pretrain.formats.names import EXTENT_NAME, shard_name
 from stress.caches import outcome, read_all, verified, workplace, write_cache
 from stress.samples import Sample
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 import distill_pretrain
+from distill_pretrain.cache import CachePlan, CacheWriter
+from distill_pretrain.cache.codec.hc.build import build_tables
+from distill_pretrain.cache.codec.hc.tables import HcTables
+from distill_pretrain.cache.codec.registry import CodecName, codec_number
 from distill_pretrain.contracts import IGNORED_LABEL, RaggedTargets
-from distill_pretrain.formats import CachePlan, CacheWriter
-from distill_pretrain.formats.codecs import CodecName, codec_number
-from distill_pretrain.formats.hc_build import build_tables
-from distill_pretrain.formats.hc_tables import HcTables
 from distill_pretrain.sampling import RNG_NAME, sample_targets
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from distill_pretrain.checkpoint.hf.save import require_replaceable, save_hf_model
 from distill_pretrain.checkpoint.identity import TrainedModel, trained_model
 from distill_pretrain.checkpoint.store import Checkpoint
-from distill_pretrain.formats.atomic import canonical_json
+from distill_pretrain.files.atomic import canonical_json
 from distill_pretrain.mcore.config import ParallelConfig
 from distill_pretrain.mcore.deep import residual_scaling
 from distill_pretrain.mcore.layout import check_layout

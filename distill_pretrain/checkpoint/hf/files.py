@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import torch
 
 from distill_pretrain.errors import CheckpointError
-from distill_pretrain.formats.atomic import fsync_path, publish_bytes
+from distill_pretrain.files.atomic import fsync_path, publish_bytes
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -26,8 +26,8 @@ from distill_pretrain.checkpoint.hf.files import (
 from distill_pretrain.checkpoint.hf.tensors import Piece, correspondence
 from distill_pretrain.checkpoint.hf.tokenizer import tokenizer_folder, write_tokenizer
 from distill_pretrain.errors import CheckpointError
-from distill_pretrain.formats.atomic import fsync_path, publish_bytes
-from distill_pretrain.formats.disk import naming, require_room
+from distill_pretrain.files.atomic import fsync_path, publish_bytes
+from distill_pretrain.files.disk import naming, require_room
 from distill_pretrain.mcore.config import ModelConfig
 from distill_pretrain.processes.groups import ParallelGroups
 from distill_pretrain.processes.process import on_first_rank

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from distill_pretrain.errors import MissingDependency, TeacherError, TokenizerMismatch
-from distill_pretrain.formats.atomic import sha256_file
+from distill_pretrain.files.atomic import sha256_file
 from distill_pretrain.processes.process import on_first_rank
 from distill_pretrain.teacher.config import NO_TRUST, Trust
 

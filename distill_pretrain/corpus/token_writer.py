@@ -1,0 +1,132 @@
+"""Writing tokenised corpora (.bin/.idx) in Megatron's format, published whole."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from distill_pretrain.corpus.token_index import (
+    IDX_HEADER,
+    IDX_MAGIC,
+    INTEGER_DTYPES,
+    TokenIndex,
+    with_suffix,
+)
+from distill_pretrain.errors import TokenDataError, TokenizerMismatch
+from distill_pretrain.files.atomic import fsync_path
+
+
+class TokenIndexWriter:
+    """Builds PREFIX.bin and PREFIX.idx under temporary names; `finalize` renames them into place.
+
+    As a context manager it finalises on success and removes its temporary files on an exception.
+    """
+
+    def __init__(self, prefix: Path, vocab_size: int) -> None:
+        """Start a corpus whose ids lie in [0, vocab_size); the folder is created."""
+        self.prefix = Path(prefix)
+        self.vocab_size = vocab_size
+        self.num_documents = 0
+        self.num_tokens = 0
+        self.prefix.parent.mkdir(parents=True, exist_ok=True)
+        unique = f".{self.prefix.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+        self._temporary = self.prefix.with_name(unique)
+        # As megatron-core chooses, so that its readers and ours find the same files.
+        self._dtype = np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+        self._lengths: list[int] = []
+        self._file: BinaryIO | None = open(with_suffix(self._temporary, ".bin"), "wb")  # noqa: SIM115
+
+    def add_document(self, tokens: npt.ArrayLike) -> None:
+        """Append one document: integer ids [n], n >= 1, in [0, vocab_size).
+
+        Raises:
+            TokenizerMismatch: an id lies outside the vocabulary.
+        """
+        ids = np.asarray(tokens)
+        assert ids.ndim == 1 and len(ids) > 0 and np.issubdtype(ids.dtype, np.integer), ids.dtype
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.vocab_size:
+            raise TokenizerMismatch(
+                "the tokenizer produced an id outside its vocabulary",
+                where=f"document {self.num_documents} of {self.prefix}",
+                found=low if low < 0 else high,
+                expected=f"ids in [0, {self.vocab_size})",
+                remedy="check the vocabulary size of the tokenizer",
+            )
+        assert self._file is not None, "a finished corpus"
+        self._file.write(ids.astype(self._dtype).tobytes())
+        self._lengths.append(len(ids))
+        self.num_documents += 1
+        self.num_tokens += len(ids)
+
+    def finalize(self) -> TokenIndex:
+        """Write the index, make both files durable, rename .bin then .idx, and open the result.
+
+        Raises:
+            TokenDataError: no document was added.
+        """
+        if self.num_tokens == 0:
+            self.abort()
+            raise TokenDataError(
+                "the corpus is empty",
+                where=self.prefix,
+                found="no documents",
+                expected="at least one document",
+                remedy="check corpus.paths, corpus.include and corpus.held_out_fraction",
+            )
+        try:
+            assert self._file is not None, "a finished corpus"
+            self._file.close()
+            with_suffix(self._temporary, ".idx").write_bytes(self._index())
+            for suffix in (".bin", ".idx"):
+                fsync_path(with_suffix(self._temporary, suffix))
+            # An old index must never describe the new .bin, not even after a crash in between.
+            with_suffix(self.prefix, ".idx").unlink(missing_ok=True)
+            with_suffix(self.prefix, ".fingerprint.json").unlink(missing_ok=True)
+            for suffix in (".bin", ".idx"):
+                os.replace(with_suffix(self._temporary, suffix), with_suffix(self.prefix, suffix))
+            fsync_path(self.prefix.parent)
+        except BaseException:
+            self.abort()
+            raise
+        self._file = None
+        return TokenIndex.open(self.prefix)
+
+    def _index(self) -> bytes:
+        """The .idx: every document is one stored sequence."""
+        lengths = np.array(self._lengths, dtype=np.int64)
+        starts = (np.cumsum(lengths) - lengths) * self._dtype.itemsize
+        bounds = np.arange(len(lengths) + 1, dtype=np.int64)
+        code = next(n for n, dtype in INTEGER_DTYPES.items() if self._dtype == dtype)
+        header = IDX_HEADER.pack(IDX_MAGIC, 1, code, len(lengths), len(bounds))
+        return b"".join(
+            (header, lengths.astype(np.int32).tobytes(), starts.tobytes(), bounds.tobytes())
+        )
+
+    def abort(self) -> None:
+        """Drop everything written so far."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        for suffix in (".bin", ".idx"):
+            with_suffix(self._temporary, suffix).unlink(missing_ok=True)
+
+    def __enter__(self) -> TokenIndexWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self.abort()
+        elif self._file is not None:
+            self.finalize()

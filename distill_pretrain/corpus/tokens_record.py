@@ -1,0 +1,108 @@
+"""tokens.json: what a folder of tokenised corpora was made with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from distill_pretrain.errors import TokenDataError
+from distill_pretrain.files.atomic import canonical_json, publish_bytes
+
+FILE_NAME = "tokens.json"
+_VERSION = 1
+_TOKENIZER_KEYS = {"kind": str, "sha256": str, "vocab_size": int, "file": str}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokensRecord:
+    """Contents of tokens.json.
+
+    Attributes:
+        tokenizer: {kind, sha256, vocab_size, file}; `file` is relative to the folder, `sha256` is of the files.
+            Since 2026-11 also `semantic_sha256`: of what decides the ids of a text, whatever else the files say.
+        vocab_size: V, the real vocabulary.
+        eod_id: id that ends every document.
+        corpora: name ("train", "held_out") -> TokenFingerprint.as_dict().
+        software: package -> version.
+    """
+
+    tokenizer: dict[str, Any]
+    vocab_size: int
+    eod_id: int
+    corpora: dict[str, dict[str, Any]]
+    software: dict[str, str]
+
+    @property
+    def tokenizer_digests(self) -> tuple[str, ...]:
+        """Every hash that the tokenizer is known by; the first is the one that is written down."""
+        semantic = self.tokenizer.get("semantic_sha256")
+        files = str(self.tokenizer["sha256"])
+        return (semantic, files) if isinstance(semantic, str) else (files,)
+
+    def save(self, folder: Path) -> None:
+        """Publish FOLDER/tokens.json."""
+        publish_bytes(
+            Path(folder) / FILE_NAME, canonical_json({"version": _VERSION, **asdict(self)})
+        )
+
+    @classmethod
+    def load(cls, folder: Path) -> TokensRecord:
+        """Read FOLDER/tokens.json.
+
+        Raises:
+            TokenDataError: missing, damaged, or of a later version.
+        """
+        path = Path(folder) / FILE_NAME
+        try:
+            fields = json.loads(path.read_bytes())
+        except OSError as error:
+            raise _unreadable(path, error.strerror or str(error)) from None
+        except ValueError as error:
+            raise _unreadable(path, f"no valid JSON ({error})") from None
+        if not isinstance(fields, dict) or fields.pop("version", None) != _VERSION:
+            raise _unreadable(path, f"not a version {_VERSION} record")
+        problem = _problem(fields)
+        if problem is not None:
+            raise _unreadable(path, problem)
+        return cls(**fields)
+
+    @classmethod
+    def beside(cls, prefix: Path) -> TokensRecord | None:
+        """The record in the folder of a corpus prefix; None when that folder has none."""
+        folder = Path(prefix).parent
+        return cls.load(folder) if (folder / FILE_NAME).exists() else None
+
+
+def _problem(fields: dict[str, Any]) -> str | None:
+    expected = {
+        "tokenizer": dict,
+        "vocab_size": int,
+        "eod_id": int,
+        "corpora": dict,
+        "software": dict,
+    }
+    if set(fields) != set(expected):
+        return f"fields {sorted(fields)}, expected {sorted(expected)}"
+    for name, kind in expected.items():
+        if not isinstance(fields[name], kind):
+            return f"{name} is no {kind.__name__}"
+    for name, kind in _TOKENIZER_KEYS.items():
+        if not isinstance(fields["tokenizer"].get(name), kind):
+            return f"tokenizer.{name} is missing or no {kind.__name__}"
+    if not all(isinstance(corpus, dict) for corpus in fields["corpora"].values()):
+        return "a corpus is no object"
+    if not 0 <= fields["eod_id"] < fields["vocab_size"]:
+        return f"eod_id {fields['eod_id']} outside the vocabulary of {fields['vocab_size']}"
+    return None
+
+
+def _unreadable(path: Path, found: str) -> TokenDataError:
+    return TokenDataError(
+        "the record of the tokenised corpus cannot be read",
+        where=path,
+        found=found,
+        expected="the tokens.json that `distill-pretrain tokenize` writes",
+        remedy="run `distill-pretrain tokenize` again",
+    )

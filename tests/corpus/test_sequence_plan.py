@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distill_pretrain.contracts import IGNORED_LABEL
+from distill_pretrain.corpus.sequence_plan import SequenceOutOfRange, SequencePlan, document_order
+from distill_pretrain.errors import TokenDataError
+from tests.support.cache_samples import write_corpus
+
+corpora = st.lists(st.integers(1, 9), min_size=1, max_size=12)
+modest = settings(max_examples=40, deadline=None)
+
+
+def numbered_corpus(folder: str, lengths: list[int]):
+    """Documents whose tokens are 1, 2, 3, ... over the whole corpus."""
+    total = np.arange(1, sum(lengths) + 1)
+    documents = [part.tolist() for part in np.split(total, np.cumsum(lengths)[:-1])]
+    return documents, write_corpus(Path(folder) / "c", documents, 1000)
+
+
+@modest
+@given(corpora, st.integers(1, 12), st.integers(0, (1 << 64) - 1))
+def test_every_token_is_an_input_once_and_labels_are_the_next(lengths, seq_len, seed):
+    with tempfile.TemporaryDirectory() as folder:
+        documents, index = numbered_corpus(folder, lengths)
+        if index.num_tokens < seq_len + 1:
+            with pytest.raises(TokenDataError, match="seq_len is longer than the corpus"):
+                SequencePlan(index, seq_len=seq_len, seed=seed)
+            return
+        plan = SequencePlan(index, seq_len=seq_len, seed=seed)
+        numbers = np.arange(plan.num_sequences)
+        tokens, labels = plan.read(numbers)
+        valid = plan.valid(numbers)
+    order = document_order(len(lengths), seed)
+    stream = np.concatenate([documents[d] for d in order])
+    assert sorted(order) == list(range(len(lengths)))
+    assert plan.num_sequences == -(-len(stream) // seq_len)
+    assert tokens.reshape(-1)[: len(stream)].tolist() == stream.tolist()
+    assert labels.reshape(-1)[: len(stream) - 1].tolist() == stream[1:].tolist()
+    assert np.all(tokens.reshape(-1)[len(stream) :] == 0)
+    assert np.all(labels.reshape(-1)[len(stream) - 1 :] == IGNORED_LABEL)
+    assert valid.sum() == len(stream) and valid.reshape(-1)[: len(stream)].all()
+
+
+@modest
+@given(corpora, st.integers(1, 5), st.data())
+def test_reads_do_not_depend_on_how_they_are_batched(lengths, seq_len, data):
+    lengths = [*lengths, 6]
+    with tempfile.TemporaryDirectory() as folder:
+        _, index = numbered_corpus(folder, lengths)
+        plan = SequencePlan(index, seq_len=seq_len, seed=3)
+        tokens, labels = plan.read(np.arange(plan.num_sequences))
+        chosen = data.draw(st.lists(st.integers(0, plan.num_sequences - 1), max_size=6))
+        some_tokens, some_labels = plan.read(chosen)
+    assert np.array_equal(some_tokens, tokens[chosen])
+    assert np.array_equal(some_labels, labels[chosen])
+
+
+def test_the_id_belongs_to_content_seq_len_and_seed(tmp_path: Path):
+    documents = [[1, 2, 3], [4, 5, 6, 7]]
+    index = write_corpus(tmp_path / "a", documents)
+    same = write_corpus(tmp_path / "elsewhere" / "b", documents)
+    other_token = write_corpus(tmp_path / "c", [[1, 2, 3], [4, 5, 6, 8]])
+    other_bounds = write_corpus(tmp_path / "d", [[1, 2, 3, 4], [5, 6, 7]])
+    plans = [
+        SequencePlan(index, seq_len=3, seed=1),
+        SequencePlan(index, seq_len=2, seed=1),
+        SequencePlan(index, seq_len=3, seed=2),
+        SequencePlan(other_token, seq_len=3, seed=1),
+        SequencePlan(other_bounds, seq_len=3, seed=1),
+    ]
+    assert SequencePlan(same, seq_len=3, seed=1).plan_id == plans[0].plan_id
+    assert len({plan.plan_id for plan in plans}) == len(plans)
+
+
+def test_order_and_id_of_a_fixed_corpus_never_change(tmp_path: Path):
+    index = write_corpus(tmp_path / "c", [[1, 2, 3], [4, 5, 6, 7], [8], [9, 10]])
+    plan = SequencePlan(index, seq_len=4, seed=1234)
+    assert document_order(8, 1234).tolist() == GOLDEN_ORDER
+    assert plan.plan_id == GOLDEN_ID
+
+
+GOLDEN_ORDER = [2, 5, 7, 6, 3, 0, 4, 1]
+GOLDEN_ID = "2a692f63ef29d3163fb86fda86a33c8462ab225e4d20f4aac163b3a27ed47c3e"
+
+
+def test_the_hash_is_splitmix64():
+    # First outputs of the published generator with state 0: mix(golden), mix(2 * golden).
+    from distill_pretrain.corpus.sequence_plan import mix64
+
+    golden = 0x9E3779B97F4A7C15
+    states = np.array([golden, 2 * golden % (1 << 64)], np.uint64)
+    assert mix64(states).tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4]
+
+
+def test_seeds_shuffle_uniformly():
+    first_place = np.bincount([document_order(5, seed)[0] for seed in range(2000)], minlength=5)
+    assert np.all(np.abs(first_place - 400) < 5 * np.sqrt(2000 * 0.2 * 0.8))
+
+
+@pytest.mark.parametrize("number", [-1, 3])
+def test_a_sequence_beyond_the_plan_is_an_error(tmp_path: Path, number: int):
+    index = write_corpus(tmp_path / "c", [[1, 2, 3], [4, 5, 6]])
+    with pytest.raises(SequenceOutOfRange, match="expected: 0 to 2"):
+        SequencePlan(index, seq_len=2, seed=0).read([number])
+
+
+def test_a_million_documents_need_no_python_loop():
+    class Lengths:
+        num_documents = 1_000_000
+        num_tokens = 10_000_000
+        document_lengths = np.full(1_000_000, 10)
+
+        def read(self, document: int, offset: int, length: int) -> np.ndarray:
+            return np.full(length, document, np.int32)
+
+    plan = SequencePlan(Lengths(), seq_len=100, seed=1)  # type: ignore[arg-type]
+    tokens, _ = plan.read([99_999])
+    assert np.array_equal(tokens[0, ::10], document_order(1_000_000, 1)[-10:])
