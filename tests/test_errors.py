@@ -12,7 +12,7 @@ from distill_pretrain.sampling import BadLogits
 
 
 def all_errors() -> list[type[DistillPretrainError]]:
-    for name in ("cli.doctor", "eval.results", "eval.curves"):
+    for name in ("cli.doctor", "reports.results", "reports.curves"):
         importlib.import_module(f"distill_pretrain.{name}")
     found = [DistillPretrainError]
     for kind in found:

@@ -28,7 +28,7 @@ from distill_pretrain.data.batches import StudentBatches
 from distill_pretrain.data.prefetch import PrefetchedBatches
 from distill_pretrain.data.sources import open_sources
 from distill_pretrain.losses.config import ObjectiveConfig
-from distill_pretrain.mcore.parallel import model_parallel
+from distill_pretrain.mcore.runtime.parallel import model_parallel
 from distill_pretrain.processes.process import local_device, process_group, set_cpu_threads
 from distill_pretrain.train.guard import StepGuard, Verdict
 from distill_pretrain.train.job import make_objective
@@ -42,7 +42,7 @@ def student_step(
     recipe: Recipe, sources: Any, groups: Any, reading: ExitStack, objective: ObjectiveConfig
 ) -> Any:
     """(one step as `train` takes it, the student, its batches): data, loss, guard and update included."""
-    from distill_pretrain.mcore.schedule import build_student
+    from distill_pretrain.mcore.student.build import student_class
 
     assert recipe.data and recipe.model and recipe.train
     with_targets = objective.peak_kd_weight > 0
@@ -61,7 +61,7 @@ def student_step(
     loss = make_objective(
         objective, teacher=None, vocab_size=vocab_size, tensor_group=groups.tensor
     )
-    student = build_student(
+    student = student_class(recipe.optimizer)(
         model=recipe.model,
         parallel=recipe.parallel,
         optimizer=recipe.optimizer,
@@ -101,8 +101,8 @@ def student_step(
 
 def bare_step(student: Any, batches: StudentBatches) -> Step:
     """One step of megatron-core alone: the model of `student` with its own cross-entropy, always on one batch."""
-    from distill_pretrain.mcore.core import get_forward_backward_func, tensor_parallel
-    from distill_pretrain.mcore.model import unwrap
+    from distill_pretrain.mcore.model.chunks import unwrap
+    from distill_pretrain.mcore.runtime.core import get_forward_backward_func, tensor_parallel
 
     def cross_entropy(logits: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
         labels = batch.labels.clamp(min=0).transpose(0, 1).contiguous()

@@ -32,15 +32,15 @@ from distill_pretrain.config import load_recipe
 from distill_pretrain.contracts import TokenBatch
 from distill_pretrain.data.batches import StudentBatches
 from distill_pretrain.data.sources import open_sequences, open_sources
-from distill_pretrain.mcore.config import ParallelConfig
-from distill_pretrain.mcore.parallel import model_parallel
-from distill_pretrain.mcore.schedule import (
+from distill_pretrain.mcore.model.config import ParallelConfig
+from distill_pretrain.mcore.runtime.parallel import model_parallel
+from distill_pretrain.mcore.student.base import (
     StepResult,
     Student,
-    build_student,
     forward_micro_batch,
     valid_tokens,
 )
+from distill_pretrain.mcore.student.build import student_class
 from distill_pretrain.processes.groups import ParallelGroups
 from distill_pretrain.processes.process import local_device, process_group, set_cpu_threads
 from distill_pretrain.train.job import make_objective
@@ -170,7 +170,7 @@ class Study:
                 vocab_size=sources[0].sequences.vocab_size,
                 tensor_group=groups.tensor,
             )
-            student = build_student(
+            student = student_class(recipe.optimizer)(
                 model=recipe.model,
                 parallel=recipe.parallel,
                 optimizer=recipe.optimizer,

@@ -25,8 +25,8 @@ from pydantic import ValidationError
 from distill_pretrain.config import Section
 from distill_pretrain.errors import CheckpointError
 from distill_pretrain.losses.config import ObjectiveConfig
-from distill_pretrain.mcore.config import ModelConfig, OptimizerConfig
-from distill_pretrain.mcore.deep import require_residual
+from distill_pretrain.mcore.init.deep import require_residual
+from distill_pretrain.mcore.model.config import ModelConfig, OptimizerConfig
 
 VERSION = 2
 SECTIONS: dict[str, type[Section]] = {

@@ -6,7 +6,7 @@ import torch
 
 from distill_pretrain.checkpoint.identity import trained_model
 from distill_pretrain.checkpoint.store import Checkpoint
-from distill_pretrain.mcore.config import ParallelConfig
+from distill_pretrain.mcore.model.config import ParallelConfig
 
 
 def load_whole_model(checkpoint: Checkpoint, *, precision: str) -> torch.nn.Module:
@@ -30,8 +30,8 @@ def load_model_part(
     Raises:
         CheckpointError: it is damaged, or its residual scaling is not this version's.
     """
-    from distill_pretrain.mcore.model import build_model_chunks
-    from distill_pretrain.mcore.state import load_weights
+    from distill_pretrain.mcore.model.chunks import build_model_chunks
+    from distill_pretrain.mcore.student.state import load_weights
 
     trained = trained_model(checkpoint.identity, checkpoint.folder)
     checkpoint.verify()

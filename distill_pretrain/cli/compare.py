@@ -78,8 +78,8 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
     """Runs, or goes on with, the comparison of a recipe."""
     require(recipe, "compare", "data", "teacher", "capture", "model", "train", "compare")
     from distill_pretrain.cli.compare_plan import ComparisonPlan
-    from distill_pretrain.eval.picture import require_matplotlib
     from distill_pretrain.processes.process import process_group
+    from distill_pretrain.reports.picture import require_matplotlib
 
     require_matplotlib()
     plan = ComparisonPlan.of(recipe)
@@ -111,7 +111,7 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
 
 def _check_before_hours_of_work(plan: ComparisonPlan) -> None:
     """What the last stages need, and what every student would refuse."""
-    from distill_pretrain.mcore.layout import check_layout, require_backend
+    from distill_pretrain.mcore.model.layout import check_layout, require_backend
 
     for recipe in filter(None, (plan.teacher, plan.runs[0].recipe)):
         assert recipe.data and recipe.model and recipe.train
@@ -225,7 +225,7 @@ def _capture(recipe: Recipe) -> None:
 @contextmanager
 def _stage(plan: ComparisonPlan, name: str) -> Iterator[None]:
     """Note how long a stage took, if it did anything worth noting."""
-    from distill_pretrain.eval.comparison_journal import Stage
+    from distill_pretrain.reports.comparison.journal import Stage
 
     started = time.perf_counter()
     yield
@@ -236,10 +236,10 @@ def _stage(plan: ComparisonPlan, name: str) -> Iterator[None]:
 
 
 def _report(plan: ComparisonPlan, args: argparse.Namespace) -> None:
-    from distill_pretrain.eval.comparison import Comparison
-    from distill_pretrain.eval.comparison_journal import read_stages
-    from distill_pretrain.eval.comparison_report import write_comparison
     from distill_pretrain.files.ownership import owner_of, owning
+    from distill_pretrain.reports.comparison.journal import read_stages
+    from distill_pretrain.reports.comparison.report import write_comparison
+    from distill_pretrain.reports.comparison.results import Comparison
 
     output_dir = plan.compare.output_dir
     folder = output_dir / "report"

@@ -14,15 +14,15 @@ from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.config import load_recipe
 from distill_pretrain.config.layers import COMMAND_LINE
 from distill_pretrain.errors import ConfigError
-from distill_pretrain.eval.comparison import CellSpec
-from distill_pretrain.eval.comparison_config import (
+from distill_pretrain.losses.config import ObjectiveConfig
+from distill_pretrain.reports.comparison.config import (
     TRUNCATED,
     CellConfig,
     CompareConfig,
     default_cells,
     default_sets,
 )
-from distill_pretrain.losses.config import ObjectiveConfig
+from distill_pretrain.reports.comparison.results import CellSpec
 
 TEACHER_SECTIONS = ("data", "model", "parallel", "optimizer", "objective", "train")
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from distill_pretrain.contracts import LogitsEngine
     from distill_pretrain.data.sources import SequenceData
     from distill_pretrain.eval.metrics import ModelScores
-    from distill_pretrain.eval.results import EvalResults
+    from distill_pretrain.reports.results import EvalResults
 
 SECTIONS = ("data", "eval", "teacher")
 
@@ -82,8 +82,8 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
         held_out = open_sequences(recipe.data, recipe.data.held_out_tokens)
         from distill_pretrain.checkpoint.ownership import job_owning
         from distill_pretrain.files.ownership import owner_beside
-        from distill_pretrain.mcore.config import ParallelConfig
-        from distill_pretrain.mcore.parallel import model_parallel
+        from distill_pretrain.mcore.model.config import ParallelConfig
+        from distill_pretrain.mcore.runtime.parallel import model_parallel
 
         output = recipe.eval.output
         with (
@@ -140,11 +140,11 @@ def _check_extras(recipe: Recipe) -> None:
 
 
 def _score(recipe: Recipe, models: dict[str, Path], held_out: SequenceData) -> EvalResults:
-    from distill_pretrain.eval.report import installed_versions, today
-    from distill_pretrain.eval.results import EvalResults
     from distill_pretrain.eval.targets import open_cache_of
     from distill_pretrain.files.disk import require_writable
     from distill_pretrain.processes.process import on_first_rank
+    from distill_pretrain.reports.report import installed_versions, today
+    from distill_pretrain.reports.results import EvalResults
     from distill_pretrain.teacher.engines import open_engine
 
     assert recipe.data and recipe.eval
@@ -388,7 +388,7 @@ def _cache_identity(cache: CacheReader) -> dict[str, Any]:
 
 def _earlier(output: Path) -> EvalResults | None:
     """The results of an earlier run, if there are any."""
-    from distill_pretrain.eval.results import EvalFileError, EvalResults
+    from distill_pretrain.reports.results import EvalFileError, EvalResults
 
     try:
         return EvalResults.load(output)

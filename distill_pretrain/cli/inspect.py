@@ -202,7 +202,7 @@ def _show_tokens(prefix: Path) -> None:
 def _show_run(folder: Path) -> None:
     from distill_pretrain.checkpoint.store import CheckpointStore
     from distill_pretrain.config import load_recipe
-    from distill_pretrain.eval.curves import FILE_NAME, TrainingCurve
+    from distill_pretrain.reports.curves import FILE_NAME, TrainingCurve
 
     say(f"run {folder}")
     if (folder / FILE_NAME).is_file() and (folder / FILE_NAME).stat().st_size:

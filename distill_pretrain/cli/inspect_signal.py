@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from distill_pretrain.checkpoint.store import Checkpoint
     from distill_pretrain.contracts import TokenBatch
     from distill_pretrain.data.sources import SequenceData
-    from distill_pretrain.mcore.config import ModelConfig, ParallelConfig
-    from distill_pretrain.mcore.deep_theory import Signal
+    from distill_pretrain.mcore.init.theory import Signal
+    from distill_pretrain.mcore.model.config import ModelConfig, ParallelConfig
 
 NUM_SEQUENCES = 2
 POSITIONS = 128
@@ -64,7 +64,7 @@ def show_signal(args: argparse.Namespace) -> None:
     positions = min(args.positions, recipe.data.seq_len)
     _check(args, positions)
     if args.picture:
-        from distill_pretrain.eval.picture import require_matplotlib
+        from distill_pretrain.reports.picture import require_matplotlib
 
         require_matplotlib()
     from distill_pretrain.checkpoint.identity import trained_model
@@ -72,7 +72,7 @@ def show_signal(args: argparse.Namespace) -> None:
     from distill_pretrain.data.sources import open_sequences
     from distill_pretrain.files.atomic import publish_bytes
     from distill_pretrain.files.disk import require_writable
-    from distill_pretrain.mcore.deep_theory import predict
+    from distill_pretrain.mcore.init.theory import predict
     from distill_pretrain.processes.process import process_group, set_cpu_threads
 
     for path in filter(None, (args.picture, args.output)):
@@ -109,7 +109,7 @@ def show_signal(args: argparse.Namespace) -> None:
         f"{model.num_layers} layers of width {model.hidden_size}, init: {model.init} ({weights})"
     )
     if args.picture:
-        from distill_pretrain.eval.signal_picture import draw_signal
+        from distill_pretrain.reports.signal_picture import draw_signal
 
         publish_bytes(args.picture, draw_signal(measured, predicted, title=title))
         say(f"picture: {args.picture}")
@@ -148,8 +148,8 @@ def _check(args: argparse.Namespace, positions: int) -> None:
 
 def _layout(recipe: Recipe, model: ModelConfig, batch: int, positions: int) -> ParallelConfig:
     """The recipe's tensor x pipeline layout; what else it says changes how a step is run, not what it computes."""
-    from distill_pretrain.mcore.config import ParallelConfig
-    from distill_pretrain.mcore.layout import check_layout
+    from distill_pretrain.mcore.model.config import ParallelConfig
+    from distill_pretrain.mcore.model.layout import check_layout
 
     parallel = ParallelConfig(
         tensor=recipe.parallel.tensor,
@@ -210,7 +210,7 @@ def _measure(
 ) -> Signal:
     from distill_pretrain.checkpoint.identity import trained_model
     from distill_pretrain.losses.sparse_kd import DistillationObjective
-    from distill_pretrain.mcore.parallel import model_parallel
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
 
     seq_len = sequences.plan.seq_len
     if checkpoint is not None:
@@ -226,9 +226,9 @@ def _measure(
         checkpoint.verify()
         seq_len = trained.seq_len
     with model_parallel(parallel, seed=seed) as groups:
-        from distill_pretrain.mcore.deep_signal import measure
-        from distill_pretrain.mcore.model import build_model_chunks
-        from distill_pretrain.mcore.state import load_weights
+        from distill_pretrain.mcore.init.signal import measure
+        from distill_pretrain.mcore.model.chunks import build_model_chunks
+        from distill_pretrain.mcore.student.state import load_weights
 
         chunks = build_model_chunks(
             model,

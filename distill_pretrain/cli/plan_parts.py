@@ -16,7 +16,7 @@ from distill_pretrain.cli.plan_student import (
     student_job,
 )
 from distill_pretrain.cli.recipe import Recipe
-from distill_pretrain.mcore.layout import replica_size
+from distill_pretrain.mcore.model.layout import replica_size
 from distill_pretrain.planning.cache_size import (
     CacheGeometry,
     Density,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.errors import ConfigError, LayoutError
-from distill_pretrain.mcore.config import ParallelConfig
-from distill_pretrain.mcore.layout import check_layout, replica_size
+from distill_pretrain.mcore.model.config import ParallelConfig
+from distill_pretrain.mcore.model.layout import check_layout, replica_size
 from distill_pretrain.planning.config import PlanConfig
 from distill_pretrain.planning.costs import hf_parameters
 from distill_pretrain.planning.figures import Figure, Part, Table, quantity

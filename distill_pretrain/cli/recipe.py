@@ -5,11 +5,11 @@ from __future__ import annotations
 from distill_pretrain.config import Section
 from distill_pretrain.corpus.config import CorpusConfig, TokenizerConfig
 from distill_pretrain.data.config import DataConfig
-from distill_pretrain.eval.comparison_config import CompareConfig
 from distill_pretrain.eval.config import EvalConfig, ReportConfig
 from distill_pretrain.losses.config import ObjectiveConfig
-from distill_pretrain.mcore.config import ModelConfig, OptimizerConfig, ParallelConfig
+from distill_pretrain.mcore.model.config import ModelConfig, OptimizerConfig, ParallelConfig
 from distill_pretrain.planning.config import PlanConfig
+from distill_pretrain.reports.comparison.config import CompareConfig
 from distill_pretrain.teacher.config import CaptureConfig, TeacherConfig
 from distill_pretrain.train.config import TrainConfig
 

@@ -57,7 +57,7 @@ def run_folder(folder: Path, args: argparse.Namespace) -> None:
         )
     if launch_rank() != 0:
         return
-    from distill_pretrain.eval.run_page import write_run_page
+    from distill_pretrain.reports.run_page import write_run_page
 
     say("page is in", write_run_page(folder, args.html))
 
@@ -75,8 +75,8 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
     require(recipe, "report", "report")
     if launch_rank() != 0:
         return
-    from distill_pretrain.eval.report import write_report
     from distill_pretrain.files.ownership import owner_of, owning
+    from distill_pretrain.reports.report import write_report
 
     assert recipe.report
     named = args.recipe if "=" not in args.recipe else None

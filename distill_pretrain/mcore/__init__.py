@@ -1,1 +1,1 @@
-"""The only importer of megatron-core: model, optimizer, schedule, state, CPU layer."""
+"""The only importer of megatron-core: its runtime, model, student and initial weights."""

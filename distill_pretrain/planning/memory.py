@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from distill_pretrain.mcore.config import ModelConfig, OptimizerConfig, ParallelConfig
-from distill_pretrain.mcore.layout import padded_vocab_size, stage_layers
+from distill_pretrain.mcore.model.config import ModelConfig, OptimizerConfig, ParallelConfig
+from distill_pretrain.mcore.model.layout import padded_vocab_size, stage_layers
 from distill_pretrain.planning.parameters import head_width, rank_shapes, stages
 
 ACTIVATION_BYTES = {"fp32": 4, "bf16": 2}
@@ -274,7 +274,7 @@ def _layer_bytes(job: StudentJob, recomputed: frozenset[str]) -> float:
     hidden = model.hidden_size / job.sequence_split
     query, key = model.num_attention_heads * width / t, groups * width / t
     mixed = query + 2 * key
-    # Grouped heads in fp32 are repeated before attention (mcore/modules.py).
+    # Grouped heads in fp32 are repeated before attention (mcore/model/modules.py).
     repeated = job.precision == "fp32" and groups != model.num_attention_heads
     context = job.parallel.context
     softmax = 4 * model.num_attention_heads / t

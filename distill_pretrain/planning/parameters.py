@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from distill_pretrain.mcore.config import ModelConfig, ParallelConfig
-from distill_pretrain.mcore.layout import padded_vocab_size, stage_layers
+from distill_pretrain.mcore.model.config import ModelConfig, ParallelConfig
+from distill_pretrain.mcore.model.layout import padded_vocab_size, stage_layers
 
 Shape = tuple[int, ...]
 
@@ -54,7 +54,7 @@ def rank_shapes(
 
     Args:
         model: architecture.
-        parallel: layout; must fit the model (`mcore.layout.check_layout`).
+        parallel: layout; must fit the model (`mcore.model.layout.check_layout`).
         vocab_size: V, real vocabulary.
         seq_len: L; the number of learned positions of a gpt2 model.
         stage: pipeline rank.

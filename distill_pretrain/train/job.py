@@ -29,10 +29,10 @@ from distill_pretrain.losses.config import ObjectiveConfig
 from distill_pretrain.losses.dense_kd import TeacherObjective
 from distill_pretrain.losses.sparse_kd import DistillationObjective
 from distill_pretrain.losses.terms import Objective
-from distill_pretrain.mcore.config import ModelConfig, OptimizerConfig, ParallelConfig
-from distill_pretrain.mcore.deep import residual_identity
-from distill_pretrain.mcore.flops import training_flops_per_token
-from distill_pretrain.mcore.layout import (
+from distill_pretrain.mcore.init.deep import residual_identity
+from distill_pretrain.mcore.model.config import ModelConfig, OptimizerConfig, ParallelConfig
+from distill_pretrain.mcore.model.flops import training_flops_per_token
+from distill_pretrain.mcore.model.layout import (
     check_layout,
     require_backend,
     require_fusion,
@@ -210,11 +210,11 @@ def train_student(
             save_recipe()
 
         # Seconds of imports: only once nothing is left that a user could have got wrong.
-        from distill_pretrain.mcore.parallel import model_parallel
+        from distill_pretrain.mcore.runtime.parallel import model_parallel
 
         with model_parallel(parallel, seed=train.seed) as groups:
-            from distill_pretrain.mcore.schedule import build_student
-            from distill_pretrain.mcore.state import saved_bytes
+            from distill_pretrain.mcore.student.build import student_class
+            from distill_pretrain.mcore.student.state import saved_bytes
             from distill_pretrain.train.trainer import Trainer
 
             batches = StudentBatches(
@@ -238,7 +238,7 @@ def train_student(
                 tensor_group=groups.tensor,
             )
             teacher = None
-            student = build_student(
+            student = student_class(optimizer)(
                 model=model,
                 parallel=parallel,
                 optimizer=optimizer,
@@ -295,6 +295,6 @@ def _open_metrics(
 
 def _open_whole(open_teacher: OpenTeacher, sequences: SequenceData) -> LogitsEngine:
     """The teacher, whole in every process whatever the student's layout."""
-    from distill_pretrain.mcore.whole import WholeEngine
+    from distill_pretrain.mcore.runtime.whole import WholeEngine
 
     return WholeEngine(lambda: open_teacher(sequences))

@@ -7,7 +7,7 @@ Fields of a step's record (null where unknown; "most" is over the ranks of the j
     grad_norm, lr         before clipping; of this step
     applied               whether the update was made
     tokens_per_second     of the whole job
-    tflops_per_device     1e12 model FLOPs per second and process (mcore/flops.py)
+    tflops_per_device     1e12 model FLOPs per second and process (mcore/model/flops.py)
     mfu                   of it, the share of the device's peak (train.peak_tflops), 0 to 1
     seconds, data_wait    of the step; of it, what the rank that waited most waited for its batch
     cache_mb_per_s        1e6 bytes of cache per second, read by the rank that read most

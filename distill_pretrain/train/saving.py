@@ -12,8 +12,8 @@ import torch
 
 from distill_pretrain.checkpoint.store import CheckpointStore, PendingSave
 from distill_pretrain.errors import TrainingStopped
-from distill_pretrain.mcore.background_save import BackgroundSave
-from distill_pretrain.mcore.schedule import Student
+from distill_pretrain.mcore.student.background_save import BackgroundSave
+from distill_pretrain.mcore.student.base import Student
 from distill_pretrain.train.config import TrainConfig
 from distill_pretrain.train.metrics import EventLog
 from distill_pretrain.train.stopping import most_anywhere

@@ -15,8 +15,8 @@ from distill_pretrain.data.batches import StudentBatches
 from distill_pretrain.data.prefetch import PrefetchedBatches
 from distill_pretrain.errors import CheckpointError, TrainingStopped
 from distill_pretrain.losses.terms import Objective
-from distill_pretrain.mcore.schedule import StepResult, Student
-from distill_pretrain.mcore.state import load_student
+from distill_pretrain.mcore.student.base import StepResult, Student
+from distill_pretrain.mcore.student.state import load_student
 from distill_pretrain.processes.env import launch_world_size
 from distill_pretrain.processes.memory import peak_gpu_bytes, peak_rss_bytes
 from distill_pretrain.processes.watchdog import watchdog

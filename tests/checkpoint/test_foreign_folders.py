@@ -20,7 +20,7 @@ from distill_pretrain.cli.main import main
 from distill_pretrain.corpus.token_writer import TokenIndexWriter
 from distill_pretrain.errors import CheckpointError
 from distill_pretrain.files.atomic import sha256_file
-from distill_pretrain.mcore.unpickling import METADATA, check_pickles
+from distill_pretrain.mcore.student.unpickling import METADATA, check_pickles
 from distill_pretrain.processes.process import process_group
 from tests.support.jobs import run_cli
 
@@ -148,8 +148,8 @@ def score(run: Path) -> None:
     """As `eval` and a teacher load a student."""
     from distill_pretrain.checkpoint.store import find_checkpoint
     from distill_pretrain.checkpoint.whole import load_whole_model
-    from distill_pretrain.mcore.config import ParallelConfig
-    from distill_pretrain.mcore.parallel import model_parallel
+    from distill_pretrain.mcore.model.config import ParallelConfig
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
 
     with model_parallel(ParallelConfig(), seed=0):
         load_whole_model(find_checkpoint(run), precision="fp32")

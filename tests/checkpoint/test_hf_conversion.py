@@ -17,7 +17,7 @@ from distill_pretrain.checkpoint.hf import hf_config, load_hf_weights, read_hf_m
 from distill_pretrain.checkpoint.hf.files import Tensor, WeightFiles, plan_files
 from distill_pretrain.checkpoint.hf.tensors import correspondence
 from distill_pretrain.errors import CheckpointError
-from distill_pretrain.mcore.config import ModelConfig, ParallelConfig
+from distill_pretrain.mcore.model.config import ModelConfig, ParallelConfig
 from distill_pretrain.processes.process import process_group
 from tests.support.distributed import REPOSITORY, run_distributed
 
@@ -104,7 +104,7 @@ def families(tmp_path_factory) -> Path:
 
 def build(path: Path, parallel: ParallelConfig, precision: str = "fp32") -> list[torch.nn.Module]:
     """Chunks for a folder, with junk in every weight."""
-    from distill_pretrain.mcore.model import build_model_chunks
+    from distill_pretrain.mcore.model.chunks import build_model_chunks
 
     found = read_hf_model(path)
     chunks = build_model_chunks(
@@ -125,8 +125,8 @@ def build(path: Path, parallel: ParallelConfig, precision: str = "fp32") -> list
 @torch.no_grad()
 def whole_logits(chunks: list[torch.nn.Module], tokens: torch.Tensor) -> torch.Tensor:
     """Logits [B, L, V_pad] of chunks that are spread over tensor and pipeline ranks, on every rank."""
-    from distill_pretrain.mcore.model import unwrap
-    from distill_pretrain.mcore.parallel import current_groups
+    from distill_pretrain.mcore.model.chunks import unwrap
+    from distill_pretrain.mcore.runtime.parallel import current_groups
 
     groups = current_groups()
     stages = dist.get_process_group_ranks(groups.pipeline)
@@ -161,7 +161,7 @@ def convert_all(root: str, out: str) -> dict[str, Any]:
 
     Returns the largest differences by layout and family, and the curves of `train_alike`.
     """
-    from distill_pretrain.mcore.parallel import model_parallel
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
 
     torch.set_num_threads(1)
     found: dict[str, dict[str, float]] = {}
@@ -275,7 +275,7 @@ def test_a_model_with_biases_and_qk_norms_trains_alike_under_tensor_parallelism(
 
 @pytest.fixture(scope="module")
 def one_process():
-    from distill_pretrain.mcore.parallel import model_parallel
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
 
     with process_group(), model_parallel(ParallelConfig(), seed=0):
         yield
@@ -566,7 +566,7 @@ from distill_pretrain.checkpoint.hf.save import _Export
 from distill_pretrain.checkpoint.hf.tensors import correspondence
 from distill_pretrain.processes.groups import ParallelGroups
 from distill_pretrain.processes.process import process_group
-from distill_pretrain.mcore.config import ModelConfig
+from distill_pretrain.mcore.model.config import ModelConfig
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

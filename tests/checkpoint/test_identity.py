@@ -10,7 +10,7 @@ from distill_pretrain.checkpoint import identity
 from distill_pretrain.checkpoint.identity import IRRELEVANT, SECTIONS, differences, trained_model
 from distill_pretrain.errors import CheckpointError
 from distill_pretrain.losses.config import ObjectiveConfig
-from distill_pretrain.mcore.config import ModelConfig, OptimizerConfig
+from distill_pretrain.mcore.model.config import ModelConfig, OptimizerConfig
 
 SIZES = {"num_layers": 1, "hidden_size": 8, "ffn_hidden_size": 8, "num_attention_heads": 2}
 

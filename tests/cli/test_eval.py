@@ -13,7 +13,7 @@ from small_cache import VOCAB, SmallCache, make_small_cache
 import distill_pretrain.corpus.tokenizers
 import distill_pretrain.eval.student
 import distill_pretrain.eval.tasks
-import distill_pretrain.mcore.parallel
+import distill_pretrain.mcore.runtime.parallel
 import distill_pretrain.teacher.engines
 from distill_pretrain.cli import eval as eval_verb
 from distill_pretrain.cli.main import main
@@ -58,7 +58,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str]]:
         yield None
 
     monkeypatch.setattr(distill_pretrain.teacher.engines, "open_engine", open_engine)
-    monkeypatch.setattr(distill_pretrain.mcore.parallel, "model_parallel", no_groups)
+    monkeypatch.setattr(distill_pretrain.mcore.runtime.parallel, "model_parallel", no_groups)
     return calls
 
 

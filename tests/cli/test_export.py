@@ -21,7 +21,7 @@ from distill_pretrain.cli.main import main
 from distill_pretrain.corpus.tokenizers import load_tokenizer
 from distill_pretrain.corpus.tokens_record import TokensRecord
 from distill_pretrain.errors import CheckpointError
-from distill_pretrain.mcore.config import ModelConfig, ParallelConfig
+from distill_pretrain.mcore.model.config import ModelConfig, ParallelConfig
 from distill_pretrain.processes.process import process_group
 from tests.support.distributed import REPOSITORY, torchrun
 from tests.support.jobs import run_cli
@@ -76,7 +76,7 @@ def run(tokens, tmp_path_factory) -> Path:
 
 
 def own_logits(run: Path, ids: torch.Tensor) -> torch.Tensor:
-    from distill_pretrain.mcore.parallel import model_parallel
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
 
     checkpoint = find_checkpoint(run)
     with process_group(), model_parallel(ParallelConfig(), seed=0), torch.no_grad():
@@ -139,7 +139,7 @@ def test_the_tokenizer_round_trips_beside_every_family(tokens, tmp_path, family)
     model = ModelConfig(**{**sizes, **FAMILIES[family]})
     out = tmp_path / "out"
     with process_group(), model_parallel_of_one():
-        from distill_pretrain.mcore.model import build_model_chunks
+        from distill_pretrain.mcore.model.chunks import build_model_chunks
 
         size = {"vocab_size": own.vocab_size, "seq_len": SEQ_LEN}
         chunks = build_model_chunks(model, ParallelConfig(), precision="fp32", seed=1, **size)
@@ -166,7 +166,7 @@ def test_the_tokenizer_round_trips_beside_every_family(tokens, tmp_path, family)
 
 
 def model_parallel_of_one() -> Any:
-    from distill_pretrain.mcore.parallel import model_parallel
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
 
     return model_parallel(ParallelConfig(), seed=0)
 

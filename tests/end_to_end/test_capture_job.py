@@ -76,8 +76,8 @@ def test_the_cache_says_what_the_teacher_says(job):
     """The stored counts are the sampler's on the teacher's own logits, position by position."""
     import torch
 
-    from distill_pretrain.mcore.config import ParallelConfig
-    from distill_pretrain.mcore.parallel import model_parallel
+    from distill_pretrain.mcore.model.config import ParallelConfig
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
     from distill_pretrain.processes.process import process_group
     from distill_pretrain.teacher.engines import open_engine
 

@@ -14,7 +14,7 @@ from distill_pretrain.cli import train
 from distill_pretrain.cli.main import main
 from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.errors import TeacherError
-from distill_pretrain.eval.results import EvalResults
+from distill_pretrain.reports.results import EvalResults
 from tests.support.jobs import Job, kill_all
 
 SEEDS = (1, 2)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from distill_pretrain.cli.main import main
-from distill_pretrain.mcore import layout
+from distill_pretrain.mcore.model import layout
 from tests.support.jobs import Job
 
 ZERO = ["optimizer.backend=deepspeed"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from distill_pretrain.mcore.adam import GroupStepAdamW
+from distill_pretrain.mcore.runtime.adam import GroupStepAdamW
 
 
 def test_updates_equal_torchs_adamw_in_float64():

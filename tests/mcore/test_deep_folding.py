@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from distill_pretrain.checkpoint.hf import save_hf_model
-from distill_pretrain.mcore.config import ModelConfig, ParallelConfig
-from distill_pretrain.mcore.deep import residual_scaling
+from distill_pretrain.mcore.init.deep import residual_scaling
+from distill_pretrain.mcore.model.config import ModelConfig, ParallelConfig
 from distill_pretrain.processes.process import process_group
 from tests.support.layouts import GPT2, LLAMA, SEQ_LEN, VOCAB_SIZE, make_job, take_step
 
@@ -37,8 +37,8 @@ def logits_of(gpt: Any, tokens: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", MODELS)
 def test_transformers_computes_what_a_deep_student_does(tmp_path: Path, name: str) -> None:
     """After a step at a rate that moves every weight, norms and biases too; and it generates the same token."""
-    from distill_pretrain.mcore.model import unwrap
-    from distill_pretrain.mcore.parallel import model_parallel
+    from distill_pretrain.mcore.model.chunks import unwrap
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
 
     torch.set_num_threads(1)
     tokens = some_tokens()
@@ -76,8 +76,8 @@ def test_transformers_computes_what_a_deep_student_does(tmp_path: Path, name: st
 
 def test_what_epsilon_changes_at_192_layers() -> None:
     """Folding leaves the norms' epsilon as it is, and the paper's stream is lambda^l times ours."""
-    from distill_pretrain.mcore.model import build_model_chunks, unwrap
-    from distill_pretrain.mcore.parallel import model_parallel
+    from distill_pretrain.mcore.model.chunks import build_model_chunks, unwrap
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
 
     torch.set_num_threads(1)
     model = ModelConfig(

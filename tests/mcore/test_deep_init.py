@@ -16,16 +16,16 @@ from distill_pretrain.checkpoint.store import Checkpoint, require_same_run
 from distill_pretrain.contracts import TokenBatch
 from distill_pretrain.errors import CheckpointError
 from distill_pretrain.losses.sparse_kd import DistillationObjective
-from distill_pretrain.mcore.config import ModelConfig, ParallelConfig
-from distill_pretrain.mcore.deep import (
+from distill_pretrain.mcore.init.deep import (
     initial_stds,
     require_residual,
     residual_identity,
     residual_scaling,
     row_stds,
 )
-from distill_pretrain.mcore.deep_theory import Signal, predict
-from distill_pretrain.mcore.moments import feed_forward_gain
+from distill_pretrain.mcore.init.moments import feed_forward_gain
+from distill_pretrain.mcore.init.theory import Signal, predict
+from distill_pretrain.mcore.model.config import ModelConfig, ParallelConfig
 from distill_pretrain.processes.process import process_group
 from tests.support.distributed import run_distributed
 from tests.support.layouts import LLAMA, make_job, take_step
@@ -54,7 +54,7 @@ def zipf_batch(num_sequences: int = 2) -> TokenBatch:
 
 
 def build(model: ModelConfig, parallel: ParallelConfig, groups: Any, **settings: Any) -> Any:
-    from distill_pretrain.mcore.model import build_model_chunks
+    from distill_pretrain.mcore.model.chunks import build_model_chunks
 
     settings = {"precision": "fp32", "seed": 1, **settings}
     return build_model_chunks(
@@ -70,7 +70,7 @@ def build(model: ModelConfig, parallel: ParallelConfig, groups: Any, **settings:
 
 
 def measured(model: ModelConfig, parallel: ParallelConfig, groups: Any) -> Signal:
-    from distill_pretrain.mcore.deep_signal import measure
+    from distill_pretrain.mcore.init.signal import measure
 
     return measure(build(model, parallel, groups), model, zipf_batch())
 
@@ -105,7 +105,7 @@ DEPTHS = {
 @pytest.fixture(scope="module")
 def signals() -> dict[str, Signal]:
     """Of every model above, measured."""
-    from distill_pretrain.mcore.parallel import model_parallel
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
 
     torch.set_num_threads(1)
     with process_group(), model_parallel(ParallelConfig(), seed=1) as groups:
@@ -159,8 +159,8 @@ def test_theory_predicts_every_layer(signals: dict[str, Signal], name: str) -> N
 
 def test_bf16_keeps_the_likeliest_token_at_192_layers() -> None:
     """In the branch-only form; lambda rounds to 1 in bf16, and the plain form then adds up another model."""
-    from distill_pretrain.mcore.model import unwrap
-    from distill_pretrain.mcore.parallel import model_parallel
+    from distill_pretrain.mcore.model.chunks import unwrap
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
 
     torch.set_num_threads(1)
     model = deep_model(192, "deepscale")
@@ -189,7 +189,7 @@ LAYOUTS = {"tp2": {"tensor": 2}, "pp2": {"pipeline": 2}}
 
 def layout_figures(layout: dict[str, int], groups: Any) -> dict[str, Any]:
     """Sums of every initial weight, a signal, and the curves of two steps, on rank 0."""
-    from distill_pretrain.mcore.model import parameters_by_name
+    from distill_pretrain.mcore.model.chunks import parameters_by_name
 
     parallel = ParallelConfig(**layout)
     found: dict[str, Any] = {}
@@ -216,7 +216,7 @@ def layout_figures(layout: dict[str, int], groups: Any) -> dict[str, Any]:
 
 
 def under_layouts() -> dict[str, Any]:
-    from distill_pretrain.mcore.parallel import model_parallel
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
 
     torch.set_num_threads(1)
     found = {}
@@ -230,7 +230,7 @@ def under_layouts() -> dict[str, Any]:
 @pytest.mark.slow
 def test_layouts_start_and_train_alike() -> None:
     """96 layers under TP2 and PP2 have the weights, the signal and the curves of one process."""
-    from distill_pretrain.mcore.parallel import model_parallel
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
 
     torch.set_num_threads(1)
     with process_group(), model_parallel(ParallelConfig(), seed=1) as groups:
@@ -289,8 +289,8 @@ def test_deepscale_stds_follow_the_derivation() -> None:
 
 def test_completep_sets_rates_and_epsilons_by_kind_of_parameter() -> None:
     """Of a model twice as wide and four times as deep as the tuned one (arXiv 2505.01618, table 1)."""
-    from distill_pretrain.mcore.model import parameters_by_name
-    from distill_pretrain.mcore.parallel import model_parallel
+    from distill_pretrain.mcore.model.chunks import parameters_by_name
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
 
     wide = {**COMPLETEP, "num_layers": 4, "base_num_layers": 1}
     with process_group(), model_parallel(ParallelConfig(), seed=1) as groups:

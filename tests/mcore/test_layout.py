@@ -8,8 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from distill_pretrain.errors import ConfigError, LayoutError, MissingDependency
-from distill_pretrain.mcore.config import ModelConfig, ParallelConfig
-from distill_pretrain.mcore.layout import (
+from distill_pretrain.mcore.model.config import ModelConfig, ParallelConfig
+from distill_pretrain.mcore.model.layout import (
     check_layout,
     require_fusion,
     require_spec,

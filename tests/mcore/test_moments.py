@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from distill_pretrain.errors import ConfigError
-from distill_pretrain.mcore import moments
-from distill_pretrain.mcore.moments import Moments
+from distill_pretrain.mcore.init import moments
+from distill_pretrain.mcore.init.moments import Moments
 
 TOKENS, SETTINGS = 1 << 19, 16
 FUNCTIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distill_pretrain.mcore.config import ParallelConfig
+from distill_pretrain.mcore.model.config import ParallelConfig
 from distill_pretrain.processes.process import process_group, released_groups
 from tests.support.checkpoints import save_student
 from tests.support.distributed import run_distributed
@@ -48,8 +48,8 @@ def take_steps(student: Any, batches: Any, start: int) -> dict[str, Any]:
 
 
 def resume(case: tuple[str, str, str], folder: Path) -> dict[str, Any]:
-    from distill_pretrain.mcore.parallel import model_parallel
-    from distill_pretrain.mcore.state import load_student
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
+    from distill_pretrain.mcore.student.state import load_student
 
     init, layout, optimizer = case
     model = {**LLAMA, "num_layers": 2, **INITS[init]}

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from distill_pretrain.errors import ConfigError
-from distill_pretrain.mcore.config import ModelConfig, ParallelConfig
+from distill_pretrain.mcore.model.config import ModelConfig, ParallelConfig
 from distill_pretrain.processes.process import process_group
 from tests.support.layouts import LLAMA, VOCAB_SIZE
 
 
 def local_layers_in_its_place(monkeypatch):
     """Layers that Transformer Engine would compute, as local ones with their norms."""
-    from distill_pretrain.mcore import modules
+    from distill_pretrain.mcore.model import modules
 
     def spec(qk_layernorm):
         layer = modules.get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=False)
@@ -27,13 +27,15 @@ def local_layers_in_its_place(monkeypatch):
 
     monkeypatch.setattr(modules, "get_gpt_layer_with_transformer_engine_spec", spec)
     monkeypatch.setattr(modules, "transformer_engine_norm", lambda: modules.RMSNorm)
-    monkeypatch.setattr("distill_pretrain.mcore.model.uses_transformer_engine", lambda model: True)
+    monkeypatch.setattr(
+        "distill_pretrain.mcore.model.chunks.uses_transformer_engine", lambda model: True
+    )
 
 
 def test_its_layers_have_the_scaled_branches_and_initial_weights_of_local_ones(monkeypatch):
-    from distill_pretrain.mcore.deep_layers import DeepLayer
-    from distill_pretrain.mcore.model import build_model_chunks, parameters_by_name, unwrap
-    from distill_pretrain.mcore.parallel import model_parallel
+    from distill_pretrain.mcore.init.layers import DeepLayer
+    from distill_pretrain.mcore.model.chunks import build_model_chunks, parameters_by_name, unwrap
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
 
     model = ModelConfig(**LLAMA, init="deepscale")
 
@@ -58,7 +60,7 @@ def test_its_layers_have_the_scaled_branches_and_initial_weights_of_local_ones(m
 
 
 def test_a_joined_norm_is_named_as_one_apart():
-    from distill_pretrain.mcore.init import global_name
+    from distill_pretrain.mcore.init.methods import global_name
 
     gpt = SimpleNamespace(
         share_embeddings_and_output_weights=False,
@@ -77,7 +79,7 @@ def test_a_joined_norm_is_named_as_one_apart():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_its_layers_are_refused_and_auto_means_local(monkeypatch):
-    from distill_pretrain.mcore.modules import uses_transformer_engine
+    from distill_pretrain.mcore.model.modules import uses_transformer_engine
 
     stand_in = SimpleNamespace(__spec__=SimpleNamespace(name="transformer_engine"))
     monkeypatch.setitem(sys.modules, "transformer_engine", stand_in)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distill_pretrain.mcore.config import ParallelConfig
+from distill_pretrain.mcore.model.config import ParallelConfig
 from distill_pretrain.processes.process import process_group
 from tests.support.checkpoints import save_student
 from tests.support.distributed import run_distributed
@@ -21,8 +21,8 @@ DROPOUT = {**LLAMA, "dropout": 0.2}
 
 def change_layout(folder: str) -> dict[str, Any]:
     """Two steps under PP2, saved; on under PP2 again, and under TP2."""
-    from distill_pretrain.mcore.parallel import model_parallel
-    from distill_pretrain.mcore.state import load_student
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
+    from distill_pretrain.mcore.student.state import load_student
 
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
@@ -72,8 +72,8 @@ def resume_distributed_optimizer(folder: str) -> dict[str, Any]:
 
     All with the distributed optimizer.
     """
-    from distill_pretrain.mcore.parallel import model_parallel
-    from distill_pretrain.mcore.state import load_student
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
+    from distill_pretrain.mcore.student.state import load_student
 
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
@@ -117,8 +117,8 @@ def test_the_distributed_optimizers_state_is_restored_under_any_layout(tmp_path)
 
 def attention_outputs() -> list[list[float]]:
     """What attention with dropout makes of the same inputs, per tensor-parallel rank."""
-    from distill_pretrain.mcore.modules import SDPAttention
-    from distill_pretrain.mcore.parallel import model_parallel
+    from distill_pretrain.mcore.model.modules import SDPAttention
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
 
     layout = ParallelConfig(tensor=2)
     with process_group(), model_parallel(layout, seed=1) as groups:

@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from distill_pretrain.contracts import SparseTargets, TokenBatch
 from distill_pretrain.losses.sparse_kd import DistillationObjective
-from distill_pretrain.mcore.config import ModelConfig, OptimizerConfig, ParallelConfig
-from distill_pretrain.mcore.layout import replica_size
+from distill_pretrain.mcore.model.config import ModelConfig, OptimizerConfig, ParallelConfig
+from distill_pretrain.mcore.model.layout import replica_size
 from distill_pretrain.planning.memory import StudentJob, fullest_rank, rank_memory
 from distill_pretrain.planning.parameters import num_parameters, rank_shapes
 from distill_pretrain.processes.process import process_group
@@ -122,8 +122,8 @@ def optimizer_bytes(optimizer: Any) -> int:
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:
     """What one rank holds after a step, and the most it held during the next."""
-    from distill_pretrain.mcore.parallel import model_parallel
-    from distill_pretrain.mcore.schedule import build_student
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
+    from distill_pretrain.mcore.student.build import student_class
 
     job = planned(case)
     with model_parallel(job.parallel, seed=1) as groups:
@@ -136,7 +136,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
                 tensor_group=groups.tensor,
                 chunk_tokens=job.chunk_tokens,
             )
-            student = build_student(
+            student = student_class(job.optimizer)(
                 model=job.model,
                 parallel=job.parallel,
                 optimizer=job.optimizer,

@@ -14,7 +14,7 @@ from distill_pretrain.checkpoint.store import CheckpointStore
 
 def save_student(student: Any, folder: Path) -> None:
     """A student's state in an existing empty folder, written as `train` does where it waits for a save."""
-    from distill_pretrain.mcore.background_save import BackgroundSave
+    from distill_pretrain.mcore.student.background_save import BackgroundSave
 
     BackgroundSave(student, folder, behind=False).finish()
 

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from distill_pretrain.contracts import IGNORED_LABEL, RaggedTargets
 from distill_pretrain.data.batches import BatchSource, StudentBatches
 from distill_pretrain.losses.sparse_kd import DistillationObjective
-from distill_pretrain.mcore.config import ModelConfig, OptimizerConfig, ParallelConfig
-from distill_pretrain.mcore.layout import check_layout
+from distill_pretrain.mcore.model.config import ModelConfig, OptimizerConfig, ParallelConfig
+from distill_pretrain.mcore.model.layout import check_layout
 from distill_pretrain.processes.groups import ParallelGroups
 from distill_pretrain.processes.process import local_device, process_group, released_groups
 
@@ -113,7 +113,7 @@ def make_job(
     chunk_tokens: int | None = None,
 ) -> tuple[Any, StudentBatches]:
     """A student and its batches on this rank; the process groups of the layout must exist."""
-    from distill_pretrain.mcore.schedule import build_student
+    from distill_pretrain.mcore.student.build import student_class
 
     model_config = ModelConfig(**model)
     optimizer_config = OptimizerConfig(**{"lr": 3e-3, "warmup_steps": 3, **(optimizer or {})})
@@ -139,7 +139,7 @@ def make_job(
         context_rank=dist.get_rank(groups.context),
         context_size=dist.get_world_size(groups.context),
     )
-    student = build_student(
+    student = student_class(optimizer_config)(
         model=model_config,
         parallel=layout,
         optimizer=optimizer_config,
@@ -180,7 +180,7 @@ def train_curves(
     chunk_tokens: int | None = None,
 ) -> dict[str, list[float]]:
     """Loss, CE, KL and gradient norm of every step, on every rank."""
-    from distill_pretrain.mcore.parallel import model_parallel
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
 
     layout = ParallelConfig(**parallel)
     # Many layouts in one process would leave hundreds of threads of their process groups.

@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import torch._inductor.compile_fx  # noqa: F401
 
-import distill_pretrain.mcore.schedule
+import distill_pretrain.mcore.student.base
 import distill_pretrain.teacher.capture
 import distill_pretrain.train.job  # noqa: F401
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from distill_pretrain.checkpoint.store import CheckpointStore
 from distill_pretrain.errors import CheckpointError, TrainingStopped
-from distill_pretrain.mcore.config import ParallelConfig
+from distill_pretrain.mcore.model.config import ParallelConfig
 from distill_pretrain.train.config import TrainConfig
 from tests.support.layouts import make_job
 
@@ -106,7 +106,7 @@ def run_trainer(
     **train: Any,
 ) -> Run:
     """Train from where the folder is, logging every step, with the settings `train` of the section of that name."""
-    from distill_pretrain.mcore.model import unwrap
+    from distill_pretrain.mcore.model.chunks import unwrap
     from distill_pretrain.train.metrics import EventLog, MetricsLog
     from distill_pretrain.train.trainer import Trainer
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from distill_pretrain.checkpoint.store import RECORD, Checkpoint, CheckpointStore
 from distill_pretrain.files.atomic import sha256_file
-from distill_pretrain.mcore.config import ParallelConfig
+from distill_pretrain.mcore.model.config import ParallelConfig
 from distill_pretrain.processes.process import on_first_rank, process_group, released_groups
 from distill_pretrain.train.config import BadStepsConfig, TrainConfig
 from tests.support.checkpoints import save_student
@@ -41,7 +41,7 @@ MODEL = {**LLAMA, "num_layers": 1, "dropout": 0.1}
 @contextmanager
 def writers(begin: Callable[[Path], None]):
     """Inside the block, the thread that writes calls `begin` before each of its files."""
-    from distill_pretrain.mcore import background_save
+    from distill_pretrain.mcore.student import background_save
 
     write = background_save._write_file
 
@@ -65,7 +65,7 @@ def run(
     **policy: Any,
 ) -> dict[str, Any]:
     """Train, from where the folder is; the losses, what was said, how it ended, the complete checkpoints."""
-    from distill_pretrain.mcore.parallel import model_parallel
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
 
     with released_groups(), model_parallel(LAYOUT, seed=1) as groups:
         run = run_trainer(
@@ -111,8 +111,8 @@ def said_at(step: int, action: Callable[[], None]) -> Callable[[str], None]:
 
 def files_of_both(root: Path) -> list[dict[str, str]]:
     """One state saved in the foreground and behind it, where only rank 0 has files to write."""
-    from distill_pretrain.mcore.background_save import BackgroundSave
-    from distill_pretrain.mcore.parallel import model_parallel
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
+    from distill_pretrain.mcore.student.background_save import BackgroundSave
 
     layout = ParallelConfig(distributed_optimizer=True)
     with released_groups(), model_parallel(layout, seed=1) as groups:

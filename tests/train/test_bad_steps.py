@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from distill_pretrain.checkpoint.store import CheckpointStore
-from distill_pretrain.mcore.config import ParallelConfig
+from distill_pretrain.mcore.model.config import ParallelConfig
 from distill_pretrain.processes.process import process_group, released_groups
 from distill_pretrain.train.config import BadStepsConfig
 from tests.support.distributed import run_distributed
@@ -28,7 +28,7 @@ MODEL = {**LLAMA, "num_layers": 1}
 
 def train(folder: Path, factor: float, on_step: Any = None, **policy: Any) -> Any:
     """Train STEPS steps with a fault: the log's losses and `applied`, or what stopped it; and the weights' sum."""
-    from distill_pretrain.mcore.parallel import model_parallel
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
 
     with released_groups(), model_parallel(LAYOUT, seed=1) as groups:
         run = run_trainer(
@@ -56,8 +56,8 @@ def train(folder: Path, factor: float, on_step: Any = None, **policy: Any) -> An
 
 def by_hand(batch_numbers: list[int | None]) -> dict[str, Any]:
     """The losses of steps on these batches; the update of a negative one is left out."""
-    from distill_pretrain.mcore.model import unwrap
-    from distill_pretrain.mcore.parallel import model_parallel
+    from distill_pretrain.mcore.model.chunks import unwrap
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
 
     with released_groups(), model_parallel(LAYOUT, seed=1) as groups:
         student, batches = make_job(MODEL, LAYOUT, groups, kd=True, steps=STEPS)

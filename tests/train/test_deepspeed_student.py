@@ -16,8 +16,8 @@ from distill_pretrain.checkpoint.store import CheckpointStore
 from distill_pretrain.checkpoint.whole import load_whole_model, model_logits
 from distill_pretrain.contracts import IGNORED_LABEL
 from distill_pretrain.losses.sparse_kd import DistillationObjective
-from distill_pretrain.mcore.config import ModelConfig, ParallelConfig
-from distill_pretrain.mcore.deep import residual_identity
+from distill_pretrain.mcore.init.deep import residual_identity
+from distill_pretrain.mcore.model.config import ModelConfig, ParallelConfig
 from distill_pretrain.processes.process import process_group
 from tests.support import checkpoints
 from tests.support.checkpoints import save_student
@@ -82,8 +82,8 @@ def two_steps(
     save: bool = False,
 ) -> list[list[float]]:
     """Terms of steps 2 and 3: after two steps that are saved, or from what was saved."""
-    from distill_pretrain.mcore.parallel import model_parallel
-    from distill_pretrain.mcore.state import load_student
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
+    from distill_pretrain.mcore.student.state import load_student
 
     layout, model = ParallelConfig(tensor=tensor), {**SMALL_GPT2, "dropout": dropout}
     with model_parallel(layout, seed=1) as groups:
@@ -132,7 +132,7 @@ def resumed(folder: Path) -> dict[str, Any]:
 
 def refused(stage: int) -> dict[str, Any]:
     """A step that is not accepted, then the same batch again."""
-    from distill_pretrain.mcore.parallel import model_parallel
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
 
     layout = ParallelConfig(tensor=2)
     with model_parallel(layout, seed=1) as groups:
@@ -158,7 +158,7 @@ def refused(stage: int) -> dict[str, Any]:
 
 
 def everything(folder: str) -> dict[str, Any]:
-    from distill_pretrain.mcore import deepspeed_student
+    from distill_pretrain.mcore.student import deepspeed as deepspeed_student
 
     torch.set_num_threads(1)
     deepspeed_student.KEPT_WHOLE = 0
@@ -220,7 +220,7 @@ def test_another_stage_backend_or_number_of_ranks_goes_on_to_the_same_losses(fou
 
 
 def test_the_weights_are_read_back_whole(found, folder):
-    from distill_pretrain.mcore.parallel import model_parallel
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
 
     with process_group(), model_parallel(ParallelConfig(), seed=1) as groups:
         _, batches = make_job(SMALL_GPT2, ParallelConfig(), groups, kd=False, steps=8)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from distill_pretrain.mcore.config import ParallelConfig
+from distill_pretrain.mcore.model.config import ParallelConfig
 from distill_pretrain.processes.process import process_group, released_groups
 from distill_pretrain.train.config import BadStepsConfig
 from tests.support.distributed import run_distributed
@@ -44,7 +44,7 @@ def as_before_0_19_8(student: Any) -> None:
 
 
 def train(folder: str, names: list[str]) -> dict[str, Any]:
-    from distill_pretrain.mcore.parallel import model_parallel
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
 
     torch.set_num_threads(1)
     found = {}

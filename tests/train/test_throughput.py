@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from distill_pretrain.mcore.config import ModelConfig
-from distill_pretrain.mcore.flops import matmul_weights, training_flops_per_token
+from distill_pretrain.mcore.model.config import ModelConfig
+from distill_pretrain.mcore.model.flops import matmul_weights, training_flops_per_token
 from distill_pretrain.train.throughput import Throughput, peak_tflops
 
 V, L, B = 96, 16, 3

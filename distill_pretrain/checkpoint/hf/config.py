@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_pretrain.errors import CheckpointError
-from distill_pretrain.mcore.config import ModelConfig
+from distill_pretrain.mcore.model.config import ModelConfig
 
 CONFIG = "config.json"
 DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}

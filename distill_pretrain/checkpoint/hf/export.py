@@ -14,9 +14,9 @@ from distill_pretrain.checkpoint.hf.save import require_replaceable, save_hf_mod
 from distill_pretrain.checkpoint.identity import TrainedModel, trained_model
 from distill_pretrain.checkpoint.store import Checkpoint
 from distill_pretrain.files.atomic import canonical_json
-from distill_pretrain.mcore.config import ParallelConfig
-from distill_pretrain.mcore.deep import residual_scaling
-from distill_pretrain.mcore.layout import check_layout
+from distill_pretrain.mcore.init.deep import residual_scaling
+from distill_pretrain.mcore.model.config import ParallelConfig
+from distill_pretrain.mcore.model.layout import check_layout
 from distill_pretrain.processes.process import on_first_rank
 
 
@@ -99,12 +99,12 @@ def export_checkpoint(
     )
     on_first_rank(lambda: require_replaceable(folder, export_source(identity, checkpoint.step)))
     checkpoint.verify()
-    from distill_pretrain.mcore.parallel import model_parallel
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
 
     # The seed decides nothing: the weights are loaded.
     with model_parallel(parallel, seed=0):
-        from distill_pretrain.mcore.model import build_model_chunks
-        from distill_pretrain.mcore.state import load_weights
+        from distill_pretrain.mcore.model.chunks import build_model_chunks
+        from distill_pretrain.mcore.student.state import load_weights
 
         chunks = build_model_chunks(
             model,

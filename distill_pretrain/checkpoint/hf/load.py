@@ -28,8 +28,8 @@ def load_hf_weights(chunks: Sequence[torch.nn.Module], path: Path) -> None:
         CheckpointError: a model that megatron-core cannot represent, damaged files, tensors that are missing, extra
             or of another shape, or chunks of another model.
     """
-    from distill_pretrain.mcore.model import parameters_by_name
-    from distill_pretrain.mcore.parallel import current_groups
+    from distill_pretrain.mcore.model.chunks import parameters_by_name
+    from distill_pretrain.mcore.runtime.parallel import current_groups
 
     pieces = _correspondence_of(path).pieces()
     files = on_first_rank(lambda: check_hf_weights(path))

@@ -28,7 +28,7 @@ from distill_pretrain.checkpoint.hf.tokenizer import tokenizer_folder, write_tok
 from distill_pretrain.errors import CheckpointError
 from distill_pretrain.files.atomic import fsync_path, publish_bytes
 from distill_pretrain.files.disk import naming, require_room
-from distill_pretrain.mcore.config import ModelConfig
+from distill_pretrain.mcore.model.config import ModelConfig
 from distill_pretrain.processes.groups import ParallelGroups
 from distill_pretrain.processes.process import on_first_rank
 from distill_pretrain.processes.watchdog import alive
@@ -72,8 +72,8 @@ def save_hf_model(
             the tokenizer cannot be converted.
         StorageError: there is no room for it, or it cannot be written.
     """
-    from distill_pretrain.mcore.model import parameters_by_name
-    from distill_pretrain.mcore.parallel import current_groups
+    from distill_pretrain.mcore.model.chunks import parameters_by_name
+    from distill_pretrain.mcore.runtime.parallel import current_groups
 
     config = hf_config(
         model, vocab_size=vocab_size, max_positions=max_positions, dtype=dtype, eod_id=eod_id

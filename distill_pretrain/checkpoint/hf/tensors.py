@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from distill_pretrain.mcore.config import ModelConfig
-from distill_pretrain.mcore.deep import residual_scaling
+from distill_pretrain.mcore.init.deep import residual_scaling
+from distill_pretrain.mcore.model.config import ModelConfig
 
 Select = Callable[[torch.Tensor], torch.Tensor]
 

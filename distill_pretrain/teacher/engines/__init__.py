@@ -77,8 +77,8 @@ def teacher_groups(teacher: TeacherConfig) -> Iterator[None]:
     if teacher.kind != "megatron":
         yield
         return
-    from distill_pretrain.mcore.config import ParallelConfig
-    from distill_pretrain.mcore.parallel import model_parallel
+    from distill_pretrain.mcore.model.config import ParallelConfig
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
 
     layout = ParallelConfig(tensor=teacher.tensor, pipeline=teacher.pipeline)
     with model_parallel(layout, seed=0):

@@ -13,7 +13,7 @@ from distill_pretrain.checkpoint.store import find_checkpoint
 from distill_pretrain.checkpoint.whole import load_model_part, model_logits
 from distill_pretrain.contracts import LogitsChunk
 from distill_pretrain.errors import TeacherError, TokenizerMismatch
-from distill_pretrain.mcore.config import ParallelConfig
+from distill_pretrain.mcore.model.config import ParallelConfig
 from distill_pretrain.processes.process import local_device
 from distill_pretrain.teacher.engines.folder import (
     CONFIG_FILE,
@@ -41,7 +41,11 @@ class MegatronEngine:
         pipeline: int = 1,
         head_chunk_tokens: int = 1024,
     ) -> None:
-        from distill_pretrain.mcore.forward import ForwardOnly, head_shard_rank, scoring_replica
+        from distill_pretrain.mcore.model.forward import (
+            ForwardOnly,
+            head_shard_rank,
+            scoring_replica,
+        )
 
         self.vocab_size = vocab_size
         self.device = local_device()
@@ -100,7 +104,7 @@ class MegatronEngine:
 
     def _load_folder(self, path: Path, parallel: ParallelConfig, seq_len: int) -> torch.nn.Module:
         from distill_pretrain.checkpoint.hf import load_hf_weights, read_hf_model
-        from distill_pretrain.mcore.model import build_model_chunks
+        from distill_pretrain.mcore.model.chunks import build_model_chunks
 
         found = read_hf_model(path)
         require_known_ids(path, found.vocab_size, self.vocab_size)

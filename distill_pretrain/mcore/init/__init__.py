@@ -1,0 +1,1 @@
+"""Initial weights, residual scaling and what theory says of them."""

@@ -1,0 +1,1 @@
+"""The model: its recipe sections, layout, layers and forward passes."""

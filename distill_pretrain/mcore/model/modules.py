@@ -1,0 +1,221 @@
+"""Layers of a model: Transformer Engine's, or megatron-core's local ones with what those lack.
+
+The local spec has no norms that allow sequence parallelism, and no attention that allows context parallelism.
+
+Shapes: s positions of this rank, S = s * c of the sequence over c context-parallel ranks, b sequences, n heads, g query
+groups, h head width.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
+from torch.utils._python_dispatch import _disable_current_modes
+
+from distill_pretrain.errors import ConfigError
+from distill_pretrain.mcore.init.deep import ResidualScaling
+from distill_pretrain.mcore.init.layers import DeepLayer, PostNormLayer
+from distill_pretrain.mcore.model.config import ModelConfig
+from distill_pretrain.mcore.model.layout import require_spec
+from distill_pretrain.mcore.runtime.core import (
+    MegatronModule,
+    TransformerBlockSubmodules,
+    TransformerConfig,
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+    get_num_layers_to_build,
+    parallel_state,
+    tensor_parallel,
+    transformer_engine_norm,
+)
+from distill_pretrain.processes.context import context_spans
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """RMSNorm; megatron-core's own torch wrapper refuses sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        # finalize_model_grads sums this gradient over the tensor-parallel group.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """LayerNorm under the same contract as `RMSNorm`."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.bias.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class SDPAttention(MegatronModule):
+    """Causal core attention on `torch.nn.functional.scaled_dot_product_attention`.
+
+    Context-parallel ranks gather each other's keys and values; the backward pass scatters the sums of their gradients.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+    ):
+        super().__init__(config=config)
+        self.softmax_scale = softmax_scale
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> torch.Tensor:
+        """Query [s, b, n, h], key and value [s, b, g, h] -> [s, b, n * h]."""
+        assert attention_mask is None and attention_bias is None and packed_seq_params is None
+        s, b, n, h = query.shape
+        size = self.config.context_parallel_size
+        if size > 1:
+            key, value = _gathered_over_context(torch.stack((key, value), dim=1), size).unbind(1)
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        groups = k.size(1)
+        if groups != n and q.dtype == torch.float32:
+            # On GPUs grouped heads in fp32 have no fused kernel and would make [s, s] matrices.
+            k, v = (x.repeat_interleave(n // groups, dim=1) for x in (k, v))
+        dropout = self.dropout if self.training else 0.0
+        # Heads on different tensor-parallel ranks need masks of their own, as in megatron-core's attention.
+        own_stream = dropout > 0 and not self.config.sequence_parallel
+        with tensor_parallel.get_cuda_rng_tracker().fork() if own_stream else nullcontext():
+            out = self._attend(q, k, v, dropout)
+        return out.permute(2, 0, 1, 3).reshape(s, b, n * h)
+
+    def _attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float
+    ) -> torch.Tensor:
+        """Queries [b, n, s, h] of this rank's places, keys and values [b, ., S, h] of all of them -> [b, n, s, h]."""
+        size = self.config.context_parallel_size
+        rank = parallel_state.get_context_parallel_rank() if size > 1 else 0
+        spans = context_spans(k.size(2), rank, size)
+        outputs = []
+        for (start, stop), own in zip(
+            spans, q.split([stop - start for start, stop in spans], dim=2), strict=True
+        ):
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    own,
+                    k[:, :, :stop],
+                    v[:, :, :stop],
+                    attn_mask=_lower_right(stop - start, stop) if start else None,
+                    dropout_p=dropout,
+                    is_causal=start == 0,
+                    scale=self.softmax_scale,
+                    enable_gqa=q.size(1) != k.size(1),
+                )
+            )
+        return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
+
+
+def _lower_right(num_queries: int, num_keys: int) -> torch.Tensor:
+    """The last queries of a sequence under causal attention: a name for the kernels, without a matrix on GPUs."""
+    # A mode that watches operations, such as a counter of memory, cannot make a tensor of this subclass.
+    with _disable_current_modes():
+        return causal_lower_right(num_queries, num_keys)
+
+
+def _gathered_over_context(x: torch.Tensor, size: int) -> torch.Tensor:
+    """[s, ...] of every context-parallel rank -> [S, ...] in the order of the sequence."""
+    whole = tensor_parallel.gather_from_sequence_parallel_region(
+        x, group=parallel_state.get_context_parallel_group()
+    )
+    chunks = whole.unflatten(0, (2 * size, -1))
+    # Rank r holds chunks r and 2 * size - 1 - r.
+    places = [2 * r for r in range(size)] + [2 * r + 1 for r in reversed(range(size))]
+    return chunks[places].flatten(0, 1)
+
+
+def return_copied_bias(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+    """Forward hook of a feed-forward block that is recomputed: its output and a copy of the bias to be added to it.
+
+    Megatron-core's recomputation makes what a block returns its own result: the parameter would be one for ever, and
+    its backward pass would call itself.
+    """
+    x, bias = output
+    return x, None if bias is None else bias.clone()
+
+
+def uses_transformer_engine(model: ModelConfig) -> bool:
+    """Whether `model.spec` means Transformer Engine's layers in this process.
+
+    Raises:
+        MissingDependency: they are asked for, and not installed.
+        ConfigError: they are asked for, and there is no GPU.
+    """
+    require_spec(model)
+    if model.spec == "te" and not torch.cuda.is_available():
+        raise ConfigError(
+            "the layers of Transformer Engine run on GPUs alone",
+            where="model.spec",
+            found="te, and no CUDA device",
+            remedy="set model.spec: local, or auto",
+        )
+    if model.spec != "auto":
+        return model.spec == "te"
+    possible = model.norm_placement == "pre" and torch.cuda.is_available()
+    return possible and importlib.util.find_spec("transformer_engine") is not None
+
+
+def transformer_engine_submodules(
+    config: TransformerConfig, vp_stage: int | None, scaling: ResidualScaling
+) -> TransformerBlockSubmodules:
+    """The layers this pipeline stage builds, and the final norm, of Transformer Engine's modules (Pre-LN)."""
+    assert scaling.placement == "pre"
+    layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    return _block(config, vp_stage, layer, norm=transformer_engine_norm(), scaling=scaling)
+
+
+def block_submodules(
+    config: TransformerConfig, vp_stage: int | None, scaling: ResidualScaling
+) -> TransformerBlockSubmodules:
+    """The layers this pipeline stage builds, and the final norm of a Pre-LN model, from the modules above."""
+    norm = RMSNorm if config.normalization == "RMSNorm" else LayerNorm
+    layer = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=False)
+    if config.qk_layernorm:
+        layer.submodules.self_attention.submodules.q_layernorm = norm
+        layer.submodules.self_attention.submodules.k_layernorm = norm
+    layer.submodules.input_layernorm = norm
+    layer.submodules.pre_mlp_layernorm = norm
+    layer.submodules.self_attention.submodules.core_attention = SDPAttention
+    return _block(config, vp_stage, layer, norm=norm, scaling=scaling)
+
+
+def _block(
+    config: TransformerConfig,
+    vp_stage: int | None,
+    layer: Any,
+    *,
+    norm: Any,
+    scaling: ResidualScaling,
+) -> TransformerBlockSubmodules:
+    """This stage's layers from the spec of one, their branches scaled, and the final norm of a Pre-LN model."""
+    post = scaling.placement == "post"
+    if post or not scaling.is_plain:
+        layer.module = PostNormLayer if post else DeepLayer
+        layer.params = {"scaling": scaling}
+    num_layers = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * num_layers, layer_norm=None if post else norm
+    )

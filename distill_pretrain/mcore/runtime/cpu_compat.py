@@ -1,0 +1,111 @@
+"""Runs megatron-core's own code on a machine without CUDA: `cuda` means `cpu`.
+
+megatron-core 0.16 calls `torch.cuda.current_device()`, hard-codes `device="cuda"` in its schedules and compares
+`Tensor.type()` strings, so configuration flags alone do not make it run on CPU. `enable()` replaces a closed list
+of `torch.cuda` functions, enters one `TorchFunctionMode` that redirects devices, and mends megatron-core's RNG
+tracker, whose private CUDA hook would otherwise silently do nothing. Where CUDA exists it does nothing at all.
+
+This is the only file of the project that knows about the difference, but for `importing.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_CUDA_TYPE_NAMES = {
+    "torch.FloatTensor": "torch.cuda.FloatTensor",
+    "torch.HalfTensor": "torch.cuda.HalfTensor",
+    "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor",
+}
+
+
+def _names_cuda(device: object) -> bool:
+    if isinstance(device, bool):
+        return False
+    if isinstance(device, int):
+        return True
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    return isinstance(device, torch.device) and device.type == "cuda"
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            name = func(args[0])
+            return _CUDA_TYPE_NAMES.get(name, name)
+        if kwargs and _names_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": _CPU}
+        if kwargs and kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
+        if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
+            args = (args[0], _CPU, *args[2:])
+        return func(*args, **(kwargs or {}))
+
+
+class _NullStream:
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+    def __enter__(self) -> _NullStream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        return None
+
+
+def _no_op() -> Callable[..., None]:
+    """A new function each time: torch.compile refuses one object under two names."""
+    return lambda *args, **kwargs: None
+
+
+_REPLACED: dict[str, Callable[..., Any]] = {
+    "current_device": lambda: _CPU,
+    "synchronize": _no_op(),
+    "set_device": _no_op(),
+    "empty_cache": _no_op(),
+    "manual_seed": torch.manual_seed,
+    "get_rng_state": lambda device=None: torch.get_rng_state(),
+    "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
+    "current_stream": lambda *args, **kwargs: _NullStream(),
+    "default_stream": lambda *args, **kwargs: _NullStream(),
+    "stream": lambda stream=None: contextlib.nullcontext(),
+}
+
+_mode: _CudaMeansCpu | None = None
+
+
+def _set_tracker_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
+    torch.set_rng_state(new_state)
+
+
+def enable() -> None:
+    """Make megatron-core run on this process's CPU; does nothing where CUDA is available. Idempotent."""
+    global _mode
+    if torch.cuda.is_available() or _mode is not None:
+        return
+    from distill_pretrain.mcore.runtime.core import megatron_random
+
+    for name, function in _REPLACED.items():
+        setattr(torch.cuda, name, function)
+    torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
+    megatron_random._set_cuda_rng_state = _set_tracker_state
+    _mode = _CudaMeansCpu()
+    _mode.__enter__()
+
+
+def transformer_overrides() -> dict[str, Any]:
+    """TransformerConfig settings that differ on CPU: init there, and keep pipeline outputs (gloo sends late)."""
+    if torch.cuda.is_available():
+        return {}
+    return {"use_cpu_initialization": True, "deallocate_pipeline_outputs": False}

@@ -1,0 +1,1 @@
+"""A model that learns: optimizer steps, and its state on disk."""

@@ -1,0 +1,270 @@
+"""One optimizer step: forward and backward passes, gradient averaging, Adam, learning rate.
+
+A step is the same whatever shards the optimizer: `megatron.MegatronStudent` is megatron-core's schedule and optimizers,
+`deepspeed.DeepSpeedStudent` is ZeRO.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from distill_pretrain.contracts import TokenBatch
+from distill_pretrain.mcore.model.chunks import (
+    DTYPES,
+    LossFunction,
+    build_model_chunks,
+    load_chunks,
+    sharded_chunks,
+    unwrap,
+)
+from distill_pretrain.mcore.model.config import ModelConfig, OptimizerConfig, ParallelConfig
+from distill_pretrain.mcore.runtime.core import OptimizerConfig as MegatronOptimizerConfig
+from distill_pretrain.mcore.runtime.core import (
+    OptimizerParamScheduler,
+    parallel_state,
+)
+from distill_pretrain.processes.context import context_spans
+from distill_pretrain.processes.groups import ParallelGroups
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one optimizer step did.
+
+    Attributes:
+        terms: fp64[num_terms], means over the valid tokens of the global batch.
+        num_tokens: valid tokens in the global batch.
+        grad_norm: before clipping.
+        learning_rate: used by this step.
+        applied: False when the update was skipped.
+    """
+
+    terms: torch.Tensor
+    num_tokens: int
+    grad_norm: float
+    learning_rate: float
+    applied: bool
+
+
+def reduce_terms(num_tokens: torch.Tensor, terms: torch.Tensor) -> Any:
+    """Loss terms of a micro-batch -> (the one to minimise, its valid tokens, what is reported): all sums."""
+    report = torch.cat((terms.detach().double(), num_tokens.double().reshape(1)))
+    # A view would not be freed by the pipeline schedule.
+    return terms[0].clone(), num_tokens, {"sums": report}
+
+
+def context_positions(num_positions: int, device: torch.device) -> torch.Tensor:
+    """The places in their sequence of the columns of this rank's micro-batches, int64[num_positions]."""
+    rank = parallel_state.get_context_parallel_rank()
+    size = parallel_state.get_context_parallel_world_size()
+    spans = context_spans(num_positions * size, rank, size)
+    return torch.cat([torch.arange(*span, device=device) for span in spans])
+
+
+def forward_micro_batch(model: torch.nn.Module, batch: TokenBatch) -> torch.Tensor:
+    """What this rank's part of the model makes of a micro-batch: loss terms on the last pipeline stage."""
+    positions = context_positions(batch.tokens.size(1), batch.tokens.device)
+    output: torch.Tensor = model(
+        batch.tokens, positions.expand_as(batch.tokens), None, labels=batch
+    )
+    return output
+
+
+def valid_tokens(batch: TokenBatch) -> torch.Tensor:
+    """Positions of a micro-batch that have a label, int32[]."""
+    return (batch.labels >= 0).sum().to(torch.int)
+
+
+def megatron_optimizer_config(
+    optimizer: OptimizerConfig, *, precision: str, distributed: bool
+) -> MegatronOptimizerConfig:
+    """Megatron-core's configuration of an optimizer section."""
+    return MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        adam_eps=optimizer.epsilon,
+        clip_grad=optimizer.clip_grad,
+        bf16=precision == "bf16",
+        params_dtype=DTYPES[precision],
+        use_distributed_optimizer=distributed,
+    )
+
+
+class Student(ABC):
+    """A megatron-core model with its optimizer and schedule, on this rank.
+
+    Attributes:
+        chunks: model chunks of this rank.
+        config: megatron-core's configuration of the model.
+        optimizer: has `param_groups`, and updates them.
+        scheduler: sets their learning rate and weight decay.
+
+    Args:
+        model: architecture.
+        parallel: layout; its process groups must exist.
+        optimizer: AdamW and learning-rate schedule.
+        groups: this rank's process groups.
+        vocab_size: V, real vocabulary.
+        seq_len: L.
+        precision: "fp32" or "bf16".
+        seed: of the initial weights.
+        steps: optimizer steps of the whole run (the decay's length unless the optimizer section names one).
+        micro_batch_size: sequences per forward pass.
+        num_micro_batches: forward passes per step and data-parallel rank.
+        loss_function: see `model.LossFunction`.
+        num_terms: length of what it returns.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        optimizer: OptimizerConfig,
+        groups: ParallelGroups,
+        vocab_size: int,
+        seq_len: int,
+        precision: str,
+        seed: int,
+        steps: int,
+        micro_batch_size: int,
+        num_micro_batches: int,
+        loss_function: LossFunction,
+        num_terms: int,
+    ) -> None:
+        self.groups = groups
+        self.num_terms = num_terms
+        self.seq_len = seq_len
+        self.micro_batch_size = micro_batch_size
+        self.num_micro_batches = num_micro_batches
+        modules = build_model_chunks(
+            model,
+            parallel,
+            vocab_size=vocab_size,
+            seq_len=seq_len,
+            precision=precision,
+            seed=seed,
+            loss_function=loss_function,
+            fuse_gradient_accumulation=parallel.fuse_gradient_accumulation,
+        )
+        self.config = unwrap(modules[0]).config
+        self.chunks: list[torch.nn.Module] = modules
+        self.optimizer: Any = self._attach_optimizer(model, parallel, optimizer, precision)
+        self.scheduler = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=optimizer.lr,
+            min_lr=optimizer.min_lr,
+            lr_warmup_steps=optimizer.warmup_steps,
+            lr_decay_steps=max(optimizer.decay_steps or steps, optimizer.warmup_steps + 1),
+            lr_decay_style=optimizer.decay_style,
+            start_wd=optimizer.weight_decay,
+            end_wd=optimizer.weight_decay,
+            wd_incr_steps=steps,
+            wd_incr_style="constant",
+        )
+
+    @abstractmethod
+    def _attach_optimizer(
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        optimizer: OptimizerConfig,
+        precision: str,
+    ) -> Any:
+        """Make the optimizer of the bare model chunks; may wrap the chunks."""
+
+    @abstractmethod
+    def _accumulate_gradients(
+        self, iterators: list[Iterator[TokenBatch]]
+    ) -> list[dict[str, torch.Tensor]]:
+        """Run every micro-batch forward and backward; what `reduce_terms` reports of each on the last stage."""
+
+    @abstractmethod
+    def _update_weights(self, accepts: Callable[[float], bool]) -> tuple[bool, float]:
+        """Clip and apply the gradients of this step, if their norm is accepted: (applied, norm before clipping)."""
+
+    def settle_weights(self) -> None:
+        """Make this rank's weights those of the last update, where they would be gathered by the next forward pass.
+
+        Every rank calls it, before weights are read.
+        """
+        for chunk in self.chunks:
+            settings = getattr(chunk, "ddp_config", None)
+            if settings is not None and settings.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
+
+    @abstractmethod
+    def optimizer_state(self, model_state: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+        """The optimizer as megatron-core's dist_checkpointing saves it, beside what `model_state` returned.
+
+        Without the distributed optimizer it has one form, so that backends load each other's.
+        """
+
+    @abstractmethod
+    def load_optimizer_state(self, loaded: dict[str, Any]) -> None:
+        """Restore what was loaded into `optimizer_state`; after `load_model_state`."""
+
+    def model_state(self, *, is_loading: bool) -> dict[str, Any]:
+        """The weights as dist_checkpointing saves them, under any backend."""
+        if not is_loading:
+            self.settle_weights()
+        return sharded_chunks(self.chunks)
+
+    def load_model_state(self, loaded: dict[str, Any]) -> None:
+        """Restore what was loaded into `model_state`."""
+        load_chunks(self.chunks, loaded)
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes the loss, and so needs targets."""
+        return bool(parallel_state.is_pipeline_last_stage(ignore_virtual=True))
+
+    def step(
+        self,
+        iterators: list[Iterator[TokenBatch]],
+        accepts: Callable[[StepResult], bool] = lambda result: True,
+    ) -> StepResult:
+        """Train on one global batch.
+
+        Args:
+            iterators: one per model chunk of this rank, each yielding this rank's micro-batches in order.
+            accepts: told what is known before the update; where it says no on every rank, the weights stay.
+        """
+        # The scheduler's own count is of finished steps; the first update must not run at learning rate 0.
+        self.scheduler.step(increment=1)
+        learning_rate = max(float(g["lr"]) for g in self.optimizer.param_groups)
+        sums = self._global_sums(self._accumulate_gradients(iterators))
+        num_tokens = int(sums[-1].item())
+        seen = StepResult(
+            terms=sums[:-1] / max(1, num_tokens),
+            num_tokens=num_tokens,
+            grad_norm=0.0,
+            learning_rate=learning_rate,
+            applied=False,
+        )
+        applied, grad_norm = self._update_weights(
+            lambda norm: accepts(replace(seen, grad_norm=norm))
+        )
+        return replace(seen, applied=applied, grad_norm=grad_norm)
+
+    def _global_sums(self, reports: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        """Sum over micro-batches and the ranks of other positions, made known to every stage: fp64[terms + 1]."""
+        if self.is_last_stage:
+            sums = torch.stack([report["sums"] for report in reports]).sum(0)
+            dist.all_reduce(sums, group=self.groups.data_context)
+        else:
+            device = next(self.chunks[0].parameters()).device
+            sums = torch.zeros(self.num_terms + 1, dtype=torch.float64, device=device)
+        dist.broadcast(sums, self.groups.pipeline_last_rank, group=self.groups.pipeline)
+        return sums.cpu()

@@ -1,0 +1,120 @@
+"""The student under megatron-core's schedules, data parallelism and optimizers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from distill_pretrain.contracts import TokenBatch
+from distill_pretrain.mcore.init.groups import config_overrides
+from distill_pretrain.mcore.model.chunks import sharding_metadata
+from distill_pretrain.mcore.model.config import ModelConfig, OptimizerConfig, ParallelConfig
+from distill_pretrain.mcore.runtime.core import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    clip_grad_by_total_norm_fp32,
+    finalize_model_grads,
+    get_forward_backward_func,
+    get_megatron_optimizer,
+)
+from distill_pretrain.mcore.student.base import (
+    Student,
+    forward_micro_batch,
+    megatron_optimizer_config,
+    reduce_terms,
+    valid_tokens,
+)
+
+
+def _forward_step(data_iterator: Iterator[TokenBatch], model: torch.nn.Module) -> Any:
+    batch = next(data_iterator)
+    return forward_micro_batch(model, batch), partial(reduce_terms, valid_tokens(batch))
+
+
+class MegatronStudent(Student):
+    """A student under megatron-core's schedules, data parallelism and optimizers."""
+
+    def _attach_optimizer(
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        optimizer: OptimizerConfig,
+        precision: str,
+    ) -> Any:
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=parallel.distributed_optimizer,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
+            # The trainer judges every step before its update.
+            check_for_nan_in_grad=False,
+            average_in_collective=False,
+        )
+        self.chunks = [
+            DistributedDataParallel(self.config, ddp, module, disable_bucketing=index > 0)
+            for index, module in enumerate(self.chunks)
+        ]
+        attached = get_megatron_optimizer(
+            replace(
+                megatron_optimizer_config(
+                    optimizer, precision=precision, distributed=parallel.distributed_optimizer
+                ),
+                overlap_param_gather=parallel.overlap_param_gather,
+            ),
+            self.chunks,
+            config_overrides=config_overrides(model, optimizer),
+        )
+        self.config.grad_scale_func = attached.scale_loss
+        self.config.finalize_model_grads_func = finalize_model_grads
+        if parallel.overlap_grad_reduce:
+            # Only the last micro-batch's gradients are complete and may travel.
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        self._forward_backward = get_forward_backward_func()
+        return attached
+
+    def _accumulate_gradients(
+        self, iterators: list[Iterator[TokenBatch]]
+    ) -> list[dict[str, torch.Tensor]]:
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()  # type: ignore[operator]
+        self.optimizer.zero_grad()
+        reports: list[dict[str, torch.Tensor]] = self._forward_backward(
+            forward_step_func=_forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks,
+            num_microbatches=self.num_micro_batches,
+            seq_length=self.seq_len,
+            micro_batch_size=self.micro_batch_size,
+            forward_only=False,
+        )
+        return reports
+
+    def _update_weights(self, accepts: Callable[[float], bool]) -> tuple[bool, float]:
+        """The optimizer's own `step`, with a question between the norm and the update."""
+        overflow = self.optimizer.prepare_grads()
+        norm = math.inf if overflow else float(self.optimizer.get_grad_norm())
+        if not accepts(norm) or overflow:
+            return False, norm
+        clip_grad = self.optimizer.config.clip_grad
+        for part in self.optimizer.chained_optimizers:
+            parameters = part.get_parameters()
+            if parameters and clip_grad > 0:
+                clip_grad_by_total_norm_fp32(parameters, max_norm=clip_grad, total_norm=norm)
+        return bool(self.optimizer.step_with_ready_grads()), norm
+
+    def optimizer_state(self, model_state: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+        """See `Student`."""
+        state: dict[str, Any] = self.optimizer.sharded_state_dict(
+            dict(model_state), is_loading=is_loading, metadata=sharding_metadata()
+        )
+        return state
+
+    def load_optimizer_state(self, loaded: dict[str, Any]) -> None:
+        """See `Student`."""
+        self.optimizer.load_state_dict(loaded)

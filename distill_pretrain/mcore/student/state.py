@@ -1,0 +1,187 @@
+"""A student's state to and from a folder, through megatron-core's dist_checkpointing: any layout reads any other.
+
+megatron-core unpickles parts of a checkpoint: `unpickling` reads them first, so that a foreign folder runs no code.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from distill_pretrain.mcore.model.chunks import load_chunks, sharded_chunks
+from distill_pretrain.mcore.model.config import checkpoint_bytes_per_parameter
+from distill_pretrain.mcore.runtime.core import (
+    TorchDistSaveShardedStrategy,
+    dist_checkpointing,
+    filesystem_async,
+    make_sharded_optimizer_tensor,
+    megatron_random,
+    save_preprocess,
+)
+from distill_pretrain.mcore.runtime.parallel import current_groups
+from distill_pretrain.mcore.student.base import Student
+from distill_pretrain.mcore.student.unpickling import check_pickles, reading
+from distill_pretrain.processes.process import local_device, on_every_rank, on_first_rank
+
+MASTERS = ("optimizer.state.fp32_param", "optimizer.state.param")
+"""Where the fp32 weights of a bf16 run are: without, and with, the distributed optimizer."""
+
+_FILES_PER_RANK = 2
+_SAVE_PARAMETERS = inspect.signature(dist_checkpointing.save).parameters
+# megatron-core 0.17 and later look for nvidia-resiliency-ext unless they are told to write by themselves.
+_WRITER = {"async_strategy": "mcore"} if "async_strategy" in _SAVE_PARAMETERS else {}
+# 0.19 and later keep what is not sharded in rank 0's file; earlier ones know it in a file of its own only.
+_WRITES_COMMON_FILE = "common_strategy" in _SAVE_PARAMETERS
+
+
+def _agree_on_step_counts(student: Student) -> None:
+    """Give every parameter group the optimizer's count of updates, where groups count (fused Adams).
+
+    A fused Adam does not count in a group that has no parameter on this rank, such as the head's on the first pipeline
+    stage; a checkpoint keeps the first rank's groups, and every rank resumes with their counts.
+    """
+    groups = student.optimizer.param_groups
+    counts = [group["step"] for group in groups if "step" in group]
+    for group in groups if counts else ():
+        group["step"] = max(counts)
+
+
+def _student_state(student: Student, *, is_loading: bool) -> dict[str, Any]:
+    if not is_loading:
+        _agree_on_step_counts(student)
+    state = student.model_state(is_loading=is_loading)
+    state["optimizer"] = student.optimizer_state(state, is_loading=is_loading)
+    state["scheduler"] = student.scheduler.state_dict()
+    return state
+
+
+def rng_file(folder: Path, rank: int) -> Path:
+    """Where a rank's random streams are saved."""
+    return folder / f"rng-{rank:05d}.pt"
+
+
+def _layout(student: Student) -> list[int]:
+    """What decides which rank draws from which random stream."""
+    config = student.config
+    return [
+        dist.get_world_size(),
+        config.tensor_model_parallel_size,
+        config.pipeline_model_parallel_size,
+        config.virtual_pipeline_model_parallel_size or 1,
+        int(config.sequence_parallel),
+        config.context_parallel_size,
+    ]
+
+
+def plan_save(student: Student, folder: Path) -> Any:
+    """What is still to be written, as megatron-core's AsyncRequest; all but the sharded tensors is written.
+
+    Every rank calls it. The request refers to the student's own tensors.
+    """
+    # It would start a Manager process for this queue and keep it: one that a SIGTERM to the process group ends before
+    # the last save, and that outlives a killed job. A queue of this save alone, since a failed one leaves its results.
+    filesystem_async._results_queue = Queue()
+    state = _student_state(student, is_loading=False)
+    request = dist_checkpointing.save(
+        state,
+        str(folder),
+        TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=_FILES_PER_RANK),
+        async_sharded_save=True,
+        **_WRITER,
+    )
+    if not _WRITES_COMMON_FILE and dist.get_rank() == 0:
+        _, common = save_preprocess(state, validate_access_integrity=False)
+        torch.save(common, folder / "common.pt")
+    streams = {
+        "default": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        **megatron_random.get_cuda_rng_tracker().get_states(),
+    }
+    torch.save({"layout": _layout(student), "streams": streams}, rng_file(folder, dist.get_rank()))
+    return request
+
+
+def saved_bytes(student: Student, *, precision: str) -> int:
+    """About what a checkpoint of a student takes, over all ranks: weights, masters of bf16 and Adam's moments.
+
+    Every rank calls it. What two pipeline stages share counts twice.
+    """
+    own = 0
+    if dist.get_rank(current_groups().data_context) == 0:
+        parameters = [p for chunk in student.chunks for p in chunk.parameters()]
+        own = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+    total = torch.tensor(own, dtype=torch.int64).to(local_device())
+    dist.all_reduce(total)
+    return int(total.item()) * checkpoint_bytes_per_parameter(precision)
+
+
+def load_student(student: Student, folder: Path) -> bool:
+    """Restore what `background_save` wrote, under any layout.
+
+    Returns:
+        Whether this rank's random streams were restored: not when the layout has changed.
+    """
+    on_first_rank(lambda: check_pickles(folder))
+    with reading(folder):
+        loaded = dist_checkpointing.load(_student_state(student, is_loading=True), str(folder))
+        student.load_model_state(loaded)
+        student.load_optimizer_state(loaded["optimizer"])
+        _agree_on_step_counts(student)  # older checkpoints lack some
+        # Loading adds to the steps counted so far: none when a job starts, some when it goes back to a checkpoint.
+        student.scheduler.num_steps = 0
+        student.scheduler.load_state_dict(loaded["scheduler"])
+    return on_every_rank(lambda: _load_streams(student, rng_file(folder, dist.get_rank())))
+
+
+def _load_streams(student: Student, path: Path) -> bool:
+    """Restore this rank's random streams, if they were saved under this layout; whether they were."""
+    if not path.exists():
+        return False
+    with reading(path):
+        saved = torch.load(path, weights_only=True)
+        if saved["layout"] != _layout(student):
+            return False
+        _restore_streams(saved["streams"])
+    return True
+
+
+def _restore_streams(streams: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(streams.pop("default"))
+    torch.cuda.set_rng_state(streams.pop("device"))
+    megatron_random.get_cuda_rng_tracker().set_states(streams)
+
+
+def load_weights(
+    chunks: list[torch.nn.Module], folder: Path, *, from_masters: bool = False
+) -> None:
+    """Restore the weights alone, under any layout.
+
+    Args:
+        chunks: of the model.
+        folder: of the checkpoint.
+        from_masters: take the optimizer's fp32 weights of a bf16 run, where it has them.
+    """
+    names = on_first_rank(lambda: check_pickles(folder))
+    with reading(folder):
+        state = sharded_chunks(chunks)
+        if from_masters:
+            state = {chunk: _of_masters(entries, names) for chunk, entries in state.items()}
+        loaded = dist_checkpointing.load(state, str(folder))
+        load_chunks(chunks, loaded)
+
+
+def _of_masters(entries: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
+    """The entries of a chunk, of the fp32 weights beside them where there are such among the `names` of a folder."""
+
+    def of_master(entry: Any) -> Any:
+        for prefix in MASTERS:
+            if f"{prefix}.{getattr(entry, 'key', None)}" in names:
+                return make_sharded_optimizer_tensor(entry, entry.data, prefix=prefix)
+        return entry
+
+    return {name: of_master(entry) for name, entry in entries.items()}

@@ -1,0 +1,1 @@
+"""Recipes compared over seeds: figures, orderings and their report."""

@@ -1,0 +1,143 @@
+"""Sections of a report below its first table: each a list of markdown lines, empty where there is nothing to say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from distill_pretrain.reports.results import EvalResults
+
+AllScores = Mapping[str, Mapping[str, Any]]
+"""Name of the model -> `ModelScores.as_dict()`."""
+
+ABSENT = "–"
+_CACHE_KEYS = ("cross_entropy_cache", "kl_cache")
+
+
+def figure(value: float | None, form: str) -> str:
+    """A number, or a dash for None."""
+    return ABSENT if value is None else format(value, form)
+
+
+def escape(text: str) -> str:
+    """Text that does not end a table's cell."""
+    return text.replace("|", "\\|")
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A markdown table: names on the left, figures on the right."""
+    lines = [
+        "| " + " | ".join(map(escape, header)) + " |",
+        "|:--" + "|--:" * (len(header) - 1) + "|",
+    ]
+    return lines + ["| " + " | ".join(map(escape, row)) + " |" for row in rows]
+
+
+def calibration(scores: AllScores, picture: str) -> list[str]:
+    """The reliability diagram, if any model has one."""
+    if not any(score["reliability"] for score in scores.values()):
+        return []
+    return [
+        "## Calibration",
+        "",
+        f"![Accuracy of the likeliest token against its probability]({picture})",
+        "",
+        "ECE is the mean distance of the line from the diagonal, weighted by positions.",
+        "",
+    ]
+
+
+def speculation(scores: AllScores) -> list[str]:
+    """Accepted drafts per round of every model but the teacher."""
+    drafters = {
+        name: score["accepted_length"] for name, score in scores.items() if score["accepted_length"]
+    }
+    if not drafters:
+        return []
+    lengths = list(dict.fromkeys(k for accepted in drafters.values() for k in accepted))
+    lines = markdown_table(
+        ["drafts per round", *lengths],
+        [[name, *(figure(a.get(k), ".2f") for k in lengths)] for name, a in drafters.items()],
+    )
+    return [
+        "## Drafting for the teacher",
+        "",
+        *lines,
+        "",
+        "Drafts that the teacher is expected to accept per round of speculative decoding, without the token it adds "
+        "itself; at positions of the held-out text, not of text the student wrote. Acceptance in the first table is "
+        "the mean probability that it accepts a single draft.",
+        "",
+    ]
+
+
+def held_out_cache(scores: AllScores) -> list[str]:
+    """Figures against a held-out cache."""
+    rows = [
+        [name, *(figure(score[key], ".4f") for key in _CACHE_KEYS)]
+        for name, score in scores.items()
+        if score["kl_cache"] is not None
+    ]
+    if not rows:
+        return []
+    lines = markdown_table(["model", "CE(cache, model)", "KL(cache‖model)"], rows)
+    return [
+        "## Against the held-out cache",
+        "",
+        *lines,
+        "",
+        "Over the stored ids, nats per token. For sampled targets the cross-entropy is an unbiased estimate of that of "
+        "the teacher; the KL is too high, by the same amount for every model. Top-k targets leave out what was not "
+        "stored.",
+        "",
+    ]
+
+
+def gradients(results: EvalResults) -> list[str]:
+    """Angle and size of cached targets' gradients."""
+    if results.gradients is None:
+        return []
+    rows = [
+        [
+            name,
+            f"{row['num_positions']:,}",
+            figure(row["angle_degrees"], ".1f"),
+            figure(row["norm_ratio"], ".3f"),
+        ]
+        for name, found in results.gradients["caches"].items()
+        for row in found
+    ]
+    return [
+        "## Gradients against FullKD",
+        "",
+        *markdown_table(["cache", "positions", "angle (degrees)", "norm ratio"], rows),
+        "",
+        "Mean gradient of KL(target‖student) by all parameters, cached targets against the teacher's whole "
+        "distribution, on the same positions. An angle that falls with more positions is noise, one that stays "
+        "is bias.",
+        "",
+    ]
+
+
+def tasks(results: EvalResults) -> list[str]:
+    """Zero-shot figures, tasks down and models across."""
+    if results.tasks is None:
+        return []
+    models = results.tasks["models"]
+    keys = dict.fromkeys(
+        (task, metric)
+        for found in models.values()
+        for task, metrics in found.items()
+        for metric in metrics
+        if "_stderr" not in metric
+    )
+    rows = []
+    for task, metric in keys:
+        cells = [f"{task}, {metric}"]
+        for found in models.values():
+            metrics = found.get(task, {})
+            error = metrics.get(f"{metric}_stderr")
+            margin = "" if error is None else f" ± {error:.4f}"
+            cells.append(figure(metrics.get(metric), ".4f") + margin)
+        rows.append(cells)
+    return ["## Zero-shot tasks", "", *markdown_table(["task", *models], rows), ""]
