@@ -28,13 +28,13 @@ from distill_pretrain.cache.codec.hc.codec import HcCodec
 from distill_pretrain.cache.codec.raw import RawCodec
 from distill_pretrain.cache.codec.registry import BlockCodec
 from distill_pretrain.cache.plan import CachePlan
-from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.config import load_recipe, require
 from distill_pretrain.contracts import RaggedTargets
 from distill_pretrain.data.batches import BatchSource, StudentBatches
 from distill_pretrain.data.order import VisitOrder
 from distill_pretrain.data.sources import SequenceData, open_cache, open_sequences
 from distill_pretrain.files.storage import open_storage
+from distill_pretrain.jobs.recipe import Recipe
 from distill_pretrain.processes.process import set_cpu_threads
 
 PASSES = 5

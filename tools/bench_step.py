@@ -21,12 +21,12 @@ import torch
 import torch.distributed as dist
 from reporting import command_line, environment, write_json
 
-from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.config import load_recipe, require
 from distill_pretrain.contracts import TokenBatch
 from distill_pretrain.data.batches import StudentBatches
 from distill_pretrain.data.prefetch import PrefetchedBatches
 from distill_pretrain.data.sources import open_sources
+from distill_pretrain.jobs.recipe import Recipe
 from distill_pretrain.losses.config import ObjectiveConfig
 from distill_pretrain.mcore.runtime.parallel import model_parallel
 from distill_pretrain.processes.process import local_device, process_group, set_cpu_threads

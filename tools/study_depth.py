@@ -27,11 +27,11 @@ import torch
 from depth_report import write_report
 from reporting import command_line
 
-from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.config import load_recipe
 from distill_pretrain.contracts import TokenBatch
 from distill_pretrain.data.batches import StudentBatches
 from distill_pretrain.data.sources import open_sequences, open_sources
+from distill_pretrain.jobs.recipe import Recipe
 from distill_pretrain.mcore.model.config import ParallelConfig
 from distill_pretrain.mcore.runtime.parallel import model_parallel
 from distill_pretrain.mcore.student.base import (

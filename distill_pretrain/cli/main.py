@@ -189,8 +189,8 @@ def verb_parser(verb: str, module: ModuleType) -> argparse.ArgumentParser:
     keys = ""
     if takes_recipe:
         # The other verbs work where the recipe's own dependencies are missing: doctor reports them.
-        from distill_pretrain.cli.recipe import Recipe
         from distill_pretrain.config import describe
+        from distill_pretrain.jobs.recipe import Recipe
 
         keys = f"Keys of the recipe sections it reads:\n\n{describe(Recipe, module.SECTIONS)}"
     parser = argparse.ArgumentParser(
@@ -224,8 +224,8 @@ def _run(verb: str, arguments: list[str]) -> None:
     if verb in OTHER_VERBS:
         module.run(None, args)
         return
-    from distill_pretrain.cli.recipe import Recipe
     from distill_pretrain.config import load_recipe
+    from distill_pretrain.jobs.recipe import Recipe
 
     path: Path | None = Path(args.recipe)
     if hasattr(module, "run_folder") and Path(args.recipe).is_dir():

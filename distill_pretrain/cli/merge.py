@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from distill_pretrain.cli.console import progress, say
-from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.errors import CacheIncomplete, ConfigError
+from distill_pretrain.jobs.console import progress, say
+from distill_pretrain.jobs.recipe import Recipe
 from distill_pretrain.processes.env import launch_rank
 
 SECTIONS = ()

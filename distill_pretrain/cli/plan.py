@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 
-from distill_pretrain.cli.console import say
-from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.config import require
 from distill_pretrain.errors import ConfigError
+from distill_pretrain.jobs.console import say
+from distill_pretrain.jobs.recipe import Recipe
 
 SECTIONS = (
     "data",
@@ -54,7 +54,7 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
             expected="the section capture, or model and train, or all three",
             remedy="add them to the recipe; `distill-pretrain plan --help` lists their keys",
         )
-    from distill_pretrain.cli.plan_parts import plan_report
+    from distill_pretrain.jobs.plan.report import plan_report
 
     report = plan_report(recipe)
     say(json.dumps(report.as_dict(), indent=1) if args.json else report.text())

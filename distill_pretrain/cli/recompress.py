@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from distill_pretrain.cli.console import progress, say
-from distill_pretrain.cli.recipe import Recipe
-from distill_pretrain.errors import ConfigError
-from distill_pretrain.processes.env import launch_rank, launch_world_size
-
-if TYPE_CHECKING:
-    from distill_pretrain.cache.manifest import Manifest
+from distill_pretrain.jobs.recipe import Recipe
+from distill_pretrain.jobs.recompress import PILOT_TOKENS, recompress
 
 SECTIONS = ()
-PILOT_TOKENS = 131072
 
 HELP = """
 Writes a copy of a finished cache with another coding of the same targets: `hc` is compact (entropy coding, with
@@ -59,69 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(recipe: Recipe | None, args: argparse.Namespace) -> None:
     """Recompresses a cache; every process of the job takes part."""
-    _check(args)
-    from distill_pretrain.cache.merge import copy_recipe
-    from distill_pretrain.cache.recompress import recompress_cache
-
-    dest = Path(args.dest)
-    with progress(None, "recompressing", unit="positions") as bar:
-        result = recompress_cache(
-            args.source,
-            dest,
-            codec=args.codec,
-            shard_tables=args.shard_tables,
-            pilot_tokens=args.pilot_tokens,
-            share=(launch_rank(), launch_world_size()),
-            progress=bar.advance,
-        )
-    if result.written is None:
-        say("other processes still write shards; the last of them publishes the cache")
-        return
-    copy_recipe(args.source, dest)
-    _summarise(dest, result.source, result.written)
-
-
-def _check(args: argparse.Namespace) -> None:
-    from distill_pretrain.files.storage import is_remote
-
-    if is_remote(args.dest):
-        raise ConfigError(
-            "a cache is written to a folder",
-            where="DEST",
-            found=args.dest,
-            remedy="name a folder, and copy it to the store when it is finished",
-        )
-    if args.codec == "raw" and args.shard_tables:
-        raise ConfigError(
-            "codec raw has no tables",
-            where="--shard-tables",
-            remedy="leave --shard-tables out, or choose --codec hc",
-        )
-    if args.pilot_tokens < 1:
-        raise ConfigError(
-            "tables need positions to be fitted to",
-            where="--pilot-tokens",
-            found=args.pilot_tokens,
-            expected="1 or more",
-            remedy="raise it",
-        )
-
-
-def _summarise(dest: Path, source: Manifest, written: Manifest) -> None:
-    """Printed by the process that published the cache, whichever that is."""
-    from distill_pretrain.cache.codec.files import tables_name
-
-    before, after = source.totals, written.totals
-    text = (
-        f"cache complete: {dest}\n"
-        f"  bytes per token: {before['bytes_per_token']:.2f} before, {after['bytes_per_token']:.2f} after"
+    recompress(
+        args.source,
+        args.dest,
+        codec=args.codec,
+        shard_tables=args.shard_tables,
+        pilot_tokens=args.pilot_tokens,
     )
-    tables = {r.codec_sha256 for r in written.shards if r.codec_sha256 is not None}
-    if tables:
-        size = sum((dest / tables_name(sha256)).stat().st_size for sha256 in tables)
-        own = sum(r.codec_sha256 != written.plan.codec_sha256 for r in written.shards)
-        text += (
-            f"\n  tables: {size:,} bytes beside that, {size / (after['tokens'] or 1):.2f} per token; "
-            f"{own} of {len(written.shards)} shards have tables of their own"
-        )
-    print(text, flush=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from distill_pretrain.cli.console import say
-from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.config import dump_recipe, require
 from distill_pretrain.errors import ConfigError
+from distill_pretrain.jobs.console import say
+from distill_pretrain.jobs.recipe import Recipe
 from distill_pretrain.processes.env import launch_rank
 
 SECTIONS = ("report",)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from distill_pretrain.cli.console import progress, say
-from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.config import require
+from distill_pretrain.jobs.console import progress, say
+from distill_pretrain.jobs.recipe import Recipe
 from distill_pretrain.processes.env import launch_rank
 
 SECTIONS = ("corpus", "tokenizer")

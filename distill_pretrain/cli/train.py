@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
-from distill_pretrain.cli.console import say
-from distill_pretrain.cli.recipe import Recipe
-from distill_pretrain.cli.teachers import load_teacher
-from distill_pretrain.config import dump_recipe, require
 from distill_pretrain.errors import ConfigError
-
-if TYPE_CHECKING:
-    from distill_pretrain.contracts import LogitsEngine
-    from distill_pretrain.data.sources import SequenceData
+from distill_pretrain.jobs.recipe import Recipe
 
 STOPPED_EXIT_CODE = 143  # 128 + SIGTERM, as a shell reports it
 
@@ -54,43 +46,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(recipe: Recipe, args: argparse.Namespace) -> None:
     """Train the model of a recipe."""
-    online = recipe.objective.target == "teacher"
-    require(recipe, "train", "data", "model", "train", *(["teacher"] if online else []))
-    assert recipe.data and recipe.model and recipe.train
-    if getattr(args, "dry_run", False):
-        from distill_pretrain.cli.train_dry_run import dry_run
+    from distill_pretrain.jobs.train import require_training, train_model
+
+    require_training(recipe)
+    if args.dry_run:
+        from distill_pretrain.jobs.train_dry_run import dry_run
 
         dry_run(recipe, args.world_size)
         return
-    if getattr(args, "world_size", None) is not None:
+    if args.world_size is not None:
         raise ConfigError(
             "the launcher decides how many processes train",
             where="--world-size",
             found=args.world_size,
             remedy="add --dry-run, or start torchrun with as many processes",
         )
-    from distill_pretrain.train.job import train_student
-
-    output_dir = recipe.train.output_dir
-
-    def save_recipe() -> None:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        dump_recipe(recipe, output_dir / "recipe.yaml")
-
-    def open_teacher(sequences: SequenceData) -> LogitsEngine:
-        assert recipe.teacher and recipe.data
-        return load_teacher(recipe.teacher, sequences, recipe.data.tokens)
-
-    stopped = train_student(
-        data=recipe.data,
-        model=recipe.model,
-        parallel=recipe.parallel,
-        optimizer=recipe.optimizer,
-        objective=recipe.objective,
-        train=recipe.train,
-        say=say,
-        save_recipe=save_recipe,
-        open_teacher=open_teacher if online else None,
-    )
-    if stopped:
+    if train_model(recipe):
         raise SystemExit(STOPPED_EXIT_CODE)

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from distill_pretrain.checkpoint.ownership import lease
-from distill_pretrain.cli.compare_plan import ComparisonPlan
 from distill_pretrain.cli.main import main
-from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.config import load_recipe
 from distill_pretrain.errors import ConfigError
+from distill_pretrain.jobs.comparison.plan import ComparisonPlan
+from distill_pretrain.jobs.recipe import Recipe
 from tests.support.distributed import REPOSITORY, run_distributed
 
 RECIPES = sorted((REPOSITORY / "launch/recipes").rglob("*.yaml"))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import io
 
-from distill_pretrain.cli import console
+from distill_pretrain.jobs import console
 
 
 class Terminal(io.StringIO):

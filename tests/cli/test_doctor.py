@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 from distill_pretrain.cache.codec.hc import native as hc_native
-from distill_pretrain.cli import doctor, doctor_finding, doctor_machine
 from distill_pretrain.cli.main import main
+from distill_pretrain.jobs.doctor import checks
+from distill_pretrain.jobs.doctor import finding as doctor_finding
+from distill_pretrain.jobs.doctor import machine as doctor_machine
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -109,7 +111,7 @@ def test_apex_is_told_from_its_namesake(
     write_package(tmp_path, "apex", files)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "amp_C", raising=False)
-    finding = doctor._apex()
+    finding = checks._apex()
     assert found in finding.found
     assert finding.usable == usable
     monkeypatch.delitem(sys.modules, "amp_C", raising=False)
@@ -121,16 +123,16 @@ def test_a_bare_transformer_engine_is_named(
     text = "raise RuntimeError('Found empty `transformer-engine` meta package installed.')"
     write_package(tmp_path, "transformer_engine", {"__init__.py": text})
     monkeypatch.syspath_prepend(tmp_path)
-    finding = doctor._transformer_engine()
+    finding = checks._transformer_engine()
     assert not finding.usable
     assert finding.found.startswith("bare install")
     assert "transformer_engine[pytorch]" in finding.install
 
 
 def test_another_megatron_is_not_usable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "try_import", lambda *a, **k: (object(), ""))
-    monkeypatch.setattr(doctor, "version_of", lambda *names: "0.17.3")
-    finding = doctor._megatron()
+    monkeypatch.setattr(checks, "try_import", lambda *a, **k: (object(), ""))
+    monkeypatch.setattr(checks, "version_of", lambda *names: "0.17.3")
+    finding = checks._megatron()
     assert not finding.usable
     assert "0.17.3, expected 0.16.x" in finding.found
 
@@ -165,11 +167,11 @@ def test_a_folder_without_locks_is_reported(
 
 def test_a_fast_coder_that_was_not_built_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hc_native, "find_library", lambda: None)
-    finding = doctor._fast_coder()
+    finding = checks._fast_coder()
     assert (finding.usable, finding.required, finding.found) == (False, False, "not built")
     assert "C compiler" in finding.install
     monkeypatch.setattr(hc_native, "load", lambda: None)
-    assert doctor._fast_coder().usable
+    assert checks._fast_coder().usable
 
 
 class Driver:
@@ -251,18 +253,18 @@ def test_a_file_system_that_does_not_replace_files_is_reported(
 
 
 def test_remote_stores_that_lack_a_package_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "try_import", lambda name: (object(), ""))
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: name == "s3fs" or None)
-    finding = doctor._remote_stores()
+    monkeypatch.setattr(checks, "try_import", lambda name: (object(), ""))
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: name == "s3fs" or None)
+    finding = checks._remote_stores()
     assert finding.usable
     assert "distill-pretrain[gcs]" in finding.found and "[s3]" not in finding.found
 
 
 def test_deepspeed_is_told_from_the_compilers_of_its_ops(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "try_import", lambda name: (None, "missing"))
-    finding = doctor._deepspeed()
+    monkeypatch.setattr(checks, "try_import", lambda name: (None, "missing"))
+    finding = checks._deepspeed()
     assert (finding.usable, finding.found) == (False, "missing")
     assert "distill-pretrain[deepspeed]" in finding.install
-    monkeypatch.setattr(doctor, "try_import", lambda name: (object(), ""))
+    monkeypatch.setattr(checks, "try_import", lambda name: (object(), ""))
     monkeypatch.setattr(doctor_machine.shutil, "which", lambda name: None)
-    assert "c++ missing, nvcc missing" in doctor._deepspeed().found
+    assert "c++ missing, nvcc missing" in checks._deepspeed().found

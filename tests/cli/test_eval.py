@@ -15,12 +15,12 @@ import distill_pretrain.eval.student
 import distill_pretrain.eval.tasks
 import distill_pretrain.mcore.runtime.parallel
 import distill_pretrain.teacher.engines
-from distill_pretrain.cli import eval as eval_verb
 from distill_pretrain.cli.main import main
 from distill_pretrain.corpus.sequence_plan import SequencePlan
 from distill_pretrain.corpus.token_index import TokenIndex
 from distill_pretrain.files import ownership
 from distill_pretrain.files.ownership import owner_beside
+from distill_pretrain.jobs import evaluate
 from tests.support.owner import owned_elsewhere
 
 
@@ -272,7 +272,7 @@ def test_an_output_that_cannot_be_written_is_found_before_anything_is_scored(
     def score(*_: object, **__: object) -> None:
         raise AssertionError("scored")
 
-    monkeypatch.setattr(eval_verb, "_figures", score)
+    monkeypatch.setattr(evaluate, "_figures", score)
     output = recipe.parent / "taken" / "eval.json"
     output.mkdir(parents=True)
     assert run(recipe, f"eval.output={output}") == 2

@@ -12,11 +12,11 @@ from distill_pretrain.cache.finished_shards import FinishedShards
 from distill_pretrain.cache.reader import load_plan_of_extent
 from distill_pretrain.cache.recompress import recompress_cache
 from distill_pretrain.cache.writer import CacheWriter
-from distill_pretrain.cli.inspect_cache import bins
 from distill_pretrain.cli.main import main
 from distill_pretrain.corpus.sequence_plan import SequencePlan
 from distill_pretrain.corpus.token_index import TokenIndex
 from distill_pretrain.files.storage import open_storage
+from distill_pretrain.jobs.inspect.cache import bins
 
 
 def inspect(path: Path | str, capsys: pytest.CaptureFixture[str], *, status: int = 0) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 from distill_pretrain import __version__
 from distill_pretrain.cli import main as cli
-from distill_pretrain.cli.recipe import Recipe
+from distill_pretrain.jobs.recipe import Recipe
 from tests.support.distributed import REPOSITORY, torchrun
 
 HEAVY = ("torch", "megatron", "transformers", "matplotlib", "sentencepiece")

@@ -14,9 +14,9 @@ from pydantic.fields import FieldInfo
 from small_cache import SEQ_LEN, make_small_cache
 
 from distill_pretrain.cli.main import main
-from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.config.loader import load_recipe, section_of
 from distill_pretrain.errors import ConfigError
+from distill_pretrain.jobs.recipe import Recipe
 
 VERBS = {
     "train": (["--dry-run"], ("data", "model", "parallel", "optimizer", "objective", "train")),

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.config import describe, dump_recipe, load_recipe, require
 from distill_pretrain.errors import ConfigError
+from distill_pretrain.jobs.recipe import Recipe
 
 TRAIN = "train: {output_dir: runs/a, steps: 5, global_batch_size: 2}\n"
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from distill_pretrain.cli import capture, verify
-from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.corpus.token_index import TokenIndex
 from distill_pretrain.corpus.token_writer import TokenIndexWriter
 from distill_pretrain.corpus.tokens_record import TokensRecord
@@ -22,6 +19,9 @@ from distill_pretrain.data.sources import (
     require_one_source,
 )
 from distill_pretrain.errors import ConfigError, TokenDataError, TokenizerMismatch
+from distill_pretrain.jobs.capture import capture_caches
+from distill_pretrain.jobs.recipe import Recipe
+from distill_pretrain.jobs.verify import verify
 
 SEQ_LEN = 16
 
@@ -140,8 +140,8 @@ def test_a_verb_for_one_corpus_lists_the_runs_of_a_blend(first, tmp_path):
     require_one_source(data.sources[0], "verify", "data.cache")
 
 
-@pytest.mark.parametrize("verb", [capture, verify])
-def test_capture_and_verify_refuse_a_blend(first, tmp_path, verb):
+@pytest.mark.parametrize("job", [capture_caches, verify])
+def test_capture_and_verify_refuse_a_blend(first, tmp_path, job):
     data = blend_of(first, tmp_path / "b" / "train").model_copy(update={"cache": "cache"})
     recipe = Recipe.model_validate(
         {
@@ -151,4 +151,4 @@ def test_capture_and_verify_refuse_a_blend(first, tmp_path, verb):
         }
     )
     with pytest.raises(ConfigError, match="works on one corpus"):
-        verb.run(recipe, argparse.Namespace())
+        job(recipe)

@@ -180,17 +180,15 @@ def test_a_set_joins_those_that_are_there(job, tmp_path, caches_alone):
 
 def test_captures_run_inside_a_process_group_that_exists(job, tmp_path, caches_alone):
     """What a comparison does: recipes built in memory, one after another, in one initialised process."""
-    import argparse
-
-    from distill_pretrain.cli import capture
-    from distill_pretrain.cli.recipe import Recipe
     from distill_pretrain.config import load_recipe
+    from distill_pretrain.jobs.capture import capture_caches
+    from distill_pretrain.jobs.recipe import Recipe
     from distill_pretrain.processes.process import process_group
 
     with process_group():
         for number in range(2):
             keys = [f"capture.output_dir={tmp_path / str(number)}", *SETS_KEYS]
-            capture.run(load_recipe(Recipe, job.recipe, keys), argparse.Namespace())
+            capture_caches(load_recipe(Recipe, job.recipe, keys))
     for number in range(2):
         found = {p.name: cache_bytes(p) for p in (tmp_path / str(number)).iterdir()}
         assert found == caches_alone

@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 from distill_pretrain.checkpoint.store import CheckpointStore
-from distill_pretrain.cli import train
 from distill_pretrain.cli.main import main
-from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.errors import TeacherError
+from distill_pretrain.jobs.comparison import run as comparison
+from distill_pretrain.jobs.recipe import Recipe
 from distill_pretrain.reports.results import EvalResults
 from tests.support.jobs import Job, kill_all
 
@@ -157,14 +157,14 @@ def test_a_failing_cell_is_named_and_finished_ones_are_kept(tokens, tmp_path, ca
     job = make_comparison(tmp_path, tokens)
     quick = ["compare.seeds=[1]", "train.steps=2"]
     job.cli("compare", *quick, "--cells", "ce")
-    sound = train.run
+    sound = comparison.train_model
 
-    def failing(recipe: Recipe, args: object) -> None:
+    def failing(recipe: Recipe) -> bool:
         if recipe.train.output_dir.parent.name == "topk-3":
             raise TeacherError("the loss is not finite")
-        sound(recipe, args)
+        return sound(recipe)
 
-    monkeypatch.setattr(train, "run", failing)
+    monkeypatch.setattr(comparison, "train_model", failing)
     capsys.readouterr()
     before = times(run_folder(job, "ce", 1))
     assert main(["compare", str(job.recipe), *quick]) == 2

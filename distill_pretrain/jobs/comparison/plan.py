@@ -10,10 +10,10 @@ from typing import Any
 
 import yaml
 
-from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.config import load_recipe
 from distill_pretrain.config.layers import COMMAND_LINE
 from distill_pretrain.errors import ConfigError
+from distill_pretrain.jobs.recipe import Recipe
 from distill_pretrain.losses.config import ObjectiveConfig
 from distill_pretrain.reports.comparison.config import (
     TRUNCATED,

@@ -15,9 +15,6 @@ from distill_pretrain.cache.codec.registry import CODECS
 from distill_pretrain.cache.finished_shards import FinishedShards
 from distill_pretrain.cache.plan import CachePlan
 from distill_pretrain.cache.reader import load_plan_of_extent
-from distill_pretrain.cli.console import say
-from distill_pretrain.cli.inspect import fact, find_tokenizer, short
-from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.config import load_recipe
 from distill_pretrain.contracts import RaggedTargets
 from distill_pretrain.corpus.sequence_plan import SequencePlan
@@ -26,6 +23,9 @@ from distill_pretrain.corpus.tokenizers import Tokenizer
 from distill_pretrain.data.config import DataConfig
 from distill_pretrain.errors import DistillPretrainError
 from distill_pretrain.files.storage import Storage, is_remote, open_storage
+from distill_pretrain.jobs.console import say
+from distill_pretrain.jobs.inspect.facts import fact, find_tokenizer, short
+from distill_pretrain.jobs.recipe import Recipe
 
 SAMPLED_BLOCKS = 64
 EXAMPLE_POSITION = 32

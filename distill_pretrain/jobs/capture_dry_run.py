@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.errors import CacheError, ConfigError, DistillPretrainError
+from distill_pretrain.jobs.recipe import Recipe
 from distill_pretrain.processes.env import launch_rank, launch_world_size
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _say_teacher(
     processes: int | None,
     problems: list[str],
 ) -> None:
-    from distill_pretrain.cli.teachers import require_own_tokenizer, require_plausible_width
+    from distill_pretrain.jobs.teachers import require_own_tokenizer, require_plausible_width
 
     world = launch_world_size() if processes is None else processes
     layout = ", ".join(

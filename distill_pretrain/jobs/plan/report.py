@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distill_pretrain.cli.plan_disk import disk_part
-from distill_pretrain.cli.plan_student import (
+from distill_pretrain.jobs.plan.disk import disk_part
+from distill_pretrain.jobs.plan.student import (
     Corpus,
     corpus_of,
     memory_part,
@@ -15,7 +15,7 @@ from distill_pretrain.cli.plan_student import (
     plan_settings,
     student_job,
 )
-from distill_pretrain.cli.recipe import Recipe
+from distill_pretrain.jobs.recipe import Recipe
 from distill_pretrain.mcore.model.layout import replica_size
 from distill_pretrain.planning.cache_size import (
     CacheGeometry,

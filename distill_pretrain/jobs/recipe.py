@@ -1,4 +1,4 @@
-"""The recipe: every section in one place. Nothing below `cli` sees it whole."""
+"""The recipe: every section in one place. Nothing below `jobs` sees it whole."""
 
 from __future__ import annotations
 

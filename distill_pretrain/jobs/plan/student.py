@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from distill_pretrain.cli.recipe import Recipe
 from distill_pretrain.errors import ConfigError, LayoutError
+from distill_pretrain.jobs.recipe import Recipe
 from distill_pretrain.mcore.model.config import ParallelConfig
 from distill_pretrain.mcore.model.layout import check_layout, replica_size
 from distill_pretrain.planning.config import PlanConfig

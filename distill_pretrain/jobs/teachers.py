@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill_pretrain.cli.console import say
+from distill_pretrain.jobs.console import say
 
 if TYPE_CHECKING:
     from distill_pretrain.contracts import LogitsEngine, TeacherEngine

@@ -2,67 +2,50 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_pretrain.cli.capture import open_replica
-from distill_pretrain.cli.console import say
-from distill_pretrain.cli.recipe import Recipe
-from distill_pretrain.config import load_recipe, require
+from distill_pretrain.config import require
 from distill_pretrain.errors import ConfigError
+from distill_pretrain.jobs.capture import open_replica
+from distill_pretrain.jobs.console import say
+from distill_pretrain.jobs.recipe import Recipe
 from distill_pretrain.processes.env import launch_world_size
 
 if TYPE_CHECKING:
     from distill_pretrain.sampling import Sampler
     from distill_pretrain.teacher.estimators import EstimatorStudy, SamplerFigures
 
-DRAWS = (12, 30, 50, 100)
-TOP_P = (0.8, 0.9, 0.95)
 MOST_DRAWS = 1024
-NUM_SEQUENCES = 64
 BATCH_SHAPES = (1, 3, 16)
 BATCH_SHAPE_SEQUENCES = 16
 UNBIASED = ("multinomial", "systematic")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `--estimators`."""
-    group = parser.add_argument_group("with --estimators")
-    group.add_argument(
-        "--sequences",
-        type=int,
-        default=NUM_SEQUENCES,
-        help="sequences to score (default %(default)s)",
-    )
-    group.add_argument(
-        "--draws",
-        type=_numbers(int),
-        default=DRAWS,
-        metavar="N,N,...",
-        help=f"draws per position, and k of top-k (default {_listed(DRAWS)})",
-    )
-    group.add_argument(
-        "--top-p",
-        type=_numbers(float),
-        default=TOP_P,
-        metavar="P,P,...",
-        help=f"masses of top-p, capped at the largest N (default {_listed(TOP_P)})",
-    )
-    group.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures too")
+def show_estimators(
+    recipe: Recipe,
+    *,
+    draws: tuple[int, ...],
+    top_p: tuple[float, ...],
+    num_sequences: int,
+    output: Path | None = None,
+) -> None:
+    """Measure the samplers on a recipe's teacher and corpus, and print the figures.
 
-
-def show_estimators(args: argparse.Namespace) -> None:
-    """Measures and prints.
+    Args:
+        recipe: with the sections data, teacher and capture.
+        draws: per position, and k of top-k.
+        top_p: masses of top-p, capped at the most draws.
+        num_sequences: to score.
+        output: JSON file for the figures.
 
     Raises:
         ConfigError: options or a recipe that cannot be used.
     """
-    _check(args)
-    recipe = load_recipe(Recipe, Path(args.path), args.overrides)
+    _check({"--draws": draws, "--top-p": top_p, "--sequences": num_sequences})
     require(recipe, "inspect --estimators", "data", "teacher", "capture")
     assert recipe.data and recipe.teacher and recipe.capture
     from distill_pretrain.data.sources import require_one_source
@@ -72,16 +55,16 @@ def show_estimators(args: argparse.Namespace) -> None:
     from distill_pretrain.teacher.estimators import moved_by_batch_shape, study_estimators
 
     require_one_source(recipe.data, "inspect --estimators", "capture.output_dir")
-    if args.output:
-        require_writable(args.output)
-    samplers = _samplers(args.draws, args.top_p, recipe.capture.seed)
+    if output:
+        require_writable(output)
+    samplers = _samplers(draws, top_p, recipe.capture.seed)
     size = recipe.capture.sequences_per_pass(recipe.data.seq_len)
     with open_replica(recipe) as (sequences, engine):
         study = study_estimators(
-            engine, sequences, samplers, num_sequences=args.sequences, micro_batch_size=size
+            engine, sequences, samplers, num_sequences=num_sequences, micro_batch_size=size
         )
         systematic = next(s for s in reversed(samplers) if s.name == "systematic")
-        few = min(args.sequences, sequences.num_sequences, BATCH_SHAPE_SEQUENCES)
+        few = min(num_sequences, sequences.num_sequences, BATCH_SHAPE_SEQUENCES)
         moved = {
             other: moved_by_batch_shape(
                 engine, sequences, systematic, num_sequences=few, micro_batch_size=size, other=other
@@ -90,7 +73,7 @@ def show_estimators(args: argparse.Namespace) -> None:
         }
         identity = engine.identity
     _print(study, size, moved)
-    if args.output:
+    if output:
         report = {
             "software": software_versions(recipe.teacher.kind),
             "teacher": identity,
@@ -101,14 +84,14 @@ def show_estimators(args: argparse.Namespace) -> None:
                 for other, (m, of) in moved.items()
             ],
         }
-        publish_bytes(args.output, (json.dumps(_without_nan(report), indent=1) + "\n").encode())
+        publish_bytes(output, (json.dumps(_without_nan(report), indent=1) + "\n").encode())
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(options: dict[str, Any]) -> None:
     bad = {
-        "--draws": not all(1 <= n <= MOST_DRAWS for n in args.draws),
-        "--top-p": not all(0 < p < 1 for p in args.top_p),
-        "--sequences": args.sequences < 1,
+        "--draws": not all(1 <= n <= MOST_DRAWS for n in options["--draws"]),
+        "--top-p": not all(0 < p < 1 for p in options["--top-p"]),
+        "--sequences": options["--sequences"] < 1,
     }
     expected = {
         "--draws": f"1 to {MOST_DRAWS} each",
@@ -119,7 +102,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(
             "an option cannot be used",
             where=option,
-            found=getattr(args, option[2:].replace("-", "_")),
+            found=options[option],
             expected=expected[option],
             remedy="correct it",
         )
@@ -199,15 +182,3 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _listed(values: tuple[float, ...]) -> str:
-    return ",".join(map(str, values))
-
-
-def _numbers(kind: type) -> Any:
-    def parse(text: str) -> tuple[Any, ...]:
-        return tuple(kind(part) for part in text.split(","))
-
-    parse.__name__ = f"list of {kind.__name__}"  # argparse names it in its message
-    return parse

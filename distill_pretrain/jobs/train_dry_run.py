@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from distill_pretrain.cli.console import say
-from distill_pretrain.cli.plan_student import (
+from distill_pretrain.errors import ConfigError, LayoutError
+from distill_pretrain.jobs.console import say
+from distill_pretrain.jobs.plan.student import (
     GB,
     Corpus,
     corpus_of,
@@ -17,8 +18,7 @@ from distill_pretrain.cli.plan_student import (
     plan_settings,
     student_job,
 )
-from distill_pretrain.cli.recipe import Recipe
-from distill_pretrain.errors import ConfigError, LayoutError
+from distill_pretrain.jobs.recipe import Recipe
 from distill_pretrain.planning.figures import quantity
 from distill_pretrain.planning.memory import StudentJob, fullest_rank
 from distill_pretrain.planning.parameters import num_parameters, rank_shapes

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from distill_pretrain.cli.doctor_finding import Finding
+from distill_pretrain.jobs.doctor.finding import Finding
 
 SHARED_MEMORY = Path("/dev/shm")
 LEAST_SHARED_MEMORY = 2**30

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_pretrain.cli.console import say
-from distill_pretrain.cli.recipe import Recipe
-from distill_pretrain.config import load_recipe, require
+from distill_pretrain.config import require
 from distill_pretrain.errors import ConfigError, LayoutError, TokenizerMismatch
+from distill_pretrain.jobs.console import say
+from distill_pretrain.jobs.recipe import Recipe
 from distill_pretrain.processes.env import launch_rank, launch_world_size
 
 if TYPE_CHECKING:
@@ -20,50 +19,39 @@ if TYPE_CHECKING:
     from distill_pretrain.mcore.init.theory import Signal
     from distill_pretrain.mcore.model.config import ModelConfig, ParallelConfig
 
-NUM_SEQUENCES = 2
-POSITIONS = 128
 MOST_TOKENS = 1024
 MOST_ROWS = 16
 SEED = 1234
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `--signal`."""
-    group = parser.add_argument_group("with --signal (--output too)")
-    group.add_argument(
-        "--batch",
-        type=int,
-        default=NUM_SEQUENCES,
-        metavar="B",
-        help="sequences of the batch (default %(default)s)",
-    )
-    group.add_argument(
-        "--positions",
-        type=int,
-        default=POSITIONS,
-        metavar="T",
-        help="their length, at most data.seq_len (default %(default)s); B x T may be "
-        f"{MOST_TOKENS} at most: theory follows every pair of tokens",
-    )
-    group.add_argument(
-        "--checkpoint", type=Path, metavar="PATH", help="a trained model instead of fresh weights"
-    )
-    group.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the figures too")
+def show_signal(
+    recipe: Recipe,
+    *,
+    num_sequences: int,
+    positions: int,
+    path: Path | None = None,
+    picture: Path | None = None,
+    output: Path | None = None,
+) -> None:
+    """Measure the signal in a recipe's model, predict it, and print both.
 
-
-def show_signal(args: argparse.Namespace) -> None:
-    """Measures, predicts and prints.
+    Args:
+        recipe: with the sections data and model.
+        num_sequences: of the batch.
+        positions: of a sequence, at most data.seq_len.
+        path: run or checkpoint folder of a trained model; None for fresh weights.
+        picture: PNG file.
+        output: JSON file.
 
     Raises:
         ConfigError: options, a recipe or a layout that cannot be used.
         CheckpointError: damaged, or not this model's.
     """
-    recipe = load_recipe(Recipe, Path(args.path), args.overrides)
-    require(recipe, "inspect --signal", "data", *([] if args.checkpoint else ["model"]))
+    require(recipe, "inspect --signal", "data", *([] if path else ["model"]))
     assert recipe.data
-    positions = min(args.positions, recipe.data.seq_len)
-    _check(args, positions)
-    if args.picture:
+    positions = min(positions, recipe.data.seq_len)
+    _check(num_sequences, positions)
+    if picture:
         from distill_pretrain.reports.picture import require_matplotlib
 
         require_matplotlib()
@@ -75,18 +63,18 @@ def show_signal(args: argparse.Namespace) -> None:
     from distill_pretrain.mcore.init.theory import predict
     from distill_pretrain.processes.process import process_group, set_cpu_threads
 
-    for path in filter(None, (args.picture, args.output)):
-        require_writable(path)
-    checkpoint = find_checkpoint(args.checkpoint) if args.checkpoint else None
+    for file in filter(None, (picture, output)):
+        require_writable(file)
+    checkpoint = find_checkpoint(path) if path else None
     model = (
         trained_model(checkpoint.identity, checkpoint.folder).model if checkpoint else recipe.model
     )
     assert model is not None
-    parallel = _layout(recipe, model, args.batch, positions)
+    parallel = _layout(recipe, model, num_sequences, positions)
     set_cpu_threads(recipe.train.threads if recipe.train else 0)
     with process_group():
         sequences = open_sequences(recipe.data)
-        batch = _batch(sequences, args.batch, positions)
+        batch = _batch(sequences, num_sequences, positions)
         seed = recipe.train.seed if recipe.train else SEED
         measured = _measure(model, parallel, sequences, batch, seed, checkpoint)
     if launch_rank() != 0:
@@ -102,32 +90,32 @@ def show_signal(args: argparse.Namespace) -> None:
     )
     say(
         f"{model.num_layers} layers of width {model.hidden_size}, {model.arch}, init {model.init}, "
-        f"{model.norm_placement}-norm; {weights}; {args.batch} sequences of {positions} tokens"
+        f"{model.norm_placement}-norm; {weights}; {num_sequences} sequences of {positions} tokens"
     )
     _print(measured, predicted)
     title = (
         f"{model.num_layers} layers of width {model.hidden_size}, init: {model.init} ({weights})"
     )
-    if args.picture:
+    if picture:
         from distill_pretrain.reports.signal_picture import draw_signal
 
-        publish_bytes(args.picture, draw_signal(measured, predicted, title=title))
-        say(f"picture: {args.picture}")
-    if args.output:
+        publish_bytes(picture, draw_signal(measured, predicted, title=title))
+        say(f"picture: {picture}")
+    if output:
         report = {
             "model": model.model_dump(mode="json"),
             "weights": weights,
             "tokens": sequences.index.fingerprint.as_dict(),
-            "sequences": args.batch,
+            "sequences": num_sequences,
             "positions": positions,
             "measured": _lists(measured),
             "predicted": _lists(predicted),
         }
-        publish_bytes(args.output, (json.dumps(report, indent=1) + "\n").encode())
+        publish_bytes(output, (json.dumps(report, indent=1) + "\n").encode())
 
 
-def _check(args: argparse.Namespace, positions: int) -> None:
-    for option, value, least in (("--batch", args.batch, 1), ("--positions", positions, 2)):
+def _check(num_sequences: int, positions: int) -> None:
+    for option, value, least in (("--batch", num_sequences, 1), ("--positions", positions, 2)):
         if value < least:
             raise ConfigError(
                 "an option cannot be used",
@@ -136,11 +124,11 @@ def _check(args: argparse.Namespace, positions: int) -> None:
                 expected=f"{least} or more",
                 remedy="correct it",
             )
-    if args.batch * positions > MOST_TOKENS:
+    if num_sequences * positions > MOST_TOKENS:
         raise ConfigError(
             "too many tokens for the prediction",
             where="--batch, --positions",
-            found=f"{args.batch} x {positions} tokens",
+            found=f"{num_sequences} x {positions} tokens",
             expected=f"at most {MOST_TOKENS}",
             remedy="lower one of them",
         )

@@ -1,0 +1,1 @@
+"""A comparison: its plan, and its run."""

@@ -1,0 +1,45 @@
+"""What descriptions share: lines of facts, and the tokenizer of a hash."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distill_pretrain.errors import DistillPretrainError
+from distill_pretrain.jobs.console import say
+
+if TYPE_CHECKING:
+    from distill_pretrain.corpus.tokenizers import Tokenizer
+
+
+def fact(name: str, value: object) -> None:
+    """One indented line of the description."""
+    say(f"  {name:<22}{value}")
+
+
+def find_tokenizer(places: list[Path], sha256: str | None) -> Tokenizer | None:
+    """The tokenizer of that hash, from the first of some folders with a tokens.json that names it."""
+    from distill_pretrain.corpus.tokenizers import load_recorded_tokenizer
+    from distill_pretrain.corpus.tokens_record import TokensRecord
+
+    for place in places:
+        if not (place / "tokens.json").is_file():
+            continue
+        try:
+            folder = TokensRecord.load(place)
+            record = folder.tokenizer
+            if sha256 in folder.tokenizer_digests:
+                return load_recorded_tokenizer(
+                    place, kind=record["kind"], file=record["file"], sha256=record["sha256"]
+                )
+        except DistillPretrainError:
+            continue
+    return None
+
+
+def short(value: object) -> str:
+    """A long hash cut to twelve digits; other values as they are."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k} {short(v)}" for k, v in value.items()) + "}"
+    text = "none" if value is None else str(value)
+    return text[:12] if len(text) == 64 else text

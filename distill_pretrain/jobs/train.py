@@ -1,0 +1,60 @@
+"""Training: the student of a recipe."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from distill_pretrain.config import dump_recipe, require
+from distill_pretrain.jobs.console import say
+from distill_pretrain.jobs.recipe import Recipe
+from distill_pretrain.jobs.teachers import load_teacher
+
+if TYPE_CHECKING:
+    from distill_pretrain.contracts import LogitsEngine
+    from distill_pretrain.data.sources import SequenceData
+
+
+def require_training(recipe: Recipe) -> None:
+    """Raise ConfigError where sections that training needs are missing."""
+    online = recipe.objective.target == "teacher"
+    require(recipe, "train", "data", "model", "train", *(["teacher"] if online else []))
+
+
+def train_model(recipe: Recipe) -> bool:
+    """Train, or go on training, the model of a recipe, with all processes of the job.
+
+    Args:
+        recipe: with the sections data, model and train; teacher, where objective.target says so.
+
+    Returns:
+        Whether it was asked to stop before the last step.
+
+    Raises:
+        ConfigError: the recipe cannot be trained from.
+        DistillPretrainError: corpus, cache, teacher, layout or checkpoints do not fit.
+    """
+    require_training(recipe)
+    assert recipe.data and recipe.model and recipe.train
+    from distill_pretrain.train.job import train_student
+
+    output_dir = recipe.train.output_dir
+
+    def save_recipe() -> None:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        dump_recipe(recipe, output_dir / "recipe.yaml")
+
+    def open_teacher(sequences: SequenceData) -> LogitsEngine:
+        assert recipe.teacher and recipe.data
+        return load_teacher(recipe.teacher, sequences, recipe.data.tokens)
+
+    return train_student(
+        data=recipe.data,
+        model=recipe.model,
+        parallel=recipe.parallel,
+        optimizer=recipe.optimizer,
+        objective=recipe.objective,
+        train=recipe.train,
+        say=say,
+        save_recipe=save_recipe,
+        open_teacher=open_teacher if recipe.objective.target == "teacher" else None,
+    )
