@@ -1,14 +1,15 @@
-"""The learning rate of every update, against the written formula."""
+"""The learning rate of every update, against the written formula; a student that ends."""
 
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
 
 from distill_pretrain.mcore.model.config import ParallelConfig
-from distill_pretrain.processes.process import process_group
+from distill_pretrain.processes.process import process_group, released_groups
 from tests.support.layouts import LLAMA, make_job, take_step
 
 
@@ -26,3 +27,37 @@ def test_update_n_runs_at_the_rate_of_n_finished_steps():
         for n in range(1, steps - warmup + 1)
     ]
     assert found == pytest.approx(rising + falling, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("layout", "optimizer"),
+    [
+        ({}, {}),
+        ({"distributed_optimizer": True}, {}),
+        ({}, {"backend": "deepspeed", "zero_stage": 2}),
+    ],
+    ids=["plain", "distributed", "zero2"],  # of ZeRO-3 DeepSpeed itself keeps the parameters
+)
+def test_a_student_that_ends_gives_its_process_groups_and_threads_back(layout, optimizer):
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
+
+    if optimizer:
+        pytest.importorskip("deepspeed")
+    torch.set_num_threads(1)
+    parallel = ParallelConfig(**layout)
+
+    def train() -> None:
+        with model_parallel(parallel, seed=1) as groups:
+            student, batches = make_job(
+                LLAMA, parallel, groups, kd=False, steps=2, optimizer=optimizer
+            )
+            take_step(student, batches, 0)
+
+    with process_group():
+        threads = []
+        for _ in range(2):  # what a first job leaves is there once
+            with released_groups():
+                train()
+            threads.append(len(os.listdir("/proc/self/task")))
+        # Megatron-core keeps one group of each student in its cache of rotary embeddings, at three threads.
+        assert threads[1] <= threads[0] + 6, threads

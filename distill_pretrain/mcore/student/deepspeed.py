@@ -11,6 +11,7 @@ import io
 import logging
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -198,6 +199,8 @@ class DeepSpeedStudent(Student):
                     num_parameters=sum(shape.numel() for shape in self._shapes.values()),
                 ),
             )
+        # The engine's hooks on gradients hold it for ever otherwise, and with it the process groups and their threads.
+        weakref.finalize(self, self._engine.destroy).atexit = False
         self._start_moments(adam)
         return adam
 
@@ -268,6 +271,7 @@ class DeepSpeedStudent(Student):
 
         self.optimizer.may_update = may_update
         self._engine.step()
+        del self.optimizer.may_update  # which knows this student
         if not answers:
             # The gradient was not finite, so ZeRO did not come to the update; versions before 0.19.8 then keep the
             # norm of the step before.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -69,7 +70,10 @@ class MegatronStudent(Student):
             self.chunks,
             config_overrides=config_overrides(model, optimizer),
         )
-        self.config.grad_scale_func = attached.scale_loss
+        # Weakly: the distributed optimizer's views of fp32 weights hold their graph, whose hooks hold this model.
+        # Python cannot collect a circle through such a graph, and with it would stay the process groups.
+        scale_loss = weakref.WeakMethod(attached.scale_loss)
+        self.config.grad_scale_func = lambda loss: scale_loss()(loss)  # type: ignore[misc]
         self.config.finalize_model_grads_func = finalize_model_grads
         if parallel.overlap_grad_reduce:
             # Only the last micro-batch's gradients are complete and may travel.
