@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
-import torch.distributed as dist
+
+# For annotations alone: what only looks at files does without the seconds that torch takes to import.
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import ProcessGroup
 
 IGNORED_LABEL = -100
 """Label of a position that has no next token; it counts in no loss and in no average."""
@@ -172,8 +175,8 @@ class Replica:
         count: copies in the job.
     """
 
-    group: dist.ProcessGroup | None = None
-    vocab_group: dist.ProcessGroup | None = None
+    group: ProcessGroup | None = None
+    vocab_group: ProcessGroup | None = None
     leader: int = 0
     number: int = 0
     count: int = 1
@@ -181,12 +184,18 @@ class Replica:
     @property
     def is_leader(self) -> bool:
         """Whether this rank gets the results."""
-        return self.group is None or dist.get_rank() == self.leader
+        if self.group is None:
+            return True
+        import torch.distributed as dist
+
+        return dist.get_rank() == self.leader
 
     def share(self, value: Value) -> Value:
         """The leader's value, on every rank of the replica; the others' is ignored."""
         if self.group is None:
             return value
+        import torch.distributed as dist
+
         box = [value]
         dist.broadcast_object_list(box, src=self.leader, group=self.group)
         return box[0]

@@ -21,9 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch.distributed as dist
+from typing import Any, Protocol, TypeVar
 
 from distill_pretrain import __version__
 from distill_pretrain.checkpoint.identity import differences
@@ -36,8 +34,8 @@ from distill_pretrain.files.atomic import (
     sha256_file,
 )
 from distill_pretrain.files.disk import free_bytes, require_room
-from distill_pretrain.processes.process import on_first_rank
-from distill_pretrain.processes.watchdog import alive
+
+Result = TypeVar("Result")
 
 RECORD = "checkpoint.json"
 SHARED_FOLDER_WAIT_S = 10.0
@@ -132,6 +130,13 @@ def find_checkpoint(path: Path) -> Checkpoint:
     )
 
 
+def on_first_rank(action: Callable[[], Result]) -> Result:
+    """`processes.on_first_rank`, which brings torch: `inspect` looks at checkpoints without it."""
+    from distill_pretrain.processes import process
+
+    return process.on_first_rank(action)
+
+
 def hash_files(folder: Path, names: list[str], *, durable: bool = False) -> dict[str, str]:
     """sha256 of files by name ("missing" for none); the ranks of a job share the work, and all get the result.
 
@@ -140,6 +145,10 @@ def hash_files(folder: Path, names: list[str], *, durable: bool = False) -> dict
         names: the same list on every rank.
         durable: also fsync each file.
     """
+    import torch.distributed as dist
+
+    from distill_pretrain.processes.watchdog import alive
+
     grouped = dist.is_initialized()
     rank, size = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
     mine = {}
@@ -168,6 +177,8 @@ def require_shared_folder(folder: Path) -> None:
     deadline = time.monotonic() + SHARED_FOLDER_WAIT_S
     while not mark.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
+    import torch.distributed as dist
+
     seen: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(seen, mark.exists())
     on_first_rank(mark.unlink)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from distill_pretrain.jobs.recipe import Recipe
+if TYPE_CHECKING:
+    from distill_pretrain.jobs.recipe import Recipe
+
 
 SECTIONS = ()
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distill_pretrain.cli import inspect_options
-from distill_pretrain.config import load_recipe
 from distill_pretrain.errors import ConfigError
-from distill_pretrain.jobs.recipe import Recipe
 from distill_pretrain.processes.env import launch_rank
+
+if TYPE_CHECKING:
+    from distill_pretrain.jobs.recipe import Recipe
 
 SECTIONS = ()
 
@@ -72,7 +73,7 @@ def run(recipe: Recipe | None, args: argparse.Namespace) -> None:
         from distill_pretrain.jobs.inspect.estimators import show_estimators
 
         show_estimators(
-            load_recipe(Recipe, Path(args.path), args.overrides),
+            inspect_options.recipe(args),
             draws=args.draws,
             top_p=args.top_p,
             num_sequences=args.sequences,
@@ -83,7 +84,7 @@ def run(recipe: Recipe | None, args: argparse.Namespace) -> None:
         from distill_pretrain.jobs.inspect.signal import show_signal
 
         show_signal(
-            load_recipe(Recipe, Path(args.path), args.overrides),
+            inspect_options.recipe(args),
             num_sequences=args.batch,
             positions=args.positions,
             path=args.checkpoint,

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distill_pretrain.jobs.recipe import Recipe
 
 DRAWS = (12, 30, 50, 100)
 TOP_P = (0.8, 0.9, 0.95)
@@ -80,3 +83,11 @@ def _numbers(kind: type) -> Any:
 
     parse.__name__ = f"list of {kind.__name__}"  # argparse names it in its message
     return parse
+
+
+def recipe(args: argparse.Namespace) -> Recipe:
+    """The recipe that PATH is."""
+    from distill_pretrain.config import load_recipe
+    from distill_pretrain.jobs.recipe import Recipe
+
+    return load_recipe(Recipe, Path(args.path), args.overrides)

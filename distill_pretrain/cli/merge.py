@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distill_pretrain.errors import CacheIncomplete, ConfigError
 from distill_pretrain.jobs.console import progress, say
-from distill_pretrain.jobs.recipe import Recipe
 from distill_pretrain.processes.env import launch_rank
+
+if TYPE_CHECKING:
+    from distill_pretrain.jobs.recipe import Recipe
 
 SECTIONS = ()
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
-from distill_pretrain.jobs.recipe import Recipe
 from distill_pretrain.jobs.recompress import PILOT_TOKENS, recompress
+
+if TYPE_CHECKING:
+    from distill_pretrain.jobs.recipe import Recipe
 
 SECTIONS = ()
 

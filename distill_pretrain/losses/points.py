@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any
 
-import numpy as np
 from pydantic import BeforeValidator
 
 Points = float | tuple[tuple[float, float], ...]
@@ -16,6 +15,9 @@ def value_at(points: Points, step: int) -> float:
     """The value at optimizer step `step` (1 is the first): linear between the points, constant outside them."""
     if not isinstance(points, tuple):
         return points
+    # numpy is not imported with the recipe's sections, which every --help reads.
+    import numpy as np
+
     steps, values = zip(*points, strict=True)
     return float(np.interp(step, steps, values))
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -219,6 +221,21 @@ def test_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert shown["step"] == "2"
     assert shown["model"] == "arch llama, num_layers 3"
     assert shown["seq_len"] == "16"
+
+
+def test_nothing_that_is_inspected_loads_torch(small_cache: SmallCache, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    paths = [small_cache.folder, small_cache.tokens, small_cache.tokens.parent, run]
+    code = (
+        "import sys\n"
+        "from distill_pretrain.cli.main import main\n"
+        "codes = [main(['inspect', path]) for path in sys.argv[1:]]\n"
+        "loaded = [name for name in ('torch', 'megatron') if name in sys.modules]\n"
+        "sys.exit(f'{codes}, loaded {loaded}' if any(codes) or loaded else 0)\n"
+    )
+    command = [sys.executable, "-c", code, *map(str, paths), str(run / "checkpoints/step-00000002")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_anything_else_says_what_was_looked_for(

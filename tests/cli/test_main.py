@@ -15,7 +15,9 @@ from distill_pretrain.cli import main as cli
 from distill_pretrain.jobs.recipe import Recipe
 from tests.support.distributed import REPOSITORY, torchrun
 
-HEAVY = ("torch", "megatron", "transformers", "matplotlib", "sentencepiece")
+HEAVY = ("torch", "megatron", "transformers", "matplotlib", "sentencepiece", "numpy")
+OF_RECIPES = ("pydantic", "yaml")
+"""What reads recipes; the verbs that take none say what they do without it."""
 
 
 def built(verb: str) -> bool:
@@ -24,12 +26,13 @@ def built(verb: str) -> bool:
 
 def help_text(*arguments: str) -> str:
     """Standard output of a fresh process, which must not have loaded anything heavy."""
+    unwanted = HEAVY if arguments[0] in cli.RECIPE_VERBS else HEAVY + OF_RECIPES
     code = (
         "import json, sys\n"
         "from distill_pretrain.cli.main import main\n"
         "try:\n    code = main(sys.argv[1:])\n"
         "except SystemExit as error:\n    code = error.code\n"
-        f"loaded = [name for name in {HEAVY!r} if name in sys.modules]\n"
+        f"loaded = [name for name in {unwanted!r} if name in sys.modules]\n"
         "print('\\n' + json.dumps([code, loaded]))\n"
     )
     done = subprocess.run(

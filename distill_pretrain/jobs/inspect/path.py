@@ -8,7 +8,6 @@ from pathlib import Path
 from distill_pretrain.errors import ConfigError
 from distill_pretrain.jobs.console import say
 from distill_pretrain.jobs.inspect.facts import fact, find_tokenizer, short
-from distill_pretrain.jobs.recipe import Recipe
 
 FIRST_TOKENS = 48
 
@@ -102,6 +101,7 @@ def _show_tokens(prefix: Path) -> None:
 def _show_run(folder: Path) -> None:
     from distill_pretrain.checkpoint.store import CheckpointStore
     from distill_pretrain.config import load_recipe
+    from distill_pretrain.jobs.recipe import Recipe
     from distill_pretrain.reports.curves import FILE_NAME, TrainingCurve
 
     say(f"run {folder}")

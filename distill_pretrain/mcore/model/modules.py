@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 from torch.utils._python_dispatch import _disable_current_modes
 
 from distill_pretrain.errors import ConfigError
@@ -131,6 +130,9 @@ class SDPAttention(MegatronModule):
 
 def _lower_right(num_queries: int, num_keys: int) -> torch.Tensor:
     """The last queries of a sequence under causal attention: a name for the kernels, without a matrix on GPUs."""
+    # Brings torch's compiler, of which nothing else here has a use on a CPU.
+    from torch.nn.attention.bias import causal_lower_right
+
     # A mode that watches operations, such as a counter of memory, cannot make a tensor of this subclass.
     with _disable_current_modes():
         return causal_lower_right(num_queries, num_keys)

@@ -7,8 +7,6 @@ import logging
 import warnings
 from collections.abc import Iterator
 
-import torch
-
 _MEGATRON = r"(.*[/\\])?megatron[./\\]"
 """Its modules by their names, and by their paths, as the compiler names them: it warns of escapes in docstrings."""
 _NO_RANK = r"Could not determine (rank|world size) from torch\.distributed"
@@ -28,6 +26,8 @@ def importing_megatron() -> Iterator[None]:
     Its own warnings there concern optional packages. It hands its fused functions to torch.compile as it is imported,
     which loads the whole compiler; where there is no CUDA they are not in use, and stay as they are.
     """
+    import torch
+
     warnings.filterwarnings("ignore", message=_NO_RANK)
     logging.getLogger("torch.utils.cpp_extension").addFilter(_is_news)
     with warnings.catch_warnings():
