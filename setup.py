@@ -78,6 +78,7 @@ setup(
             "kubernetes-validate",
             "lm-eval>=0.4.9",
             "mypy",
+            "nvidia-cuda-nvdisasm",
             "nvidia-cuda-nvrtc",
             "pytest",
             "pytest-timeout",

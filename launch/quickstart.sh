@@ -5,11 +5,12 @@
 #   launch/quickstart.sh --short                    the same path with few steps (a smoke test; figures mean nothing)
 #   launch/quickstart.sh corpus.paths='[my/text]'   on your own text (.py, .txt, .md, .jsonl)
 #   RUN=runs/mine launch/quickstart.sh ...          in another folder (default runs/quickstart)
+#   VENV=none launch/quickstart.sh ...              with the python and torchrun on PATH, as in the container
 #
 # Running it again goes on where it stopped and skips what is done.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source launch/env.sh hf eval
+[ "${VENV:-}" = none ] || source launch/env.sh hf eval
 
 RUN=${RUN:-runs/quickstart}
 source launch/jobs.sh

@@ -4,7 +4,7 @@
 
 Forward and backward passes over bf16 logits. Each way runs in turns, after a copy of the same logits that is measured
 by itself and whose time is taken off; medians. The copy is also the bandwidth that the others are compared with.
-Without a GPU it says so and ends.
+Without a GPU it says so and ends with status 77.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reporting import command_line, environment, write_json
+from reporting import append_line, command_line, environment, write_json
 
 from distill_pretrain.contracts import SparseTargets
 from distill_pretrain.kernels.chunked_head.op import chunked_head
+from distill_pretrain.kernels.cuda.backend import Backend
 from distill_pretrain.kernels.sparse_kd import launch, stages
 from distill_pretrain.kernels.sparse_kd.op import sparse_kd
 from distill_pretrain.losses.backend import LossBackend
 from distill_pretrain.losses.sparse_kd import prepare_loss
 from distill_pretrain.losses.terms import Weights
 
+NO_GPU = 77
 ROUNDS, ENTRIES, HEAD_TOKENS, HIDDEN = 15, 50, 4096, 4096
 Way = Callable[[torch.Tensor], Any]
 
@@ -66,17 +68,24 @@ def in_turns(actions: dict[str, Callable[[], Any]]) -> dict[str, dict[str, Any]]
     return found
 
 
-def make_targets(rows: int, columns: int) -> tuple[torch.Tensor, SparseTargets]:
+def make_targets(
+    rows: int, columns: int, device: str = "cuda"
+) -> tuple[torch.Tensor, SparseTargets]:
     """Labels, and `ENTRIES` distinct ids per row."""
     step = columns // ENTRIES
-    offsets = torch.randint(0, step, (rows, ENTRIES), device="cuda")
-    ids = offsets + step * torch.arange(ENTRIES, device="cuda")
-    probs = torch.rand(rows, ENTRIES, device="cuda").softmax(-1)
-    labels = torch.randint(0, columns, (rows,), device="cuda")
+    offsets = torch.randint(0, step, (rows, ENTRIES), device=device)
+    ids = offsets + step * torch.arange(ENTRIES, device=device)
+    probs = torch.rand(rows, ENTRIES, device=device).softmax(-1)
+    labels = torch.randint(0, columns, (rows,), device=device)
     return labels, SparseTargets(ids=ids, probs=probs)
 
 
-def make_loss(labels: torch.Tensor, targets: SparseTargets | None, columns: int) -> stages.Loss:
+def make_loss(
+    labels: torch.Tensor,
+    targets: SparseTargets | None,
+    columns: int,
+    backend: Backend = "cuda",
+) -> stages.Loss:
     return prepare_loss(
         labels,
         targets,
@@ -85,7 +94,7 @@ def make_loss(labels: torch.Tensor, targets: SparseTargets | None, columns: int)
         vocab_size=columns,
         tensor_group=None,
         num_columns=columns,
-        backend=LossBackend(name="cuda"),
+        backend=LossBackend(name=backend),
     )
 
 
@@ -220,6 +229,15 @@ def bench_head(tokens: int, hidden_size: int, columns: int) -> dict[str, Any]:
     return {"shape": [tokens, hidden_size, columns], "ways": in_turns(actions)}
 
 
+def append_ways(path: Path | None, part: str, found: dict[str, Any]) -> None:
+    """A line of JSON for every way."""
+    for name, way in found["ways"].items():
+        figures = {"figure": "way", "part": part, "way": name, "shape": found["shape"], **way}
+        if "peak_bytes" in way:
+            figures["peak_gb"] = round(way["peak_bytes"] / 1e9, 3)
+        append_line(path, figures)
+
+
 def markdown(report: dict[str, Any]) -> str:
     """Tables of what was measured."""
     lines = [f"{report['environment']['gpu']}, {report['environment']['date']}"]
@@ -244,20 +262,23 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = command_line(__doc__, recipe=False)
+    parser = command_line(__doc__, recipe=False, figures=True)
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--columns", type=int, default=128_256)
     parser.add_argument("--markdown", type=Path, metavar="FILE.md")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench_kernels: no GPU that torch can use; nothing was measured")
-        sys.exit(0)
+        sys.exit(NO_GPU)
     report = {
         "environment": {**environment("torch"), "gpu": torch.cuda.get_device_name()},
         "limits": {"entries": launch.MAX_ENTRIES, "columns": launch.MAX_COLUMNS},
-        "loss": bench_loss(args.rows, args.columns),
-        "head": bench_head(HEAD_TOKENS, HIDDEN, args.columns),
     }
+    # The head first: in the other part torch.compile may take long.
+    report["head"] = bench_head(HEAD_TOKENS, HIDDEN, args.columns)
+    append_ways(args.figures, "head", report["head"])
+    report["loss"] = bench_loss(args.rows, args.columns)
+    append_ways(args.figures, "loss", report["loss"])
     text = markdown(report)
     print(text)
     write_json(args.output, report)

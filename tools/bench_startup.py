@@ -26,7 +26,7 @@ import yaml
 from reporting import command_line, environment, write_json
 
 from distill_pretrain.cli.main import VERBS
-from distill_pretrain.formats import TokenIndexWriter
+from distill_pretrain.corpus.token_writer import TokenIndexWriter
 
 HERE = Path(__file__).parents[1]
 

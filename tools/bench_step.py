@@ -14,12 +14,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from reporting import command_line, environment, write_json
+from reporting import append_line, command_line, environment, write_json
 
 from distill_pretrain.config import load_recipe, require
 from distill_pretrain.contracts import TokenBatch
@@ -33,13 +34,19 @@ from distill_pretrain.processes.process import local_device, process_group, set_
 from distill_pretrain.train.guard import StepGuard, Verdict
 from distill_pretrain.train.job import make_objective
 
-WARMUP, ROUNDS, STEPS_PER_ROUND = 3, 40, 3
+WARMUP, STEPS_PER_ROUND = 3, 3
 CE = ObjectiveConfig(ce_weight=1.0, kd_weight=0.0)
 Step = Callable[[], None]
 
 
 def student_step(
-    recipe: Recipe, sources: Any, groups: Any, reading: ExitStack, objective: ObjectiveConfig
+    recipe: Recipe,
+    sources: Any,
+    groups: Any,
+    reading: ExitStack,
+    objective: ObjectiveConfig,
+    *,
+    num_steps: int,
 ) -> Any:
     """(one step as `train` takes it, the student, its batches): data, loss, guard and update included."""
     from distill_pretrain.mcore.student.build import student_class
@@ -76,7 +83,7 @@ def student_step(
         loss_function=loss,
         num_terms=len(loss.term_names),
     )
-    steps = range(WARMUP + ROUNDS * STEPS_PER_ROUND)
+    steps = range(num_steps)
     prefetched = reading.enter_context(
         PrefetchedBatches(
             batches,
@@ -143,14 +150,16 @@ def bare_step(student: Any, batches: StudentBatches) -> Step:
     return step
 
 
-def timed(steps: dict[str, Step]) -> dict[str, list[float]]:
+def timed(
+    steps: dict[str, Step], num_rounds: int, after_round: Callable[[dict[str, float]], None]
+) -> dict[str, list[float]]:
     """Seconds per step of each, a figure per round; the order turns from round to round."""
     for step in steps.values():
         for _ in range(WARMUP):
             step()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
-    for turn in range(ROUNDS):
+    for turn in range(num_rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             dist.barrier()
             started = time.perf_counter()
@@ -158,6 +167,7 @@ def timed(steps: dict[str, Step]) -> dict[str, list[float]]:
                 steps[name]()
             dist.barrier()
             seconds[name].append((time.perf_counter() - started) / STEPS_PER_ROUND)
+        after_round({name: values[-1] for name, values in seconds.items()})
     return seconds
 
 
@@ -187,9 +197,21 @@ def report(seconds: dict[str, list[float]], tokens: int) -> dict[str, Any]:
     }
 
 
+def append_summary(path: Path | None, figures: dict[str, Any]) -> None:
+    """A line of JSON for every kind of step and every ratio."""
+    for name, found in figures["seconds_per_step"].items():
+        speed = round(figures["tokens_per_step"] / found["median"], 1)
+        line = {"figure": "step", "way": name, "seconds": found["median"]}
+        append_line(path, {**line, "tokens_per_second": speed})
+    for name, found in figures["speed_ratios"].items():
+        append_line(path, {"figure": "ratio", "ratio": name, **found})
+
+
 def main() -> None:
     """Measure, print, write."""
-    arguments = command_line(__doc__, recipe=True).parse_args()
+    parser = command_line(__doc__, recipe=True, figures=True)
+    parser.add_argument("--rounds", type=int, default=40)
+    arguments = parser.parse_args()
     recipe = load_recipe(Recipe, arguments.recipe, arguments.overrides)
     require(recipe, "bench_step", "data", "model", "train")
     assert recipe.data and recipe.train
@@ -200,11 +222,18 @@ def main() -> None:
         model_parallel(recipe.parallel, seed=recipe.train.seed) as groups,
         ExitStack() as reading,
     ):
-        make = partial(student_step, recipe, sources, groups, reading)
+        num_steps = WARMUP + arguments.rounds * STEPS_PER_ROUND
+        make = partial(student_step, recipe, sources, groups, reading, num_steps=num_steps)
+
+        def show(seconds: dict[str, float]) -> None:
+            if dist.get_rank() == 0:
+                append_line(arguments.figures, {"figure": "round", "seconds": seconds})
+
         kd, _, _ = make(recipe.objective)
         ce, _, _ = make(CE)
         _, student, batches = make(CE)
-        seconds = timed({"KD": kd, "CE": ce, "bare megatron-core": bare_step(student, batches)})
+        steps = {"KD": kd, "CE": ce, "bare megatron-core": bare_step(student, batches)}
+        seconds = timed(steps, arguments.rounds, show)
         if dist.get_rank() == 0:
             tokens = recipe.train.global_batch_size * recipe.data.seq_len
             figures = {**environment("torch", "megatron-core"), **report(seconds, tokens)}
@@ -220,6 +249,7 @@ def main() -> None:
                     f"- {name}: {found['median']:.3f} "
                     f"({found['low_quartile']:.3f} to {found['high_quartile']:.3f})"
                 )
+            append_summary(arguments.figures, figures)
             write_json(arguments.output, figures)
 
 

@@ -14,13 +14,19 @@ from typing import Any
 import distill_pretrain
 
 
-def command_line(doc: str | None, *, recipe: bool) -> argparse.ArgumentParser:
-    """A parser with `--output`, and with a recipe and its overrides if a tool takes them."""
+def command_line(
+    doc: str | None, *, recipe: bool, figures: bool = False
+) -> argparse.ArgumentParser:
+    """A parser with `--output`, and with a recipe and its overrides, or `--figures`, if a tool takes them."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
     if recipe:
         parser.add_argument("recipe", type=Path)
         parser.add_argument("overrides", nargs="*")
     parser.add_argument("--output", type=Path, metavar="FILE.json")
+    if figures:
+        parser.add_argument(
+            "--figures", type=Path, metavar="FILE.jsonl", help="append each figure as it is found"
+        )
     return parser
 
 
@@ -41,6 +47,15 @@ def environment(*packages: str) -> dict[str, Any]:
         "distill-pretrain": distill_pretrain.__version__,
         **{package: version(package) for package in packages},
     }
+
+
+def append_line(path: Path | None, figures: dict[str, Any]) -> None:
+    """Append figures as a line of JSON, on disk when this returns, if a file was asked for."""
+    if path:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(figures) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def write_json(path: Path | None, report: dict[str, Any]) -> None:
