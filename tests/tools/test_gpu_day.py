@@ -108,6 +108,7 @@ def test_a_call_names_files_that_are_there_and_says_how_it_is_used(name):
     text = (KIT / f"{name}.sh").read_text()
     for path in re.findall(r'(?:\$PYTHON" |pytest [^"\n]* |\d )((?:tools|tests)/\S+\.\w+)', text):
         assert (REPOSITORY / path).is_file(), path
+        assert path.endswith(".py") or os.access(REPOSITORY / path, os.X_OK), path
     done = call(KIT / f"{name}.sh")
     assert done.returncode == 2 and done.stderr.startswith(f"usage: {name}.sh FOLDER")
 
