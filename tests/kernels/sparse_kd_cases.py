@@ -185,11 +185,13 @@ def dense_kl(real: torch.Tensor, case: Case) -> tuple[torch.Tensor, torch.Tensor
     size = dense + dense.sum(-1, keepdim=True) * log_q.exp()
     if targets.bucket is not None:
         bucket = targets.bucket.double()
-        outside = torch.logsumexp(log_q.masked_fill(kept, float("-inf")), -1)
         exists = bucket > 0
+        removed = kept & exists[:, None]  # of no column the log has no gradient
+        outside = torch.logsumexp(log_q.masked_fill(removed, float("-inf")), -1)
         kl = kl + torch.where(exists, torch.special.xlogy(bucket, bucket) - bucket * outside, 0.0)
-        odds = torch.where(exists, (log_q.exp() * kept).sum(-1) / outside.exp(), 0.0)
-        size = size + torch.where(kept, 1.0, odds[:, None]) * bucket[:, None] * log_q.exp()
+        inside = (log_q.exp() * kept).sum(-1, keepdim=True)
+        of_others = torch.where(exists[:, None], inside * (log_q - outside[:, None]).exp(), 0.0)
+        size = size + torch.where(kept, log_q.exp(), of_others) * bucket[:, None]
     return torch.where(is_kept.any(1), kl, 0.0), size
 
 
@@ -296,11 +298,41 @@ def mutation_checks() -> list[tuple[Case, Expected, str, int]]:
     # A likely label that no target names, beside a bucket.
     named = replace(sure_case(torch.bfloat16, 6.0), labels=torch.tensor([9]))
     named.logits[0, 9] = 5.0
+    far = far_case(torch.bfloat16, 300.0, temperature=2.5)
     # Whole vectors of padding, and a floor.
     padded = make_case("smoothed", 1.0, torch.bfloat16, padded=272, seed=9)
-    for case in (sure, named, padded):
+    for case in (sure, named, far, padded):
         checks += [(case, expected_of(case), layout, 0) for layout in LAYOUTS]
     return checks
+
+
+def far_case(dtype: torch.dtype, scale: float, *, temperature: float = 1.0) -> Case:
+    """Logits so far apart that a bucket's columns are nothing beside the kept ones, but for one row where it is so.
+
+    Of the last two rows, one has no column outside on most ranks; the other none but of -inf, and no bucket.
+    """
+    case = make_case("ghost", temperature, dtype, num_rows=8, num_entries=150, seed=8)
+    assert case.targets is not None and case.targets.bucket is not None
+    g = torch.Generator().manual_seed(1)
+    logits = torch.randn(8, 208, generator=g) * scale
+    ids, probs = case.targets.ids.clone(), case.targets.probs.clone()
+    for row in (2, 3, 4):
+        best = logits[row, :203].topk(40).indices.sort().values
+        ids[row] = torch.nn.functional.pad(best, (0, 110), value=-1)
+    ids[5] = logits[5, :203].topk(150, largest=False).indices.sort().values
+    ids[6:] = torch.arange(150)
+    probs[2:] = (torch.rand(6, 150, generator=g) + 0.02).masked_fill(ids[2:] < 0, 0.0)
+    probs[2:] *= 0.7 / probs[2:].sum(-1, keepdim=True)
+    logits[7, 150:] = float("-inf")
+    bucket = torch.where((probs.sum(-1) > 0), 0.3, 0.0)
+    bucket[7] = 0.0
+    labels = torch.tensor([-100, -100, int(ids[2, 3]), 9, -100, 160, 151, 20])
+    return replace(
+        case,
+        logits=logits.to(dtype),
+        labels=labels,
+        targets=RowTargets(ids=ids, probs=probs, bucket=bucket),
+    )
 
 
 def sure_case(dtype: torch.dtype, height: float, *, temperature: float = 1.0) -> Case:

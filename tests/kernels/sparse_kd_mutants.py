@@ -61,16 +61,45 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
     "no barrier between bulk and entries (gradient)": [
         (SYNC + "    const i64 first_pick", "    const i64 first_pick")
     ],
-    "the least outside mass is large": [("LEAST_OUTSIDE = 1e-30f", "LEAST_OUTSIDE = 1e-3f")],
+    "others are relative to the row's maximum": [
+        ("scalars.outside.max = anchor(whole.outside_max);", "")
+    ],
+    "the others' share of the CE is not lowered": [
+        ("scalars.kept.plain * lowered", "scalars.kept.plain")
+    ],
+    "the others' share of the target's mass is not lowered": [
+        ("(target_mass * tempered_lowered - ", "(target_mass - ")
+    ],
+    "the others' sum is not lowered": [("whole.outside * tempered_lowered;", "whole.outside;")],
+    "the others' sum is lowered without the temperature": [
+        ("tempered_lowered = exp_approx(distance * inverse_tau)", "tempered_lowered = lowered")
+    ],
+    "the others' maximum is missing from the KL": [("(distance * inverse_tau + logf", "(logf")],
+    "columns of -inf are divided by": [("fmaxf(whole.outside, 1.0f)", "whole.outside")],
+    "kept sums are relative to their own maximum": [
+        ("        move_to<GENERAL>(kept, whole.max, settings);\n", "")
+    ],
+    "kept columns count among the others too": [("            values[i] = -infinity();\n", "")],
+    "only the last part knows the others' maximum": [
+        (
+            "fmaxf(whole.outside_max, parts.first[i * parts.stride].outside_max)",
+            "parts.first[i * parts.stride].outside_max",
+        )
+    ],
     "a maximum of -inf is subtracted": [("max == -infinity() ? 0.0f : max", "max")],
-    "the sum is not rescaled": [("    partial.sum *= exp_approx(distance);\n", "")],
-    "the inside sum is not rescaled": [("        partial.inside *= scale;\n", "")],
-    "the outside sum is not rescaled": [("        partial.outside *= scale;\n", "")],
-    "the outside sum is rescaled without the temperature": [
+    "the sum is not rescaled": [("    sums.plain *= exp_approx(distance);\n", "")],
+    "the tempered sum is not rescaled": [
+        ("    if (GENERAL) sums.tempered *= exp_approx(distance * settings.inverse_tau);\n", "")
+    ],
+    "the tempered sum is rescaled without the temperature": [
         ("exp_approx(distance * settings.inverse_tau)", "exp_approx(distance)")
     ],
     "the total is not moved": [("partial.count * (anchor", "0.0f * (anchor")],
-    "kept columns count as outside": [("if (kept >> i & 1)", "if (false)")],
+    "warps' totals are not moved": [("a.count * (anchor(a.others.max) - base)", "0.0f")],
+    "kept columns count as outside": [("if (GENERAL && kept != 0)", "if (false)")],
+    "kept sums of a warp are not merged": [
+        ("        merged<GENERAL>(a.kept, b.kept, settings),\n", "        a.kept,\n")
+    ],
     "no column is tempered": [
         ("if (settings.is_tempered) exponential =", "if (false) exponential =")
     ],
@@ -81,9 +110,9 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
     "the label's logit is not shifted": [("picks[0] - base", "picks[0]")],
     "the targets' logits are not shifted": [("(picks[1 + entry] - base)", "picks[1 + entry]")],
     "parts' sums are not rescaled": [("part.sum * scale", "part.sum")],
-    "parts' inside sums are not rescaled": [("part.inside * tempered_scale", "part.inside")],
+    "parts' inside sums are not rescaled": [("part.inside * inside_scale", "part.inside")],
     "parts' outside sums are rescaled without the temperature": [
-        ("part.outside * tempered_scale", "part.outside * scale")
+        ("(part.outside_max - outside_base) * inverse_tau", "part.outside_max - outside_base")
     ],
     "parts' totals are not moved": [("part.total + columns * moved", "part.total")],
     "parts' targets are not moved": [("part.cross + part.mass * moved", "part.cross")],
@@ -95,28 +124,28 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
     "kept ids count among the floor's": [("(a.vocab_size - num_kept)", "(a.vocab_size)")],
     "the floor's logits are missing from the KL": [("whole.total * inverse_tau - ", "0.0f - ")],
     "the bucket's student mass is missing from the KL": [
-        ("bucket * (logf(outside) - log_tempered_sum)", "0.0f")
+        ("bucket * (distance * inverse_tau + logf(whole.outside) - log_tempered_sum)", "0.0f")
     ],
     "the targets' logits are not tempered": [("whole.cross * inverse_tau", "whole.cross")],
     "z-loss without its square": [("a.z_loss * lse * lse;\n", "a.z_loss * lse;\n")],
     "z-loss gradient halved": [("2.0f * a.z_loss * lse)", "a.z_loss * lse)")],
     "the gradient's 1 / tau is missing": [("kd_scale * inverse_tau;", "kd_scale;")],
     "the bucket does not push its columns up": [
-        ("(target_mass - bucket * whole.inside / outside)", "target_mass")
+        ("(target_mass * tempered_lowered - bucket * odds)", "target_mass * tempered_lowered")
     ],
     "the bucket does not push kept columns down": [("(target_mass + bucket)", "target_mass")],
     "the floor has no mass": [("mass + a.vocab_size * floor", "mass")],
     "the floor is not subtracted": [
-        (" + tempered * other - scalars.floor;", " + tempered * other;")
+        (" + bulk.tempered * other - floor;", " + bulk.tempered * other;")
     ],
     "the floor's gradient lacks the target's weight": [("at_target * floor;", "floor;")],
     "a kept label is not subtracted": [("(is_label ? a.ce_weight : 0.0f)", "0.0f")],
     "a kept label is written twice": [("has_label && !label_is_kept ?", "has_label ?")],
-    "the label's column counts as kept": [
-        ("i == 0 ? scalars.tempered : scalars.tempered_kept", "scalars.tempered_kept")
-    ],
+    "the label's column counts as kept": [("GENERAL && i > 0 ? times", "GENERAL ? times")],
     "entries ignore the incoming gradient": [("bulk - taken * incoming", "bulk - taken")],
-    "the floor ignores the incoming gradient": [("    scalars.floor *= incoming;\n", "")],
+    "the floor ignores the incoming gradient": [
+        ("scalars.floor * incoming, 1.0f}", "scalars.floor, 1.0f}")
+    ],
     "rows that take no part are computed": [
         ("if (scalars.is_active == 0.0f) loaded[i] = Vector<T>::filled(0);", "")
     ],

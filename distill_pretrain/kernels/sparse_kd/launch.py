@@ -30,11 +30,11 @@ FUSED_BYTES = 64
 
 WARP = 32
 
-STATISTICS = 8
+STATISTICS = 9
 """Floats that the ranks exchange per row."""
 
-SCALARS = 6
-PARTIAL_BYTES, ENTRY_BYTES, STATISTICS_BYTES, SCALARS_BYTES = 24, 8, 4 * STATISTICS, 4 * SCALARS
+SCALARS = 8
+PARTIAL_BYTES, ENTRY_BYTES, STATISTICS_BYTES, SCALARS_BYTES = 32, 8, 4 * STATISTICS, 4 * SCALARS
 VECTOR_BYTES = 16
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -95,7 +95,7 @@ class Problem:
 
     Raises:
         ConfigError: K or n is above the kernels' limit.
-        ValueError: a tensor's shape or dtype is another.
+        ValueError: a tensor's shape or dtype is another, or the targets have both a floor and a bucket.
     """
 
     logits: torch.Tensor
@@ -122,6 +122,8 @@ class Problem:
                 values = getattr(self.targets, name)
                 if values is not None:
                     _require_vector(name, values, rows, torch.float32)
+            if self.targets.floor is not None and self.targets.bucket is not None:
+                raise ValueError("targets with a floor and a bucket")
             if self.kd_scale is None:
                 raise ValueError("targets without a kd_scale")
             _require_vector("kd_scale", self.kd_scale, rows, torch.float32)
@@ -158,7 +160,7 @@ class Combined:
     Attributes:
         losses: fp32[T], weighted.
         terms: fp32[3, T]: cross-entropy, KL, lse^2, unweighted.
-        scalars: fp32[T, 6].
+        scalars: fp32[T, 8].
         subtracted: fp32[T, 1+K].
     """
 
@@ -174,7 +176,7 @@ def row_statistics(
     """Read the logits once.
 
     Returns:
-        fp32[T, 8], to gather from all ranks; and fp32[T, 1+K], the label's and the targets' logits where they are in
+        fp32[T, 9], to gather from all ranks; and fp32[T, 1+K], the label's and the targets' logits where they are in
         this rank's columns.
     """
     statistics = _floats(problem, problem.num_rows, STATISTICS)
@@ -201,7 +203,7 @@ def combine(
     Args:
         launcher: of `SOURCE`.
         problem: the loss.
-        statistics: fp32[ranks, T, 8] of all ranks, in rank order.
+        statistics: fp32[ranks, T, 9] of all ranks, in rank order.
         blocks: threads.
     """
     num_ranks = statistics.size(0)
@@ -244,7 +246,7 @@ def gradient_(
         launcher: of `SOURCE`.
         problem: the loss.
         picks: fp32[T, 1+K] of `row_statistics`.
-        scalars: fp32[T, 6] of `combine`.
+        scalars: fp32[T, 8] of `combine`.
         subtracted: fp32[T, 1+K] of `combine`.
         grad_losses: fp32[T] at any stride, the incoming gradient; None for one.
         blocks: threads.

@@ -22,11 +22,11 @@ MAX_ENTRIES = 65536
 CHUNK_ELEMENTS = 1 << 18
 """Size of the temporary buffers: a few of them fit into a core's cache."""
 
-LEAST_OUTSIDE = 1e-30
-"""The student's mass outside the kept ids, relative to its likeliest id, counts as no less: fp32 ends there."""
-
 NUM_SUMS = 6
-"""Sums of a row: exp(s), exp(s/tau), exp(s/tau) outside the targets, s, s of the label, t s over the targets."""
+"""Sums of a row: exp(s), exp(s/tau), exp(s/tau) outside the targets, s, s of the label, t s over the targets.
+
+s is a logit less its row's maximum; in the third less the maximum outside the targets, or a student that is sure of a
+target would leave nothing of the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +53,9 @@ class RowScalars:
 
     Attributes:
         at_one: fp32[T], A1: coefficient of softmax(z)_j.
-        at_tau: fp32[T], A2: coefficient of softmax(z/tau)_j; at the targets' columns `at_tau_kept` takes its place.
-        at_tau_kept: fp32[T]; None where it is the same.
+        at_tau: fp32[T], A2: coefficient of softmax(z/tau)_j; with a bucket, of the same outside the targets, but with
+            exp(s/tau) relative to the maximum there.
+        at_tau_kept: fp32[T], A2 at the targets' columns; None where there is no bucket.
         floor: fp32[T], U: subtracted at every column; None for zero.
         at_label: fp32[T], subtracted at the label.
         at_target: fp32[T], subtracted at the targets, times their probability; None without targets.
@@ -81,11 +82,28 @@ def pick_columns(ids: torch.Tensor, *, first_column: int, num_columns: int) -> P
     return Picks(relative=relative, columns=relative.clamp(0, num_columns - 1))
 
 
-def row_max(logits: torch.Tensor) -> torch.Tensor:
-    """fp32[T]: largest logit of each row of [T, n]; -inf where n = 0."""
-    if logits.size(-1) == 0:
-        return logits.new_full(logits.shape[:-1], float("-inf"), dtype=torch.float32)
-    return logits.amax(dim=-1).float()
+def row_maxima(
+    logits: torch.Tensor, targets: RowTargets | None, *, first_column: int
+) -> torch.Tensor:
+    """Largest logit of each row of [T, n], and with a bucket the largest outside the targets; -inf where there is none.
+
+    Returns:
+        fp32[1, T]; with a bucket fp32[2, T], so that the last one is what the columns outside are relative to.
+    """
+    num_rows, num_columns = logits.shape
+    has_bucket = targets is not None and targets.bucket is not None
+    if num_columns == 0:
+        return logits.new_full((1 + has_bucket, num_rows), -math.inf, dtype=torch.float32)
+    if targets is None or not has_bucket:
+        return logits.amax(dim=-1).float().unsqueeze(0)
+    picks = pick_columns(targets.ids, first_column=first_column, num_columns=num_columns)
+    removed = _removed(picks).to(logits.dtype)
+    outside = logits.new_empty(num_rows, dtype=torch.float32)
+    for rows in _row_chunks(logits):
+        others = logits[rows].scatter_add(-1, picks.columns[rows], removed[rows])
+        outside[rows] = others.amax(-1)
+    kept = logits.gather(-1, picks.columns).float().masked_fill_(~picks.owned, -math.inf)
+    return torch.stack((torch.cat((kept, outside.unsqueeze(-1)), -1).amax(-1), outside))
 
 
 def row_sums(
@@ -101,7 +119,7 @@ def row_sums(
 
     Args:
         logits: [T, n], real columns.
-        maxima: fp32[T], over all ranks.
+        maxima: fp32[1 or 2, T] of `row_maxima`, over all ranks.
         labels: int64[T]; negative means no label.
         targets: None for K = 0.
         first_column: global id of the first column.
@@ -115,36 +133,41 @@ def row_sums(
     num_columns = logits.size(-1)
     outside = targets is not None and targets.bucket is not None
     total = targets is not None and targets.floor is not None
+    largest, base = maxima[0], _base(maxima)
     packed = maxima.new_zeros(len(logits), NUM_SUMS)
     shape = (len(logits), 1 + (0 if targets is None else targets.ids.size(-1)))
     picked, probs = maxima.new_zeros(shape), maxima.new_zeros(shape)
     if num_columns == 0:
         return packed, picked, probs
     picks = pick_columns(labels.unsqueeze(-1), first_column=first_column, num_columns=num_columns)
-    packed[:, 4] = torch.where(picks.owned, _picked(logits, maxima, picks), 0.0).squeeze(-1)
+    packed[:, 4] = torch.where(picks.owned, _picked(logits, largest, picks), 0.0).squeeze(-1)
     if targets is not None:
         picks = pick_columns(targets.ids, first_column=first_column, num_columns=num_columns)
-        at_targets = _picked(logits, maxima, picks)
+        at_targets = _picked(logits, largest, picks)
         torch.mul(targets.probs, picks.owned, out=probs[:, 1:])
         if outside:
             picked[:, 1:] = at_targets
+            removed = _removed(picks)
         # A probability of 0 is no target, even of a logit that is -inf; torch.where takes several times as long.
         packed[:, 5] = at_targets.mul_(probs[:, 1:]).nansum(-1)
     for rows in _row_chunks(logits):
-        exponentials = _shifted(logits[rows], maxima[rows])
+        exponentials = _shifted(logits[rows], base[rows])
+        if outside:
+            exponentials.scatter_add_(-1, picks.columns[rows], removed[rows])
         if total:
             packed[rows, 3] = exponentials.sum(-1)
         if temperature != 1.0:
             packed[rows, 0] = exponentials.exp().sum(-1)
             exponentials.div_(temperature)
         packed[rows, 1] = exponentials.exp_().sum(-1)
-        if outside:
-            # Zeros in their places: a difference of sums would cancel.
-            columns, owned = picks.columns[rows], picks.owned[rows]
-            kept = torch.where(owned, exponentials.gather(-1, columns), 0.0)
-            packed[rows, 2] = exponentials.scatter_add_(-1, columns, -kept).sum(-1)
     if temperature == 1.0:
         packed[:, 0] = packed[:, 1]
+    if outside:
+        packed[:, 2] = packed[:, 1]
+        kept = picked[:, 1:].masked_fill(~picks.owned, -math.inf)
+        packed[:, 0] = packed[:, 0] * _lowered(maxima) + kept.exp().sum(-1)
+        packed[:, 1] *= _lowered(maxima, temperature)
+        packed[:, 1] += (kept / temperature).exp_().sum(-1)
     return packed, picked, probs
 
 
@@ -163,9 +186,14 @@ def label_terms(
 
 
 def sparse_kl(
-    sums: torch.Tensor, targets: RowTargets, *, temperature: float, vocab_size: int
+    sums: torch.Tensor,
+    maxima: torch.Tensor,
+    targets: RowTargets,
+    *,
+    temperature: float,
+    vocab_size: int,
 ) -> torch.Tensor:
-    """KL(target || student at temperature tau) per token, fp32[T], from the packed sums over all ranks.
+    """KL(target || student at temperature tau) per token, fp32[T], from the packed sums and maxima over all ranks.
 
     sum_j T_j (log T_j - log q_j), q = softmax(z/tau), over all ids, or over the kept ids and one bucket of the
     others (arXiv 2503.16870, eq. 1, with a target's mass below 1 kept as it is); 0 without targets. NaN where
@@ -187,13 +215,15 @@ def sparse_kl(
         kl = kl - torch.where(floor > 0, floor * all_log_probs, 0.0)
     if targets.bucket is not None:
         bucket = targets.bucket
+        log_outside = _distance(maxima) / temperature + sums[:, 2].log()
         kl = kl + torch.special.xlogy(bucket, bucket)
-        kl = kl - bucket * (_outside(sums).log() - log_sum)
+        kl = kl - torch.where(bucket > 0, bucket * (log_outside - log_sum), 0.0)
     return kl.masked_fill((targets.ids >= vocab_size).any(-1), math.nan)
 
 
 def row_scalars(
     sums: torch.Tensor,
+    maxima: torch.Tensor,
     labels: torch.Tensor,
     lse: torch.Tensor,
     targets: RowTargets | None,
@@ -208,6 +238,7 @@ def row_scalars(
 
     Args:
         sums: packed, over all ranks.
+        maxima: fp32[1 or 2, T], over all ranks.
         labels: int64[T].
         lse: fp32[T], 0 without a label.
         targets: of the KL, or None.
@@ -235,9 +266,11 @@ def row_scalars(
         floor = weight * targets.floor
     at_tau = weight * mass
     if targets.bucket is not None:
-        inside = sums[:, 1] - sums[:, 2]
+        lowered = _lowered(maxima, temperature)
         at_tau_kept = weight * (mass + targets.bucket)
-        at_tau = at_tau - weight * targets.bucket * inside / _outside(sums)
+        # Where there are other columns, one of them is exp(0) of the sum.
+        odds = (sums[:, 1] - sums[:, 2] * lowered) / sums[:, 2].clamp(min=1.0)
+        at_tau = at_tau * lowered - weight * targets.bucket * odds
     return RowScalars(
         at_one=at_one,
         at_tau=at_tau,
@@ -270,9 +303,9 @@ def gradient_(
     num_columns = logits.size(-1)
     if num_columns == 0:
         return
+    base = _base(maxima)
     at_one = scalars.at_one * grad_output / sums[:, 0]
     at_tau = scalars.at_tau * grad_output / sums[:, 1]
-    at_both = (at_one + at_tau).unsqueeze(-1)
     label = pick_columns(labels.unsqueeze(-1), first_column=first_column, num_columns=num_columns)
     at_label = label.owned * (-scalars.at_label * grad_output).unsqueeze(-1)
     if targets is not None:
@@ -285,17 +318,16 @@ def gradient_(
             inside = at_one.unsqueeze(-1) * shifted.exp()
             inside += at_tau_kept.unsqueeze(-1) * (shifted / temperature).exp()
             at_targets += torch.where(picks.owned, inside, 0.0)
-            # Where the student is sure, A2 outside the targets is too large to be taken back at them: they start
-            # from exp(-inf).
-            nothing = torch.zeros_like(shifted).masked_fill_(picks.owned, float("-inf"))
+            # Relative to the other columns' maximum the targets may be infinite: they start from exp(-inf).
+            removed = _removed(picks)
+            at_one = at_one * _lowered(maxima)
+    at_both = (at_one + at_tau).unsqueeze(-1)
     for rows in _row_chunks(logits):
         chunk = logits[rows]
         in_place = chunk.dtype == torch.float32
-        shifted = (
-            chunk.sub_(maxima[rows].unsqueeze(-1)) if in_place else _shifted(chunk, maxima[rows])
-        )
+        shifted = chunk.sub_(base[rows].unsqueeze(-1)) if in_place else _shifted(chunk, base[rows])
         if scalars.at_tau_kept is not None:
-            shifted.scatter_add_(-1, picks.columns[rows], nothing[rows])
+            shifted.scatter_add_(-1, picks.columns[rows], removed[rows])
         if temperature == 1.0:
             gradient = shifted.exp_().mul_(at_both[rows])
         else:
@@ -320,9 +352,27 @@ def _shifted(logits: torch.Tensor, maxima: torch.Tensor) -> torch.Tensor:
     return torch.sub(logits.float(), maxima.unsqueeze(-1))
 
 
-def _outside(sums: torch.Tensor) -> torch.Tensor:
-    """fp32[T]: sum of exp(s/tau) outside the targets, over all ranks."""
-    return sums[:, 2].clamp(min=LEAST_OUTSIDE)
+def _removed(picks: Picks) -> torch.Tensor:
+    """fp32[T, M], to be added at the picks' columns: -inf where this rank owns them."""
+    return torch.zeros(picks.owned.shape, device=picks.owned.device).masked_fill_(
+        picks.owned, -math.inf
+    )
+
+
+def _base(maxima: torch.Tensor) -> torch.Tensor:
+    """fp32[T]: what the logits outside the targets are relative to; 0 where there are none."""
+    last = maxima[-1]
+    return last if len(maxima) == 1 else last.masked_fill(last == -math.inf, 0.0)
+
+
+def _distance(maxima: torch.Tensor) -> torch.Tensor:
+    """fp32[T]: how far the largest logit outside the targets is from the row's, at most 0."""
+    return maxima[-1] - maxima[0]
+
+
+def _lowered(maxima: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """fp32[T]: takes sums relative to the largest logit outside the targets to the row's maximum."""
+    return (_distance(maxima) / temperature).exp()
 
 
 def _row_chunks(rows: torch.Tensor) -> Iterator[slice]:

@@ -6,13 +6,14 @@
 // A row is read as aligned vectors of 16 bytes, whatever its address: a position counts values from the aligned address
 // at or below the row's first column, so position = column + offset, and the vectors at the ends are partial.
 //
-// s is a logit less the largest one known, q = softmax(z / tau); "kept" columns are those that a target names.
+// s is a logit less the largest one known, q = softmax(z / tau); "kept" columns are those that a target names, where
+// targets have a bucket for the others. The others' sums are relative to a maximum of their own: beside a kept column of
+// which the student is sure they are less than fp32 holds, and the gradient needs their ratios.
 #pragma once
 #include "../cuda/device.cuh"
 
 namespace sparse_kd {
 
-constexpr float LEAST_OUTSIDE = 1e-30f;  // as in reference.py
 constexpr int MAX_CLUSTER = 8;
 constexpr int TILE = 4;  // vectors that a thread has in flight, or keeps
 constexpr int FUSED_THREADS = 1024;
@@ -28,9 +29,9 @@ struct Arguments {
     const float* buckets;      // [T]; null where the mode has none
     const float* kd_scales;    // [T]
     const float* grad_losses;  // at grad_stride; null for one
-    float* statistics;         // [ranks, T, 8]
+    float* statistics;         // [ranks, T, 9]
     float* picks;              // [T, 1 + K], the label's logit and the targets', where this rank has them
-    float* scalars;            // [T, 6]
+    float* scalars;            // [T, 8]
     float* subtracted;         // [T, 1 + K], see finish_row
     float* losses;             // [T]
     float* terms;              // [3, T]: cross-entropy, KL, lse^2
@@ -42,18 +43,24 @@ struct Arguments {
 // What a part of a row (a rank's, or a block's of a cluster) says of it, relative to its own maximum.
 struct Statistics {
     float max;
-    float sum;      // of exp(s)
-    float inside;   // of exp(s / tau) at kept columns; 0 without buckets
-    float outside;  // of exp(s / tau) elsewhere: summed apart, since a sure student leaves nothing of a difference
-    float total;    // of s; 0 without floors
-    float label;    // s of the label
-    float cross;    // sum of t s over the targets
-    float mass;     // sum of t
+    float sum;          // of exp(s)
+    float inside;       // of exp(s / tau) at kept columns; 0 without buckets
+    float outside_max;  // of the other columns
+    float outside;      // of exp(s / tau) at them, s less their own maximum
+    float total;        // of s; 0 without floors
+    float label;        // s of the label
+    float cross;        // sum of t s over the targets
+    float mass;         // sum of t
 };
 
-// The gradient of a row but for its entries: plain exp(s) + tempered exp(s / tau) - floor.
+// The gradient of some columns but for their entries: plain exp(s) + tempered exp(s / tau) - floor; s a logit - max.
+struct Bulk {
+    float max, plain, tempered;
+};
+
 struct RowScalars {
-    float max, plain, tempered, tempered_kept, floor, is_active;
+    Bulk outside, kept;  // the same without buckets
+    float floor, is_active;
 };
 
 struct Entry {
@@ -146,32 +153,58 @@ struct Row {
     }
 };
 
-// Sums over some columns, relative to the largest of them.
-struct Partial {
-    float max, sum, inside, outside, total, count;
+// Sums of exp(s) and exp(s / tau) over some columns, relative to the largest of them.
+struct Sums {
+    float max, plain, tempered;
 };
 
-__device__ __forceinline__ Partial nothing() { return {-infinity(), 0.0f, 0.0f, 0.0f, 0.0f, 0.0f}; }
+__device__ __forceinline__ Sums no_sums() { return {-infinity(), 0.0f, 0.0f}; }
 
 template <bool GENERAL>
-__device__ __forceinline__ void move_to(Partial& partial, float max, const Settings& settings) {
-    const float distance = partial.max - anchor(max);
-    partial.sum *= exp_approx(distance);
-    if (GENERAL) {
-        const float scale = exp_approx(distance * settings.inverse_tau);
-        partial.inside *= scale;
-        partial.outside *= scale;
-        partial.total += partial.count * (anchor(partial.max) - anchor(max));
-    }
-    partial.max = max;
+__device__ __forceinline__ void move_to(Sums& sums, float max, const Settings& settings) {
+    const float distance = sums.max - anchor(max);
+    sums.plain *= exp_approx(distance);
+    if (GENERAL) sums.tempered *= exp_approx(distance * settings.inverse_tau);
+    sums.max = max;
 }
 
 template <bool GENERAL>
-__device__ __forceinline__ Partial merged(Partial a, Partial b, const Settings& settings) {
+__device__ __forceinline__ Sums merged(Sums a, Sums b, const Settings& settings) {
     const float max = fmaxf(a.max, b.max);
     move_to<GENERAL>(a, max, settings);
     move_to<GENERAL>(b, max, settings);
-    return {max, a.sum + b.sum, a.inside + b.inside, a.outside + b.outside, a.total + b.total, a.count + b.count};
+    return {max, a.plain + b.plain, a.tempered + b.tempered};
+}
+
+template <bool GENERAL>
+__device__ __forceinline__ Sums from_lane(Sums sums, int distance) {
+    Sums other = no_sums();
+    other.max = __shfl_down_sync(ALL_LANES, sums.max, distance);
+    other.plain = __shfl_down_sync(ALL_LANES, sums.plain, distance);
+    if (GENERAL) other.tempered = __shfl_down_sync(ALL_LANES, sums.tempered, distance);
+    return other;
+}
+
+// Of some columns. `total` is the sum of s, of which there are `count`, relative to the others' maximum: targets have a
+// floor or a bucket.
+struct Partial {
+    Sums others, kept;
+    float total, count;
+};
+
+__device__ __forceinline__ Partial nothing() { return {no_sums(), no_sums(), 0.0f, 0.0f}; }
+
+template <bool GENERAL>
+__device__ __forceinline__ Partial merged(Partial a, Partial b, const Settings& settings) {
+    const Sums others = merged<GENERAL>(a.others, b.others, settings);
+    if (!GENERAL) return {others, no_sums(), 0.0f, 0.0f};
+    const float base = anchor(others.max);
+    return {
+        others,
+        merged<GENERAL>(a.kept, b.kept, settings),
+        (a.total + a.count * (anchor(a.others.max) - base)) + (b.total + b.count * (anchor(b.others.max) - base)),
+        a.count + b.count,
+    };
 }
 
 // `real` and `kept` have a bit per value of the vector; a column that is not real must be -inf.
@@ -180,23 +213,31 @@ __device__ __forceinline__ void accumulate(Partial& partial, const Vector<T>& ve
                                            const Settings& settings) {
     float values[Vector<T>::SIZE];
     vector.unpack(values);
+    if (GENERAL && kept != 0) {
+#pragma unroll
+        for (int i = 0; i < Vector<T>::SIZE; ++i) {
+            if ((kept >> i & 1) == 0) continue;
+            partial.kept = merged<GENERAL>(partial.kept, {values[i], 1.0f, 1.0f}, settings);
+            values[i] = -infinity();
+        }
+    }
+    Sums& others = partial.others;
     float max = values[0];
 #pragma unroll
     for (int i = 1; i < Vector<T>::SIZE; ++i) max = fmaxf(max, values[i]);
-    if (max > partial.max) move_to<GENERAL>(partial, max, settings);
-    const float base = anchor(partial.max);
+    if (max > others.max) {
+        if (GENERAL) partial.total += partial.count * (anchor(others.max) - anchor(max));
+        move_to<GENERAL>(others, max, settings);
+    }
+    const float base = anchor(others.max);
 #pragma unroll
     for (int i = 0; i < Vector<T>::SIZE; ++i) {
         const float shifted = values[i] - base;
         float exponential = exp_approx(shifted);
-        partial.sum += exponential;
+        others.plain += exponential;
         if (!GENERAL) continue;
         if (settings.is_tempered) exponential = exp_approx(shifted * settings.inverse_tau);
-        if (kept >> i & 1) {
-            partial.inside += exponential;
-        } else {
-            partial.outside += exponential;
-        }
+        others.tempered += exponential;
         if (settings.has_floor && (real >> i & 1)) partial.total += shifted;
     }
     if (GENERAL) partial.count += float(__popc(real));
@@ -207,11 +248,9 @@ __device__ __forceinline__ Partial warp_merged(Partial partial, const Settings& 
 #pragma unroll
     for (int distance = WARP_SIZE / 2; distance > 0; distance /= 2) {
         Partial other = nothing();
-        other.max = __shfl_down_sync(ALL_LANES, partial.max, distance);
-        other.sum = __shfl_down_sync(ALL_LANES, partial.sum, distance);
+        other.others = from_lane<GENERAL>(partial.others, distance);
         if (GENERAL) {
-            other.inside = __shfl_down_sync(ALL_LANES, partial.inside, distance);
-            other.outside = __shfl_down_sync(ALL_LANES, partial.outside, distance);
+            other.kept = from_lane<GENERAL>(partial.kept, distance);
             other.total = __shfl_down_sync(ALL_LANES, partial.total, distance);
             other.count = __shfl_down_sync(ALL_LANES, partial.count, distance);
         }
@@ -261,12 +300,28 @@ __device__ __forceinline__ void pick(float* picks, const Arguments& a, i64 row, 
     }
 }
 
+// The first lane's.
+template <bool GENERAL>
+__device__ __forceinline__ Sums broadcast(Sums sums) {
+    Sums first = no_sums();
+    first.max = __shfl_sync(ALL_LANES, sums.max, 0);
+    first.plain = __shfl_sync(ALL_LANES, sums.plain, 0);
+    first.tempered = GENERAL ? __shfl_sync(ALL_LANES, sums.tempered, 0) : first.plain;
+    return first;
+}
+
 // The statistics of positions [begin, end) from the block's partial; by the first warp, complete in all its lanes.
 template <bool GENERAL, class T>
 __device__ __forceinline__ Statistics statistics_of(Partial partial, const float* picks, const Arguments& a, i64 row,
-                                                    const Row<T>& view, i32 begin, i32 end) {
-    const float max = __shfl_sync(ALL_LANES, partial.max, 0);
-    const float base = anchor(max);
+                                                    const Row<T>& view, i32 begin, i32 end, const Settings& settings) {
+    const Sums others = broadcast<GENERAL>(partial.others);
+    Sums whole = others, kept = no_sums();
+    if (GENERAL) {
+        kept = broadcast<GENERAL>(partial.kept);
+        whole = merged<GENERAL>(others, kept, settings);
+        move_to<GENERAL>(kept, whole.max, settings);
+    }
+    const float base = anchor(whole.max);
     float cross = 0.0f, mass = 0.0f;
     for (i32 entry = threadIdx.x; entry < a.num_entries; entry += WARP_SIZE) {
         const float prob = a.probs[row * a.num_entries + entry];
@@ -275,12 +330,12 @@ __device__ __forceinline__ Statistics statistics_of(Partial partial, const float
         mass += prob;
     }
     const bool has_label = view.position_of(a.labels[row], begin, end) >= 0;
-    const float sum = __shfl_sync(ALL_LANES, partial.sum, 0);
     return {
-        max,
-        sum,
-        GENERAL ? __shfl_sync(ALL_LANES, partial.inside, 0) : 0.0f,
-        GENERAL ? __shfl_sync(ALL_LANES, partial.outside, 0) : sum,
+        whole.max,
+        whole.plain,
+        kept.tempered,
+        others.max,
+        others.tempered,
         GENERAL ? __shfl_sync(ALL_LANES, partial.total, 0) : 0.0f,
         has_label ? picks[0] - base : 0.0f,
         warp_sum(cross),
@@ -339,19 +394,23 @@ struct Parts {
 
 // All parts' statistics as one, and the label's part. Part by part, so that every rank gets the same bits.
 __device__ __forceinline__ Statistics all_parts(const Parts& parts, i64 label, i32 vocab_size, float inverse_tau) {
-    Statistics whole = {-infinity(), 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
-    for (i32 i = 0; i < parts.number; ++i) whole.max = fmaxf(whole.max, parts.first[i * parts.stride].max);
-    const float base = anchor(whole.max);
+    Statistics whole = {-infinity(), 0.0f, 0.0f, -infinity(), 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
+    for (i32 i = 0; i < parts.number; ++i) {
+        whole.max = fmaxf(whole.max, parts.first[i * parts.stride].max);
+        whole.outside_max = fmaxf(whole.outside_max, parts.first[i * parts.stride].outside_max);
+    }
+    const float base = anchor(whole.max), outside_base = anchor(whole.outside_max);
     const i32 label_part = label < 0 ? -1 : i32((label + parts.offset) / parts.width);
     for (i32 i = 0; i < parts.number; ++i) {
         const Statistics part = parts.first[i * parts.stride];
         const float scale = exp_approx(part.max - base);
-        const float tempered_scale = exp_approx((part.max - base) * inverse_tau);
+        const float inside_scale = exp_approx((part.max - base) * inverse_tau);
+        const float outside_scale = exp_approx((part.outside_max - outside_base) * inverse_tau);
         const float moved = anchor(part.max) - base;
         const i32 columns = parts.columns_before(i + 1, vocab_size) - parts.columns_before(i, vocab_size);
         whole.sum += part.sum * scale;
-        whole.inside += part.inside * tempered_scale;
-        whole.outside += part.outside * tempered_scale;
+        whole.inside += part.inside * inside_scale;
+        whole.outside += part.outside * outside_scale;
         whole.total += part.total + columns * moved;
         whole.cross += part.cross + part.mass * moved;
         if (i == label_part) whole.label = part.label + moved;
@@ -396,8 +455,10 @@ __device__ __forceinline__ RowScalars finish_row(const Arguments& a, i64 row, co
 
     const float log_sum = logf(whole.sum);
     const float lse = has_label ? anchor(whole.max) + log_sum : 0.0f;
-    const float tempered_sum = whole.inside + whole.outside;
-    const float outside = fmaxf(whole.outside, LEAST_OUTSIDE);
+    // What takes the others' sums to the row's maximum; without buckets 0 and 1.
+    const float distance = whole.outside_max - anchor(whole.max);
+    const float lowered = exp_approx(distance), tempered_lowered = exp_approx(distance * inverse_tau);
+    const float tempered_sum = whole.inside + whole.outside * tempered_lowered;
     const bool has_targets = num_kept > 0 || floor > 0.0f;
     if (reports && lane == 0) {
         const float ce = has_label ? log_sum - whole.label : 0.0f;
@@ -409,7 +470,9 @@ __device__ __forceinline__ RowScalars finish_row(const Arguments& a, i64 row, co
                 kl += (a.vocab_size - num_kept) * x_log_x(floor);
                 kl -= floor * (whole.total * inverse_tau - a.vocab_size * log_tempered_sum);
             }
-            if (bucket > 0.0f) kl += x_log_x(bucket) - bucket * (logf(outside) - log_tempered_sum);
+            if (bucket > 0.0f) {
+                kl += x_log_x(bucket) - bucket * (distance * inverse_tau + logf(whole.outside) - log_tempered_sum);
+            }
         }
         a.losses[row] = a.ce_weight * ce + kd_scale * kl + a.z_loss * lse * lse;
         a.terms[row] = ce;
@@ -417,25 +480,38 @@ __device__ __forceinline__ RowScalars finish_row(const Arguments& a, i64 row, co
         a.terms[2 * i64(a.num_rows) + row] = lse * lse;
     }
 
-    RowScalars scalars = {anchor(whole.max), 0.0f, 0.0f, 0.0f, 0.0f, has_label || has_targets ? 1.0f : 0.0f};
-    if (has_label) scalars.plain = (a.ce_weight + 2.0f * a.z_loss * lse) / whole.sum;
+    const Bulk none = {anchor(whole.max), 0.0f, 0.0f};
+    RowScalars scalars = {none, none, 0.0f, has_label || has_targets ? 1.0f : 0.0f};
+    scalars.outside.max = anchor(whole.outside_max);
+    if (has_label) {
+        scalars.kept.plain = (a.ce_weight + 2.0f * a.z_loss * lse) / whole.sum;
+        scalars.outside.plain = scalars.kept.plain * lowered;
+    }
     if (has_targets) {
         const float target_mass = mass + a.vocab_size * floor;
-        scalars.tempered = at_target * (target_mass - bucket * whole.inside / outside) / tempered_sum;
-        scalars.tempered_kept = at_target * (target_mass + bucket) / tempered_sum;
+        // Where there are other columns, one of them is exp(0) of the sum.
+        const float odds = whole.inside / fmaxf(whole.outside, 1.0f);
+        scalars.outside.tempered = at_target * (target_mass * tempered_lowered - bucket * odds) / tempered_sum;
+        scalars.kept.tempered = at_target * (target_mass + bucket) / tempered_sum;
         scalars.floor = at_target * floor;
     }
     return scalars;
 }
 
-// The scalars times the incoming gradient; zeros where the row takes no part, whatever comes in.
-__device__ __forceinline__ RowScalars times_incoming(RowScalars scalars, float incoming) {
-    if (scalars.is_active == 0.0f) return {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
-    scalars.plain *= incoming;
-    scalars.tempered *= incoming;
-    scalars.tempered_kept *= incoming;
-    scalars.floor *= incoming;
-    return scalars;
+// The scalars of columns that no entry names, times the incoming gradient; zeros where the row takes no part, whatever
+// comes in. What the entries need is read when the bulk is written: it would take registers until then.
+struct BulkScalars {
+    Bulk bulk;
+    float floor, is_active;
+};
+
+__device__ __forceinline__ Bulk times(Bulk bulk, float incoming) {
+    return {bulk.max, bulk.plain * incoming, bulk.tempered * incoming};
+}
+
+__device__ __forceinline__ BulkScalars bulk_of(const RowScalars& scalars, float incoming) {
+    if (scalars.is_active == 0.0f) return {{0.0f, 0.0f, 0.0f}, 0.0f, 0.0f};
+    return {times(scalars.outside, incoming), scalars.floor * incoming, 1.0f};
 }
 
 __device__ __forceinline__ float incoming_gradient(const Arguments& a, i64 row) {
@@ -443,41 +519,41 @@ __device__ __forceinline__ float incoming_gradient(const Arguments& a, i64 row) 
 }
 
 template <bool GENERAL>
-__device__ __forceinline__ float gradient_at(float logit, const RowScalars& scalars, float tempered,
-                                             const Settings& settings) {
-    const float shifted = logit - scalars.max;
+__device__ __forceinline__ float gradient_at(float logit, const Bulk& bulk, float floor, const Settings& settings) {
+    const float shifted = logit - bulk.max;
     const float exponential = exp_approx(shifted);
-    if (!GENERAL) return (scalars.plain + tempered) * exponential;
+    if (!GENERAL) return (bulk.plain + bulk.tempered) * exponential;
     const float other = settings.is_tempered ? exp_approx(shifted * settings.inverse_tau) : exponential;
-    return scalars.plain * exponential + tempered * other - scalars.floor;
+    return bulk.plain * exponential + bulk.tempered * other - floor;
 }
 
 template <bool GENERAL, class T>
 __device__ __forceinline__ void write_gradient(const Row<T>& view, i32 index, const Vector<T>& vector,
-                                               const RowScalars& scalars, const Settings& settings) {
+                                               const BulkScalars& scalars, const Settings& settings) {
     float values[Vector<T>::SIZE];
     vector.unpack(values);
 #pragma unroll
     for (int i = 0; i < Vector<T>::SIZE; ++i) {
-        values[i] = gradient_at<GENERAL>(values[i], scalars, scalars.tempered, settings);
+        values[i] = gradient_at<GENERAL>(values[i], scalars.bulk, scalars.floor, settings);
     }
     view.store(index, Vector<T>::pack(values));
 }
 
-// Overwrite the columns at positions [begin, end) that the label and the targets name. Never corrected from the bulk:
-// outside the kept columns `tempered` may be huge, and the bulk is already rounded.
+// Overwrite the columns at positions [begin, end) that the label and the targets name. Never corrected from the bulk,
+// which is already rounded, and at kept columns relative to another maximum: it may be infinite there.
 template <bool GENERAL, class T>
 __device__ __forceinline__ void write_entries(const Arguments& a, i64 row, const Row<T>& view, i32 begin, i32 end,
                                               const float* picks, const float* subtracted, const RowScalars& scalars,
                                               float incoming, const Settings& settings) {
-    if (scalars.is_active == 0.0f) return;
+    const BulkScalars outside = bulk_of(scalars, incoming);
+    if (outside.is_active == 0.0f) return;
     for (i32 i = threadIdx.x; i <= a.num_entries; i += blockDim.x) {
         const float taken = subtracted[i];
         const i64 id = i == 0 ? a.labels[row] : id_at(a, row, i - 1);
         const i32 position = view.position_of(id, begin, end);
         if (position < 0 || taken == not_written()) continue;
-        const float tempered = i == 0 ? scalars.tempered : scalars.tempered_kept;
-        const float bulk = gradient_at<GENERAL>(picks[i], scalars, tempered, settings);
+        const Bulk columns = GENERAL && i > 0 ? times(scalars.kept, incoming) : outside.bulk;
+        const float bulk = gradient_at<GENERAL>(picks[i], columns, outside.floor, settings);
         view.aligned[position] = Format<T>::rounded(bulk - taken * incoming);
     }
 }
@@ -519,7 +595,7 @@ __global__ void __launch_bounds__(THREADS) row_statistics(const Arguments a) {
     }
     partial = block_merged<GENERAL>(partial, partials, settings);
     if (thread >= WARP_SIZE) return;
-    const Statistics statistics = statistics_of<GENERAL>(partial, picks, a, row, view, 0, end);
+    const Statistics statistics = statistics_of<GENERAL>(partial, picks, a, row, view, 0, end, settings);
     if (thread == 0) reinterpret_cast<Statistics*>(a.statistics)[row] = statistics;
 }
 
@@ -550,7 +626,8 @@ __global__ void __launch_bounds__(THREADS) gradient(const Arguments a) {
     const Row<T> view(a, row);
     const Settings settings = settings_of(a);
     const float incoming = incoming_gradient(a, row);
-    const RowScalars scalars = times_incoming(reinterpret_cast<const RowScalars*>(a.scalars)[row], incoming);
+    const RowScalars& row_scalars = reinterpret_cast<const RowScalars*>(a.scalars)[row];
+    const BulkScalars scalars = bulk_of(row_scalars, incoming);
     const i32 begin = blockIdx.y * a.vectors_per_block;
     const i32 num_vectors = (view.end + Vector<T>::SIZE - 1) / Vector<T>::SIZE;
     const i32 end = begin + a.vectors_per_block < num_vectors ? begin + a.vectors_per_block : num_vectors;
@@ -571,7 +648,7 @@ __global__ void __launch_bounds__(THREADS) gradient(const Arguments a) {
     __syncthreads();
     const i64 first_pick = row * (1 + a.num_entries);
     write_entries<GENERAL>(a, row, view, begin * Vector<T>::SIZE, end * Vector<T>::SIZE, a.picks + first_pick,
-                           a.subtracted + first_pick, scalars, incoming, settings);
+                           a.subtracted + first_pick, row_scalars, incoming, settings);
 }
 
 // A cluster per row, which it holds in registers: loss, and the gradient over the logits, in one read and one write.
@@ -618,7 +695,7 @@ __global__ void __launch_bounds__(FUSED_THREADS) fused(const Arguments a) {
     partial = block_merged<GENERAL>(partial, partials, settings);
     cluster_wait();
     if (thread < WARP_SIZE) {
-        const Statistics mine = statistics_of<GENERAL>(partial, picks, a, row, view, begin, end);
+        const Statistics mine = statistics_of<GENERAL>(partial, picks, a, row, view, begin, end, settings);
         if (thread < num_blocks) *map_shared(statistics + rank, thread) = mine;
     }
     cluster_synchronise();
@@ -629,7 +706,7 @@ __global__ void __launch_bounds__(FUSED_THREADS) fused(const Arguments a) {
     }
     __syncthreads();
     const float incoming = incoming_gradient(a, row);
-    const RowScalars scalars = times_incoming(*shared_scalars, incoming);
+    const BulkScalars scalars = bulk_of(*shared_scalars, incoming);
 #pragma unroll
     for (int i = 0; i < TILE; ++i) {
         const i32 vector = first + i * num_threads;
@@ -637,7 +714,7 @@ __global__ void __launch_bounds__(FUSED_THREADS) fused(const Arguments a) {
         if (vector * SIZE < view.end) write_gradient<GENERAL>(view, vector, loaded[i], scalars, settings);
     }
     __syncthreads();
-    write_entries<GENERAL>(a, row, view, begin, end, picks, subtracted, scalars, incoming, settings);
+    write_entries<GENERAL>(a, row, view, begin, end, picks, subtracted, *shared_scalars, incoming, settings);
 }
 
 }  // namespace sparse_kd

@@ -75,7 +75,7 @@ class KernelSaved(NamedTuple):
     """What the kernels' gradient needs beside the logits.
 
     Attributes:
-        scalars: fp32[T, 6], of `launch.combine`.
+        scalars: fp32[T, 8], of `launch.combine`.
         picks: fp32[T, 1+K], logits of the label and the targets, of `launch.row_statistics`.
         subtracted: fp32[T, 1+K], what the label and the targets take off the gradient, of `launch.combine`.
     """
@@ -89,7 +89,7 @@ class ReferenceSaved(NamedTuple):
     """What the reference's gradient needs beside the logits; other numbers than the kernels', in the same shapes.
 
     Attributes:
-        numbers: fp32[T, 6]: the row's maximum, three sums of `reference.row_sums`, lse, and 0.
+        numbers: fp32[T, 8]: three sums of `reference.row_sums`, lse, zeros, and the row's maxima.
         picked: fp32[T, 1+K], shifted logits of the targets, of `reference.row_sums`.
         probs: fp32[T, 1+K], this rank's part of the targets, of `reference.row_sums`.
     """
@@ -185,7 +185,7 @@ def _all_reduce(
 
 
 def _gathered(statistics: torch.Tensor, group: str | None) -> torch.Tensor:
-    """fp32[ranks, T, 8] of all ranks."""
+    """fp32[ranks, T, 9] of all ranks."""
     if group is None:
         return statistics.unsqueeze(0)
     ranks = _ranks(group)
@@ -219,7 +219,7 @@ def _reference_forward(logits: torch.Tensor, loss: Loss) -> Forward:
     first, num_columns = _real_columns(logits, loss)
     targets = loss.targets
     real = logits[:, :num_columns]
-    maxima = reference.row_max(real)
+    maxima = reference.row_maxima(real, targets, first_column=first)
     _all_reduce(maxima, dist.ReduceOp.MAX, loss.group)
     sums, picked, probs = reference.row_sums(
         real,
@@ -230,20 +230,21 @@ def _reference_forward(logits: torch.Tensor, loss: Loss) -> Forward:
         temperature=loss.temperature,
     )
     _all_reduce(sums, dist.ReduceOp.SUM, loss.group)
-    ce, lse = reference.label_terms(sums, maxima, loss.labels, vocab_size=loss.vocab_size)
+    ce, lse = reference.label_terms(sums, maxima[0], loss.labels, vocab_size=loss.vocab_size)
     losses = loss.ce_weight * ce
     if targets is None:
         kl = torch.zeros_like(ce)
     else:
         assert loss.kd_scale is not None
         kl = reference.sparse_kl(
-            sums, targets, temperature=loss.temperature, vocab_size=loss.vocab_size
+            sums, maxima, targets, temperature=loss.temperature, vocab_size=loss.vocab_size
         )
         losses = losses + loss.kd_scale * kl
     if loss.z_loss:
         losses = losses + loss.z_loss * lse.square()
     # The gradient needs the first three sums, and lse to which the others added.
-    numbers = torch.stack((maxima, *sums[:, :3].unbind(-1), lse, torch.zeros_like(lse)), -1)
+    numbers = sums.new_zeros(len(sums), ROW_NUMBERS)
+    numbers[:, :3], numbers[:, 3], numbers[:, -len(maxima) :] = sums[:, :3], lse, maxima.t()
     saved = ReferenceSaved(numbers, picked, probs)
     return Forward(losses, torch.stack((ce, kl, lse.square())), saved)
 
@@ -252,9 +253,12 @@ def _reference_gradient_(
     logits: torch.Tensor, loss: Loss, saved: ReferenceSaved, grad_losses: torch.Tensor
 ) -> None:
     first, num_columns = _real_columns(logits, loss)
-    maxima, sums, lse = saved.numbers[:, 0], saved.numbers[:, 1:4], saved.numbers[:, 4]
+    sums, lse = saved.numbers[:, :3], saved.numbers[:, 3]
+    has_bucket = loss.targets is not None and loss.targets.bucket is not None
+    maxima = saved.numbers[:, -2:].t() if has_bucket else saved.numbers[:, -1:].t()
     scalars = reference.row_scalars(
         sums,
+        maxima,
         loss.labels,
         lse,
         loss.targets,

@@ -22,13 +22,14 @@ MASS_ROUNDING = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class RowTargets:
-    """The distribution of each row: probs at ids, plus `floor` at every id, plus `bucket` outside the ids as a whole.
+    """The distribution of each row: probs at ids, plus `floor` at every id or `bucket` outside the ids as a whole.
 
     Attributes:
         ids: int64[T, K], distinct within a row, padded with -1.
         probs: fp32[T, K], zero where padded.
         floor: fp32[T], added to every id of the vocabulary; None for zero.
-        bucket: fp32[T], mass of all ids that are not in `ids` taken together; None where the mode has no bucket.
+        bucket: fp32[T], mass of all ids that are not in `ids` taken together; None where the mode has no bucket. Not
+            beside a floor.
     """
 
     ids: torch.Tensor
@@ -75,7 +76,7 @@ def prepare_targets(
     elif residual == "label":
         ids, probs = _given_to_label(ids, probs, labels, missing)
     elif residual == "ghost":
-        bucket = missing
+        bucket = torch.where((ids >= 0).sum(-1) < vocab_size, missing, 0.0)
     elif residual == "uniform":
         floor = missing / vocab_size
     if smoothing:
