@@ -38,7 +38,7 @@ LAYOUTS = {
 }
 
 HALF_UNIT = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}
-LEAST = {torch.bfloat16: 1e-38, torch.float16: 2**-25, torch.float32: 1e-38}
+LEAST = {torch.bfloat16: 1e-37, torch.float16: 2**-25, torch.float32: 1e-37}
 FP32_ERROR = 8e-6
 GAP_VALUE = 77.0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -32,6 +33,14 @@ def loss_of(logits, labels, targets, **settings):
     return sparse_kd_loss(logits, labels, targets, **arguments | settings)
 
 
+@pytest.fixture(params=["reference", "cuda"])
+def loss(request, monkeypatch):
+    """The function of the loss by either backend."""
+    launcher = emulated(launch.SOURCE)
+    monkeypatch.setattr(stages, "launcher_for", lambda source, device: launcher)
+    return partial(loss_of, implementation=LossBackend(name=request.param))
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -49,77 +58,77 @@ def loss_of(logits, labels, targets, **settings):
         ({"implementation": "triton"}, "found: triton"),
     ],
 )
-def test_settings_that_are_none_are_refused(settings, words):
+def test_settings_that_are_none_are_refused(loss, settings, words):
     with pytest.raises(ConfigError, match=words):
-        loss_of(*make_case(0), **settings)
+        loss(*make_case(0), **settings)
 
 
 @pytest.mark.parametrize("vocab_size", [0, PADDED + 1])
-def test_a_vocabulary_that_the_logits_do_not_have_is_refused(vocab_size):
+def test_a_vocabulary_that_the_logits_do_not_have_is_refused(loss, vocab_size):
     logits, labels, targets = make_case(0)
     with pytest.raises(LossInputError, match=f"found: {vocab_size}; expected: 1 to {PADDED}"):
-        loss_of(logits, labels, targets, vocab_size=vocab_size)
+        loss(logits, labels, targets, vocab_size=vocab_size)
     with pytest.raises(LossInputError, match=f"found: {vocab_size}; expected: 1 to {PADDED}"):
         dense_loss_of(logits, labels, vocab_size=vocab_size)
 
 
 @pytest.mark.parametrize("beyond", BEYOND)
-def test_a_label_outside_the_vocabulary_is_refused(beyond):
+def test_a_label_outside_the_vocabulary_is_refused(loss, beyond):
     logits, labels, targets = make_case(0)
     labels[4] = beyond
-    for function in (loss_of, lambda z, y, _: dense_loss_of(z, y)):
+    for function in (loss, lambda z, y, _: dense_loss_of(z, y)):
         with pytest.raises(LossInputError, match=f"where: labels; found: {beyond}; .*below {V}"):
             function(logits, labels, targets)
 
 
 @pytest.mark.parametrize("beyond", [*BEYOND, -2, -100])
-def test_a_target_outside_the_vocabulary_is_refused(beyond):
+def test_a_target_outside_the_vocabulary_is_refused(loss, beyond):
     logits, labels, targets = make_case(0)
     targets.ids[4, 2] = beyond
     with pytest.raises(
         LossInputError, match=f"where: targets.ids; found: {beyond}; .*0 to {V - 1}"
     ):
-        loss_of(logits, labels, targets)
+        loss(logits, labels, targets)
 
 
 @pytest.mark.parametrize("order", ["side by side", "apart"])
-def test_an_id_that_is_twice_in_a_row_is_refused(order):
+def test_an_id_that_is_twice_in_a_row_is_refused(loss, order):
     logits, labels, _ = make_case(0)
     ids = torch.tensor([5, 8, 8, 30] if order == "side by side" else [8, 5, 30, 8])
     ids = torch.stack([torch.arange(4)] * 22 + [ids])
     targets = SparseTargets(ids=ids, probs=torch.full((23, 4), 0.25))
     with pytest.raises(LossInputError, match="row 22; found: id 8 twice; expected: distinct"):
-        loss_of(logits, labels, targets)
+        loss(logits, labels, targets)
     # Any order of distinct ids is as good as another, and padding may be anywhere.
     good = SparseTargets(ids=torch.tensor([[-1, 9, -1, 2]]).expand(23, 4), probs=targets.probs * 0)
-    loss_of(logits, labels, good)
+    loss(logits, labels, good)
 
 
 @pytest.mark.parametrize("prob", [-0.1, float("nan"), float("inf")])
-def test_probabilities_that_are_none_are_refused(prob):
+def test_probabilities_that_are_none_are_refused(loss, prob):
     logits, labels, targets = make_case(0)
     targets.probs[1, 1] = prob
     with pytest.raises(LossInputError, match=r"where: targets\.probs"):
-        loss_of(logits, labels, targets)
+        loss(logits, labels, targets)
     at_padding = SparseTargets(ids=torch.full((23, 1), -1), probs=torch.full((23, 1), 0.5))
     with pytest.raises(LossInputError, match="beside the padding"):
-        loss_of(logits, labels, at_padding)
+        loss(logits, labels, at_padding)
 
 
-def test_shapes_that_do_not_fit_are_refused():
+def test_shapes_that_do_not_fit_are_refused(loss):
     logits, labels, targets = make_case(0)
     with pytest.raises(LossInputError, match="labels do not fit the logits"):
-        loss_of(logits, labels[:-1], targets)
+        loss(logits, labels[:-1], targets)
     with pytest.raises(LossInputError, match="targets do not fit the labels"):
-        loss_of(logits, labels, SparseTargets(ids=targets.ids[1:], probs=targets.probs[1:]))
+        loss(logits, labels, SparseTargets(ids=targets.ids[1:], probs=targets.probs[1:]))
     with pytest.raises(LossInputError, match="targets do not fit the labels"):
-        loss_of(logits, labels, SparseTargets(ids=targets.ids, probs=targets.probs[:, 1:]))
+        loss(logits, labels, SparseTargets(ids=targets.ids, probs=targets.probs[:, 1:]))
 
 
-def test_any_negative_label_is_none():
+def test_any_negative_label_is_none(loss):
     logits, labels, targets = make_case(0)
-    expected = loss_of(logits, labels, targets)[0]
-    assert torch.equal(loss_of(logits, labels.where(labels >= 0, -1), targets)[0], expected)
+    expected = loss(logits, labels, targets)[0]
+    assert torch.equal(loss(logits, labels.where(labels >= 0, -1), targets)[0], expected)
 
 
 def dense_loss_of(logits, labels, *, vocab_size=V, teacher=None, divergence="forward_kl"):
