@@ -298,10 +298,12 @@ def mutation_checks() -> list[tuple[Case, Expected, str, int]]:
     # A likely label that no target names, beside a bucket.
     named = replace(sure_case(torch.bfloat16, 6.0), labels=torch.tensor([9]))
     named.logits[0, 9] = 5.0
+    # Others a little below the kept column, and far below.
+    near = sure_case(torch.bfloat16, 6.0, temperature=2.5)
     far = far_case(torch.bfloat16, 300.0, temperature=2.5)
     # Whole vectors of padding, and a floor.
     padded = make_case("smoothed", 1.0, torch.bfloat16, padded=272, seed=9)
-    for case in (sure, named, far, padded):
+    for case in (sure, named, near, far, padded):
         checks += [(case, expected_of(case), layout, 0) for layout in LAYOUTS]
     return checks
 

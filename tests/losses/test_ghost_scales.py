@@ -154,7 +154,7 @@ def worst_when_split() -> list[float]:
                     result(scale, *settings, backend, group, rank, size),
                     *(scale, *settings, rank, size),
                 )
-                for scale in SCALES
+                for scale in SCALES[::2]
                 for settings in SETTINGS
             ]
             worst = torch.tensor(max(errors))
