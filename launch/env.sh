@@ -1,7 +1,9 @@
 # Sourced: `source launch/env.sh [extra ...]` makes and activates a virtual environment with the package in it.
 #
 #   VENV        where it is (default .venv in the repository)
+#   PYTHON      of which interpreter: a path, a name, or a version such as 3.12 (default python3)
 #   TORCH_SPEC  what to install as torch, such as torch==2.13.0 (default: see below)
+#   PINS        more to install with the package, such as "megatron-core==0.16.1 transformers==5.5.0"
 #
 # torch goes first, so that nothing replaces it: TORCH_SPEC if set; the interpreter's own torch where that is built for
 # GPUs (container images bring one); else a plain torch, pinned on machines without an NVIDIA driver.
@@ -22,12 +24,18 @@ _env_setup() {
     venv=${VENV:-$root/.venv}
     log=$venv/install.log
     stamp=$venv/installed
-    python=$(command -v python3) || { _env_fail "python3 is not on PATH; install Python 3.10 or newer"; return 1; }
+    python=$(_env_python "${PYTHON:-python3}") ||
+        { _env_fail "${PYTHON:-python3} is not on PATH, nor a version of pyenv; install Python 3.10 or newer"; return 1; }
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
         { _env_fail "$python is $("$python" -V 2>&1); 3.10 or newer is needed"; return 1; }
 
-    key=$( (cat "$root/setup.py" "$root"/distill_pretrain/cache/codec/hc/*.c; echo "$root ${TORCH_SPEC:-}") | "$python" -c \
+    key=$( (cat "$root/setup.py" "$root"/distill_pretrain/cache/codec/hc/*.c; echo "$root ${TORCH_SPEC:-}${PINS:+ $PINS}") | "$python" -c \
         'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())') || return 1
+    if [ -n "${PYTHON:-}" ] && [ -x "$venv/bin/python" ] &&
+        [ "$("$venv/bin/python" -V 2>&1)" != "$("$python" -V 2>&1)" ]; then
+        _env_fail "$venv is of another Python ($("$venv/bin/python" -V 2>&1)) than $python; remove it, or set VENV"
+        return 1
+    fi
     if ! _env_is_ready "$stamp" "$key" "$extras"; then
         if "$python" -c 'import torch, sys; sys.exit(not (torch.version.cuda or torch.version.hip))' 2>/dev/null &&
             [ -z "${TORCH_SPEC:-}" ]; then
@@ -53,7 +61,8 @@ _env_setup() {
             _env_pip "$venv" "$log" "$torch_spec" ||
                 { _env_fail "$torch_spec could not be installed; set TORCH_SPEC to one that can" "$log"; return 1; }
         fi
-        (cd "$root" && _env_pip "$venv" "$log" -e ".[$extras]") ||
+        # shellcheck disable=SC2086 # several requirements
+        (cd "$root" && _env_pip "$venv" "$log" -e ".[$extras]" ${PINS:-}) ||
             { _env_fail "the package could not be installed" "$log"; return 1; }
         printf '%s\n%s\n' "$key" "$extras" >"$stamp"
     fi
@@ -61,6 +70,18 @@ _env_setup() {
     source "$venv/bin/activate"
     # Nothing was compiled as it was installed, so Python has to keep what it compiles.
     export PYTHONDONTWRITEBYTECODE=
+}
+
+# The interpreter by that path, name or version that runs; a shim of pyenv is there for versions that it does not run.
+_env_python() {
+    local candidate found
+    for candidate in "$1" "python$1" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1"{,.*}/bin/python3; do
+        if found=$(command -v "$candidate") && "$found" -c '' >/dev/null 2>&1; then
+            echo "$found"
+            return
+        fi
+    done
+    return 1
 }
 
 # uv installs in a fraction of pip's time, with pip's own settings of where packages are. It does not see the packages
@@ -83,7 +104,7 @@ _env_uv() (
     [ -z "$index" ] || export UV_DEFAULT_INDEX=$index
     [ -z "$certificate" ] || export SSL_CERT_FILE=$certificate
     UV_INDEX=$(setting extra-index-url | tr '\n' ' ') UV_FIND_LINKS=$(setting find-links | tr -s ' \n' ',' | sed 's/,$//') \
-        UV_INDEX_STRATEGY=unsafe-best-match UV_LINK_MODE=copy \
+        UV_INDEX_STRATEGY=unsafe-best-match UV_LINK_MODE=hardlink \
         "$venv/bin/uv" pip install --python "$venv/bin/python" "$@"
 )
 

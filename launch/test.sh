@@ -4,6 +4,7 @@
 #   launch/test.sh                       everything that needs no GPU
 #   launch/test.sh -m gpu                the tests that need a GPU
 #   launch/test.sh tests/corpus -k split
+#   launch/test.sh --matrix [--help]     other versions of Python, torch, megatron-core and transformers
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/env.sh hf eval dev
@@ -15,6 +16,9 @@ workers=$(nproc)
 case " $* " in *gpu*) workers=0 ;; *) export CUDA_VISIBLE_DEVICES= ;; esac
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 
+if [ "${1:-}" = --matrix ]; then
+    exec python tools/version_matrix.py "${@:2}"
+fi
 echo "== ruff check"
 ruff check .
 echo "== ruff format"

@@ -11,6 +11,8 @@ from shutil import which
 import pytest
 import yaml
 
+from tools.version_matrix import COMBINATIONS
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(
     [
@@ -73,6 +75,13 @@ def test_pins_satisfy_what_the_package_asks_for():
         wanted = requirements.Requirement(text)
         if wanted.name != "torch":  # the image's own
             assert wanted.specifier.contains(pins[wanted.name.lower()]), text
+
+
+def test_the_image_is_a_combination_that_the_matrix_runs():
+    asked = COMBINATIONS["3.12"]
+    pins = (ROOT / "launch/constraints.txt").read_text().splitlines()
+    assert f"megatron-core=={asked.megatron}" in pins
+    assert f"FROM pytorch/pytorch:{asked.torch}-cuda" in (ROOT / "Dockerfile").read_text()
 
 
 def test_kubernetes_examples_follow_the_schema():

@@ -55,6 +55,18 @@ LLAMA3_ROPE = {
 }
 
 
+def rope(parameters: dict[str, Any]) -> dict[str, Any]:
+    """RoPE's settings under the names that this transformers knows."""
+    if transformers.__version__ >= "5":
+        return {"rope_parameters": parameters}
+    scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    is_scaled = parameters["rope_type"] != "default"
+    return {
+        "rope_theta": parameters["rope_theta"],
+        "rope_scaling": scaling if is_scaled else None,
+    }
+
+
 def family_configs() -> dict[str, Any]:
     default = {"rope_type": "default", "rope_theta": 500000.0}
     llama, qwen2, qwen3 = (getattr(transformers, f"{n}Config") for n in ("Llama", "Qwen2", "Qwen3"))
@@ -70,8 +82,8 @@ def family_configs() -> dict[str, Any]:
     }
     return {
         "llama": llama(**SHAPE, tie_word_embeddings=False),
-        "llama-tied": llama(**SHAPE, tie_word_embeddings=True, rope_parameters=default),
-        "llama3-rope": llama(**SHAPE, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE),
+        "llama-tied": llama(**SHAPE, tie_word_embeddings=True, **rope(default)),
+        "llama3-rope": llama(**SHAPE, tie_word_embeddings=True, **rope(LLAMA3_ROPE)),
         "mistral": transformers.MistralConfig(**SHAPE, head_dim=16, sliding_window=None),
         "qwen2": qwen2(**SHAPE, tie_word_embeddings=True),
         "qwen3": qwen3(**SHAPE, tie_word_embeddings=False, head_dim=16),

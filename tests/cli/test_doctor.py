@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -129,12 +130,24 @@ def test_a_bare_transformer_engine_is_named(
     assert "transformer_engine[pytorch]" in finding.install
 
 
-def test_another_megatron_is_not_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("version", "usable"),
+    [("0.15.3", False), ("0.16.0", True), ("0.19.2", True), ("0.20.0", False), ("1.0", False)],
+)
+def test_another_megatron_is_not_usable(
+    monkeypatch: pytest.MonkeyPatch, version: str, usable: bool
+) -> None:
     monkeypatch.setattr(checks, "try_import", lambda *a, **k: (object(), ""))
-    monkeypatch.setattr(checks, "version_of", lambda *names: "0.17.3")
+    monkeypatch.setattr(checks, "version_of", lambda *names: version)
     finding = checks._megatron()
-    assert not finding.usable
-    assert "0.17.3, expected 0.16.x" in finding.found
+    assert finding.usable == usable
+    assert finding.found == (version if usable else f"{version}, expected 0.16 to 0.19")
+
+
+def test_doctor_asks_for_the_megatron_that_the_package_asks_for() -> None:
+    setup = (REPOSITORY / "setup.py").read_text(encoding="utf-8")
+    asked = re.search(r'"(megatron-core>=.+?)"', setup)
+    assert asked and asked[1] in checks._megatron().install
 
 
 def test_a_broken_package_is_not_a_missing_one(

@@ -16,11 +16,12 @@ from distill_pretrain.cache import CachePlan
 from distill_pretrain.contracts import RaggedTargets
 from distill_pretrain.data.config import DataConfig
 from distill_pretrain.data.sources import SequenceData, open_sequences
-from distill_pretrain.errors import ConfigError, LayoutError, TeacherError
+from distill_pretrain.errors import ConfigError, LayoutError, MissingDependency, TeacherError
 from distill_pretrain.processes.process import process_group
 from distill_pretrain.teacher.capture import make_plans
 from distill_pretrain.teacher.config import CaptureConfig, TeacherConfig
 from distill_pretrain.teacher.engines import open_engine, open_teacher_engine, teacher_groups
+from distill_pretrain.teacher.engines.split_hf import open_transformers_trunk
 from distill_pretrain.teacher.scoring import SampledBatch, score
 from tests.support.distributed import run_distributed
 from tests.support.small_corpus import SEQ_LEN, VOCAB_SIZE, write_small_corpus
@@ -35,6 +36,8 @@ SETS: dict[str, dict[str, Any]] = {
     "top": {"sampler": "topk", "num_draws": 7},
     "nucleus": {"sampler": "topp", "num_draws": 30, "top_p": 0.8},
 }
+distribution = pytest.importorskip("transformers.distributed")
+SPLITS = hasattr(distribution.DistributedConfig, "dp_replicate_size")  # from 5.20 on
 LAYOUTS: dict[str, dict[str, Any]] = {
     "hf, four copies": {"kind": "hf"},
     "hf, two copies in two": {"kind": "hf", "tensor": 2},
@@ -46,6 +49,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "deepspeed": {"kind": "deepspeed", "zero": 4},
     "deepspeed, offloaded": {"kind": "deepspeed", "zero": 4, "offload": True},
 }
+if not SPLITS:
+    LAYOUTS = {k: v for k, v in LAYOUTS.items() if v["kind"] != "hf" or len(v) == 1}
 
 
 def data_of(tokens: str) -> SequenceData:
@@ -294,6 +299,18 @@ def test_processes_that_cannot_be_shared_out_are_refused(model):
         pass
     with pytest.raises(ConfigError, match=r"set teacher\.kind=hf"):
         open_engine("deepspeed", model, "fp32", vocab_size=VOCAB_SIZE, seq_len=SEQ_LEN)
+
+
+def test_a_transformers_that_cannot_split_is_named(model, monkeypatch):
+    class OlderConfig:
+        def __init__(self, enable_expert_parallel: bool = False) -> None: ...
+
+    pytest.importorskip("accelerate")
+    monkeypatch.setattr(distribution, "DistributedConfig", OlderConfig)
+    teacher = teacher_of(model, kind="hf", tensor=2)
+    config = transformers.AutoConfig.from_pretrained(model)
+    with pytest.raises(MissingDependency, match=r"transformers>=5\.20.*teacher\.tensor"):
+        open_transformers_trunk(teacher, config, "lm_head")
 
 
 def test_the_layout_is_part_of_the_identity(model):

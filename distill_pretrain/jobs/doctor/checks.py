@@ -13,7 +13,8 @@ from pathlib import Path
 from distill_pretrain.jobs.doctor import machine
 from distill_pretrain.jobs.doctor.finding import Finding, try_import, version_of
 
-_MEGATRON = "0.16"
+_MEGATRON = ((0, 16), (0, 19))
+"""First and last of the versions of megatron-core that the tests have run with."""
 
 
 def examine(folder: Path) -> list[Finding]:
@@ -73,7 +74,7 @@ def _python() -> Finding:
         f"{os.cpu_count()} CPU cores",
         usable=sys.version_info >= (3, 10),
         required=True,
-        enables="3.10 or later",
+        enables="3.10 or later; tested: 3.10 to 3.13",
         install="use Python 3.10 or later",
     )
 
@@ -167,17 +168,23 @@ def _kernels() -> Finding:
 
 
 def _megatron() -> Finding:
+    first, last = (".".join(map(str, version)) for version in _MEGATRON)
     finding = _package(
         "megatron-core",
         "megatron.core",
-        enables="the models, parallelism, .bin/.idx files",
+        enables=f"the models, parallelism, .bin/.idx files; {first} to {last}, from 0.17 on with Python 3.12 or later",
         required=True,
-        install=f"pip install 'megatron-core=={_MEGATRON}.*'",
+        install=f"pip install 'megatron-core>={first},<{_MEGATRON[1][0]}.{_MEGATRON[1][1] + 1}'",
     )
-    if finding.usable and not finding.found.startswith(f"{_MEGATRON}."):
-        found = f"{finding.found}, expected {_MEGATRON}.x"
+    if finding.usable and not _MEGATRON[0] <= _first_numbers(finding.found) <= _MEGATRON[1]:
+        found = f"{finding.found}, expected {first} to {last}"
         return replace(finding, found=found, usable=False)
     return finding
+
+
+def _first_numbers(version: str) -> tuple[int, ...]:
+    """(0, 19) of 0.19.2."""
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
 
 
 def _transformer_engine() -> Finding:
@@ -185,7 +192,10 @@ def _transformer_engine() -> Finding:
     install = (
         "pip install --no-build-isolation 'transformer_engine[pytorch]' (needs a GPU toolchain)"
     )
-    enables = "fused GPU layers and FP8; optional"
+    enables = (
+        "fused GPU layers and FP8; optional, no version tested; megatron-core 0.16 asks for 2.9 to 2.11, "
+        "0.17 to 0.19 for any"
+    )
     module, problem = try_import("transformer_engine.pytorch", top="transformer_engine")
     if module is not None:
         return Finding(
@@ -202,7 +212,7 @@ def _transformer_engine() -> Finding:
 
 def _apex() -> Finding:
     """NVIDIA's apex has apex.optimizers and the extension amp_C; PyPI's `apex` is another project."""
-    enables = "fused Adam on GPUs; optional, torch's is used otherwise"
+    enables = "fused Adam on GPUs; optional, no version tested; torch's is used otherwise"
     install = "build it from https://github.com/NVIDIA/apex with --cpp_ext --cuda_ext"
     spec = importlib.util.find_spec("apex")
     if spec is None:

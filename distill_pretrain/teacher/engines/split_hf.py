@@ -8,6 +8,7 @@ Shapes: B sequences, L positions, H hidden size, R ranks of the replica.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -154,18 +155,19 @@ def open_transformers_trunk(teacher: TeacherConfig, config: Any, head: str) -> T
     """Split by transformers itself; copies of the teacher are its data-parallel replicas.
 
     Raises:
-        MissingDependency: accelerate.
+        MissingDependency: accelerate, or a transformers that splits.
         TeacherError: the model cannot be split in this way.
     """
     import_transformers()  # or the line that installs it
+    needed_for = "teacher.tensor and teacher.fsdp"
     try:
         import accelerate  # noqa: F401
     except ImportError:
-        raise MissingDependency(
-            "accelerate", extra="hf", needed_for="teacher.tensor and teacher.fsdp"
-        ) from None
+        raise MissingDependency("accelerate", extra="hf", needed_for=needed_for) from None
     from transformers.distributed import DistributedConfig
 
+    if "dp_replicate_size" not in inspect.signature(DistributedConfig).parameters:
+        raise MissingDependency("transformers>=5.20", needed_for=needed_for)
     heads = getattr(config, "num_key_value_heads", None) or teacher.tensor
     if heads % teacher.tensor:
         raise LayoutError(

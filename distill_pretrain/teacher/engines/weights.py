@@ -111,7 +111,7 @@ def require_own_weights(path: Path, model: Any, trust: Trust = NO_TRUST) -> list
             _, info = type(model).from_pretrained(
                 None,
                 config=model.config,
-                state_dict=stored,
+                state_dict=_once(stored, model),
                 device_map={"": "meta"},
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
@@ -185,7 +185,7 @@ def _stored_tensors(files: Sequence[Path]) -> dict[str, torch.Tensor]:
     for file in files:
         if file.suffix != ".safetensors":
             try:
-                found.update(load_state_dict(file, map_location="meta", weights_only=True))
+                found.update(load_state_dict(str(file), map_location="meta", weights_only=True))
             except Exception as error:  # whatever is wrong with a pickle
                 raise cannot_be_loaded(file, error) from error
             continue
@@ -197,6 +197,17 @@ def _stored_tensors(files: Sequence[Path]) -> dict[str, torch.Tensor]:
                 )
             found[name] = torch.empty(shape, dtype=dtype, device="meta")
     return found
+
+
+def _once(stored: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+    """The tensors without copies of tied ones: older ones of transformers compare values, which these lack."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    copies = {
+        target
+        for target, source in tied.items()
+        if target in stored and source in stored and stored[target].shape == stored[source].shape
+    }
+    return {name: tensor for name, tensor in stored.items() if name not in copies}
 
 
 def _unequal_ties(files: Sequence[Path], model: Any) -> list[str]:
