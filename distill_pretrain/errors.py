@@ -58,6 +58,10 @@ class LayoutError(ConfigError):
     """The parallel layout does not fit the model or the number of processes."""
 
 
+class LaunchError(DistillPretrainError):
+    """The processes of a job cannot meet."""
+
+
 class InUse(DistillPretrainError):
     """Another process writes the file or folder; the message says which one, and since when."""
 

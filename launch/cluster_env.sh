@@ -14,9 +14,6 @@ export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
 export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 # INFO says which network NCCL chose: worth it once per cluster.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-# The store that ranks meet at begins anew with every start. torchrun would keep its own one over restarts, and ranks would
-# find in it the addresses of those that died (pytorch issue 135712; met with torch 2.13 and gloo).
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
 # Training that is told to end saves a checkpoint first; torchrun kills what has not ended by then (seconds; before it read
 # this variable, 30).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-200}

@@ -30,6 +30,10 @@ if [ "${VENV:-}" != none ]; then
 fi
 # shellcheck source=launch/cluster_env.sh
 source "$here/cluster_env.sh"
+# The store that ranks meet at begins anew with every start. torchrun would keep its own one over restarts, and ranks would
+# find in it the addresses of those that died (pytorch issue 135712; met with torch 2.13 and gloo). On one node the package
+# sees to that itself.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
 
 NPROC=${NPROC:-$(python -c 'import torch; print(torch.cuda.device_count() or 1)')}
 retries=${NODE_RETRIES:-5} told_to_end="" job=""

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from distill_pretrain.errors import DistillPretrainError, LayoutError
+from distill_pretrain.errors import DistillPretrainError, LaunchError, LayoutError
 from distill_pretrain.processes.env import (
     launch_local_rank,
     launch_local_world_size,
@@ -64,9 +64,7 @@ def process_group(timeout: timedelta = timedelta(hours=2)) -> Iterator[None]:
     # Tensor parallelism overlaps communication with compute only under this setting; read when CUDA starts.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if "MASTER_ADDR" in os.environ:
-        store = _store_of_this_start(timeout)
-        rank, size = (launch_rank(), launch_world_size()) if store is not None else (-1, -1)
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
+        _meet(backend, timeout)
     else:
         dist.init_process_group(
             backend,
@@ -82,6 +80,22 @@ def process_group(timeout: timedelta = timedelta(hours=2)) -> Iterator[None]:
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def _meet(backend: str, timeout: timedelta) -> None:
+    """Make the default process group where the launcher says."""
+    try:
+        store = _store_of_this_start(timeout)
+        rank, size = (launch_rank(), launch_world_size()) if store is not None else (-1, -1)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
+    except dist.DistNetworkError as error:
+        # torchrun names a port that was free; where it does not keep it, another program may have taken it since.
+        raise LaunchError(
+            "the processes of the job cannot meet",
+            where=f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}",
+            found=error,
+            remedy="start the job again; with the same port, only once nothing listens there",
+        ) from error
 
 
 def _store_of_this_start(timeout: timedelta) -> dist.Store | None:

@@ -29,12 +29,13 @@ with process_group():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings_of", ["the launchers", "nobody"])
+@pytest.mark.parametrize("settings_of", ["several nodes", "one node"])
 def test_a_killed_rank_is_started_again_under(settings_of: str, tmp_path: Path) -> None:
     job = tmp_path / "job.py"
     job.write_text(JOB)
     launch = (
-        ("source launch/cluster_env.sh; " if settings_of == "the launchers" else "")
+        # As launch/torchrun_multi.sh sets it.
+        ("export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1; " if settings_of == "several nodes" else "")
         + f"exec {sys.executable} -m torch.distributed.run --standalone --nproc-per-node=2 --max-restarts=1 {job}"
     )
     settings = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
