@@ -44,6 +44,9 @@ class DataConfig(Section):
     """Use only the first so many sequences of the plan; null uses all."""
     cache: str | None = None
     """Sparse-logit cache to train from, a folder or a URL such as s3://bucket/cache; null trains on the text alone."""
+    held_out_cache: str | None = None
+    """Cache of the held-out text (`capture` with data.tokens set to it), for `held_out_kl` while training
+    (train.eval_interval); null leaves it out."""
     weight: float = Field(default=1.0, gt=0)
     """Share of this corpus among those of data.blend (any unit; only the ratios count)."""
     blend: tuple[BlendSource, ...] = ()
@@ -55,7 +58,7 @@ class DataConfig(Section):
     canary: Literal["refuse", "warn"] = "refuse"
     """What `train` does when a cache's targets do not fit the text (shifted, or from a teacher that ignores it)."""
 
-    _cache_can_be_named = field_validator("cache")(nameable)
+    _cache_can_be_named = field_validator("cache", "held_out_cache")(nameable)
 
     @property
     def sources(self) -> tuple[DataConfig, ...]:

@@ -169,7 +169,7 @@ def open_sources(data: DataConfig, *, kd_weight: float) -> Iterator[list[Trainin
         def cache_of(config: DataConfig, sequences: SequenceData) -> CacheReader | None:
             if kd_weight == 0 or config.cache is None:
                 return None
-            return caches.enter_context(_open_together(config.cache, sequences))
+            return caches.enter_context(open_cache_together(config.cache, sequences))
 
         yield [
             TrainingSource(config=config, sequences=sequences, cache=cache_of(config, sequences))
@@ -219,7 +219,7 @@ def open_cache(location: str | Path, data: SequenceData) -> CacheReader:
     return cache
 
 
-def _open_together(location: str, data: SequenceData) -> CacheReader:
+def open_cache_together(location: str, data: SequenceData) -> CacheReader:
     """As `open_cache`, by all ranks of a job: rank 0 reads and checks, another rank reads only the shards it needs."""
     opened: list[CacheReader] = []
 

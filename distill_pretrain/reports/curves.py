@@ -26,8 +26,8 @@ class TrainingCurve:
     """Columns of metrics.jsonl, by ascending step; where a resumed run repeats a step the later line counts.
 
     Attributes:
-        columns: name -> float64[steps], NaN where the file has null: `FIELDS`, and every further number of the last
-            complete line (true is 1).
+        columns: name -> float64[steps], NaN where the file has null or nothing: `FIELDS`, and every further number of
+            some line (true is 1).
         cut_off: the last line was incomplete (a killed run) and left out.
     """
 
@@ -63,63 +63,52 @@ class TrainingCurve:
             ) from None
         lines = text.split(b"\n")
         tail = lines.pop()
-        further = _further_fields(lines[-1] if lines else tail)
-        rows: dict[int, list[float]] = {}
+        rows: dict[int, dict[str, float]] = {}
+        names = dict.fromkeys(FIELDS)
         for number, line in enumerate(lines, start=1):
-            row = _row(line, further)
+            row = _row(line)
             if isinstance(row, str):
                 raise _damaged(f"{path}:{number}", row)
-            rows[int(row[0])] = row
-        last = _row(tail, further) if tail else ""
+            rows[int(row["step"])] = row
+            names.update(dict.fromkeys(row))
+        last = _row(tail) if tail else ""
         if not isinstance(last, str):
-            rows[int(last[0])] = last
+            rows[int(last["step"])] = last
+            names.update(dict.fromkeys(last))
         if not rows:
             raise _damaged(path, "no complete line")
-        table = np.array([rows[step] for step in sorted(rows)], dtype=np.float64)
-        names = (*FIELDS, *further)
-        columns = {name: table[:, column] for column, name in enumerate(names)}
+        steps, nan = sorted(rows), float("nan")
+        columns = {
+            name: np.array([rows[step].get(name, nan) for step in steps], dtype=np.float64)
+            for name in names
+        }
         return cls(columns=columns, cut_off=bool(tail) and isinstance(last, str))
 
 
-def _further_fields(line: bytes) -> tuple[str, ...]:
-    """Names of a record's numbers, or nulls, that are not in `FIELDS`."""
-    try:
-        record: Any = json.loads(line)
-    except ValueError:
-        return ()
-    if not isinstance(record, dict):
-        return ()
-    return tuple(
-        name
-        for name, value in record.items()
-        if name not in FIELDS and (value is None or isinstance(value, int | float))
-    )
-
-
-def _row(line: bytes, further: tuple[str, ...]) -> list[float] | str:
-    """The values of `FIELDS` and of further fields, or what is wrong with the line."""
+def _row(line: bytes) -> dict[str, float] | str:
+    """The numbers of a record, or what is wrong with the line."""
     try:
         record: Any = json.loads(line)
     except ValueError:
         return "no valid JSON"
     if not isinstance(record, dict):
         return "no JSON object"
-    row = []
+    row = {}
     for name in FIELDS:
-        value = record.get(name)
+        value = record.pop(name, None)
         if value is None and name in _MAY_BE_NULL:
             value = float("nan")
         if isinstance(value, bool) or not isinstance(value, int | float):
             return f"{name} is {json.dumps(value)}, expected a number"
         try:
-            row.append(float(value))
+            row[name] = float(value)
         except OverflowError:
             return f"{name} is too large"
-    if not row[0].is_integer() or row[0] < 0:
-        return f"step is {row[0]}, expected a whole number"
-    for name in further:
-        value = record.get(name)
-        row.append(float(value) if isinstance(value, int | float) else float("nan"))
+    if not row["step"].is_integer() or row["step"] < 0:
+        return f"step is {row['step']}, expected a whole number"
+    for name, value in record.items():
+        if value is None or isinstance(value, int | float):
+            row[name] = float("nan") if value is None else float(value)
     return row
 
 

@@ -211,8 +211,14 @@ def _figure(curve: TrainingCurve, names: Sequence[str], caption: str, **options:
     }
     if not series:
         return ""
+    steps = curve["step"]
+    known = np.isfinite(next(iter(series.values())))
+    if len(series) == 1 and known.mean() < 0.5:
+        # Known now and then, as held-out figures are: a line from one to the next, and nothing to smooth.
+        steps, series = steps[known], {name: values[known] for name, values in series.items()}
+        options["smoothed"] = False
     keys = legend(list(series)) if len(names) > 1 else ""
-    return _framed(caption, draw(curve["step"], series, y_label=caption, **options), keys)
+    return _framed(caption, draw(steps, series, y_label=caption, **options), keys)
 
 
 def _framed(caption: str, svg: str, keys: str = "") -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from distill_pretrain.config import Section
 
@@ -60,6 +60,15 @@ class TrainConfig(Section):
     """Newest exports kept in output_dir/hf; null keeps all."""
     track: tuple[Literal["tensorboard", "wandb", "prometheus"], ...] = ()
     """Where the records of metrics.jsonl go besides: output_dir/tensorboard, W&B, output_dir/metrics.prom."""
+    eval_interval: int | None = Field(default=None, ge=1, le=1 << 38)
+    """Steps between evaluations on data.held_out_tokens, the last step's included; null means none. Its figures,
+    `held_out_ce` and, with data.held_out_cache, `held_out_kl`, go into metrics.jsonl and wherever that goes."""
+    eval_sequences: int = Field(default=256, ge=1, le=1 << 38)
+    """Held-out sequences of an evaluation: the first ones, in whole global batches, at least one and no more than
+    there are."""
+    profile: tuple[int, int] | None = None
+    """First and last step that torch.profiler watches on every rank: a trace per rank in output_dir/profile, for
+    Perfetto or chrome://tracing, and a table of what took longest; null means none."""
     peak_tflops: float | None = Field(default=None, gt=0)
     """Peak of a device in 1e12 operations per second, for `mfu`; null knows common GPUs in bf16."""
     bad_steps: BadStepsConfig = BadStepsConfig()
@@ -70,3 +79,12 @@ class TrainConfig(Section):
     again; null waits for the collective's own timeout."""
     threads: int = Field(default=0, ge=0, le=1024)
     """CPU threads per process; 0 divides the cores among the processes of a node."""
+
+    @field_validator("profile")
+    @classmethod
+    def _is_a_range(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
+        if steps is not None and not 1 <= steps[0] <= steps[1]:
+            raise ValueError(
+                "two steps, the first from 1 on and not after the last, such as [10, 12]"
+            )
+        return steps

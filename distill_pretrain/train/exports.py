@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from distill_pretrain.checkpoint.hf.save import RECORD
 from distill_pretrain.checkpoint.identity import trained_model
 from distill_pretrain.corpus.tokens_record import TokensRecord
 from distill_pretrain.errors import ConfigError
+from distill_pretrain.mcore.student.base import Student
 from distill_pretrain.processes.process import on_first_rank
+from distill_pretrain.train.callbacks import Callback
 from distill_pretrain.train.config import TrainConfig
 
 _STEP_FOLDER = re.compile(r"step-\d{8,}")
@@ -59,6 +61,10 @@ class RunExports:
                 dtype=train.precision,
             )
 
+    def of(self, student: Student) -> Callback:
+        """What exports a student whenever its turn has come."""
+        return _Exporting(self, student)
+
     def is_due(self, step: int) -> bool:
         """Whether `after_step` will export."""
         interval = self._train.export_interval
@@ -89,3 +95,18 @@ class RunExports:
         exports = [p for p in found if _STEP_FOLDER.fullmatch(p.name) and (p / RECORD).is_file()]
         for old in exports[: -(keep or 0)]:
             shutil.rmtree(old, ignore_errors=True)
+
+
+class _Exporting(Callback):
+    """See `RunExports.of`."""
+
+    def __init__(self, exports: RunExports, student: Student) -> None:
+        self._exports, self._student = exports, student
+
+    def after_step(self, step: int, doing: Callable[[str], None]) -> dict[str, Any]:
+        """See `Callback`."""
+        if self._exports.is_due(step):
+            doing(f"step {step}: exporting")
+            self._student.settle_weights()
+            self._exports.after_step(step, self._student.chunks)
+        return {}

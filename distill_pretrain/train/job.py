@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -46,7 +47,9 @@ from distill_pretrain.processes.process import (
     process_group,
     set_cpu_threads,
 )
+from distill_pretrain.train.callbacks import Callback
 from distill_pretrain.train.config import TrainConfig
+from distill_pretrain.train.evaluation import HeldOutEvaluation, open_held_out, require_held_out
 from distill_pretrain.train.exports import RunExports
 from distill_pretrain.train.metrics import EventLog, MetricsLog
 from distill_pretrain.train.preflight import (
@@ -55,6 +58,7 @@ from distill_pretrain.train.preflight import (
     check_teacher,
     ignored_caches,
 )
+from distill_pretrain.train.profiling import StepProfile
 from distill_pretrain.train.throughput import Throughput, peak_tflops
 from distill_pretrain.train.trackers import Trackers, require_trackers
 
@@ -182,6 +186,7 @@ def train_student(
     require_trackers(train.track)
     cached_weight = objective.peak_kd_weight if open_teacher is None else 0.0
     require_caches(data, cached_weight)
+    require_held_out(data, train)
     set_cpu_threads(train.threads)
     owner = owner_of(train.output_dir)
     with (
@@ -190,6 +195,7 @@ def train_student(
             owner, what=train.output_dir, remedy="wait for it, or set another train.output_dir"
         ),
         open_sources(data, kd_weight=cached_weight) as sources,
+        open_held_out(data, train) as held_out,
     ):
         teacher = _open_whole(open_teacher, sources[0].sequences) if open_teacher else None
         identity = run_identity(sources, model, parallel, optimizer, objective, train, teacher)
@@ -217,8 +223,8 @@ def train_student(
             from distill_pretrain.mcore.student.state import saved_bytes
             from distill_pretrain.train.trainer import Trainer
 
-            batches = StudentBatches(
-                [source.for_batches for source in sources],
+            batches_of = partial(
+                StudentBatches,
                 seed=train.seed,
                 global_batch_size=train.global_batch_size,
                 micro_batch_size=train.micro_batch_size,
@@ -229,6 +235,7 @@ def train_student(
                 context_size=dist.get_world_size(groups.context),
                 read_retry_s=data.read_retry_s,
             )
+            batches = batches_of([source.for_batches for source in sources])
             vocab_size = sources[0].sequences.vocab_size
             has_targets = batches.has_targets or teacher is not None
             loss = make_objective(
@@ -237,6 +244,7 @@ def train_student(
                 vocab_size=vocab_size,
                 tensor_group=groups.tensor,
             )
+            scores_kl = teacher is not None or data.held_out_cache is not None
             teacher = None
             student = student_class(optimizer)(
                 model=model,
@@ -257,12 +265,27 @@ def train_student(
             on_first_rank(
                 lambda: checkpoints.require_room(needed, keep=train.keep_checkpoints, say=say)
             )
+            callbacks: list[Callback] = [exports.of(student)]
+            if held_out is not None:
+                evaluation = HeldOutEvaluation(
+                    student=student,
+                    batches=batches_of([held_out]),
+                    term_names=loss.term_names,
+                    has_targets=scores_kl,
+                    train=train,
+                    say=say,
+                )
+                callbacks.append(evaluation)
+            if train.profile is not None:
+                folder = train.output_dir / "profile"
+                profile = StepProfile(*train.profile, folder=folder, rank=launch_rank(), say=say)
+                callbacks.append(profile)
             trainer = Trainer(
                 student=student,
                 batches=batches,
                 prefetch_steps=data.prefetch_steps,
                 checkpoints=checkpoints,
-                exports=exports,
+                callbacks=callbacks,
                 resume_from=newest,
                 identity=identity,
                 config=train,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,8 +20,8 @@ from distill_pretrain.mcore.student.state import load_student
 from distill_pretrain.processes.env import launch_world_size
 from distill_pretrain.processes.memory import peak_gpu_bytes, peak_rss_bytes
 from distill_pretrain.processes.watchdog import watchdog
+from distill_pretrain.train.callbacks import Callback
 from distill_pretrain.train.config import TrainConfig
-from distill_pretrain.train.exports import RunExports
 from distill_pretrain.train.guard import StepGuard, Verdict
 from distill_pretrain.train.metrics import EventLog, MetricsLog
 from distill_pretrain.train.saving import Saver
@@ -50,7 +50,7 @@ class Trainer:
         batches: this rank's data.
         prefetch_steps: steps read and decoded ahead, in a background thread.
         checkpoints: where to save.
-        exports: told after each step, before it is saved.
+        callbacks: told of every step, in this order; their fields go into its record.
         resume_from: checkpoint to go on from, of this run; None starts at step 0.
         identity: what a checkpoint must share with this run.
         config: length and intervals.
@@ -69,7 +69,7 @@ class Trainer:
         batches: StudentBatches,
         prefetch_steps: int,
         checkpoints: CheckpointStore,
-        exports: RunExports,
+        callbacks: Sequence[Callback],
         resume_from: Checkpoint | None,
         identity: dict[str, Any],
         config: TrainConfig,
@@ -84,7 +84,7 @@ class Trainer:
         self.batches = batches
         self.prefetch_steps = prefetch_steps
         self.checkpoints = checkpoints
-        self.exports = exports
+        self.callbacks = tuple(callbacks)
         self.resume_from = resume_from
         self.identity = identity
         self.config = config
@@ -115,6 +115,7 @@ class Trainer:
             stop_on_sigterm(device) as stop,
             watchdog(self.config.stuck_after_s) as doing,
             self.saver.flushed(doing),
+            self._with_callbacks(done),
         ):
             while done < self.config.steps and not self._stopped:
                 done = self._train_from(done, stop, doing)
@@ -139,7 +140,7 @@ class Trainer:
         ):
             for batch in batches:
                 started = time.perf_counter()
-                doing(f"step {done + 1}: reading")
+                self._before_step(done + 1, doing)
                 micro_batches = prefetched.step_batches(batch)
                 waited = time.perf_counter() - started
                 doing(f"step {done + 1}: computing")
@@ -153,11 +154,9 @@ class Trainer:
                 seconds = time.perf_counter() - started
                 figures = (self.saver.writing, *self._own_figures(waited))
                 asked, (writing, *most) = stop.anywhere(figures)
-                self._report(done, result, metrics, seconds, most)
-                doing(f"step {done}: exporting or saving")
-                if self.exports.is_due(done):
-                    self.student.settle_weights()
-                self.exports.after_step(done, self.student.chunks)
+                added = self._after_step(done, doing)
+                self._report(done, result, metrics, seconds, most, added)
+                doing(f"step {done}: saving")
                 self.saver.end_step(bool(writing))
                 stopping = asked and done < self.config.steps
                 if stopping or done % self.config.checkpoint_interval == 0 or batch == batches[-1]:
@@ -171,6 +170,28 @@ class Trainer:
                     self._stopped = True
                     break
         return done
+
+    @contextmanager
+    def _with_callbacks(self, done: int) -> Iterator[None]:
+        try:
+            for callback in self.callbacks:
+                callback.begin(done)
+            yield
+        finally:
+            for callback in self.callbacks:
+                callback.end()
+
+    def _before_step(self, step: int, doing: Callable[[str], None]) -> None:
+        for callback in self.callbacks:
+            callback.before_step(step)
+        doing(f"step {step}: reading")
+
+    def _after_step(self, step: int, doing: Callable[[str], None]) -> dict[str, Any]:
+        """What the callbacks add to a step's record."""
+        added: dict[str, Any] = {}
+        for callback in self.callbacks:
+            added |= callback.after_step(step, doing)
+        return added
 
     def _accepts(self, step: int, seen: StepResult) -> bool:
         """Whether a step may change the weights. Every rank comes to the same verdict."""
@@ -210,8 +231,9 @@ class Trainer:
         metrics: MetricsLog | None,
         seconds: float,
         most: list[float],
+        added: dict[str, Any],
     ) -> None:
-        record = self._record(step, result, seconds, most)
+        record = self._record(step, result, seconds, most) | added
         if metrics is not None:
             metrics.write(record)
         if step % self.config.log_interval == 0 or step == self.config.steps:

@@ -66,14 +66,6 @@ class Faulty:
         return terms
 
 
-class NoExports:
-    def is_due(self, step: int) -> bool:
-        return False
-
-    def after_step(self, step: int, chunks: Any) -> None:
-        pass
-
-
 @dataclass(frozen=True)
 class Run:
     """What became of a run.
@@ -103,6 +95,7 @@ def run_trainer(
     on_line: Callable[[str], None] | None = None,
     optimizer: dict[str, Any] | None = None,
     on_student: Callable[[Any], None] | None = None,
+    callbacks: Callable[[Any], list[Any]] | None = None,
     **train: Any,
 ) -> Run:
     """Train from where the folder is, logging every step, with the settings `train` of the section of that name."""
@@ -139,7 +132,7 @@ def run_trainer(
         batches=batches,
         prefetch_steps=1,
         checkpoints=store,
-        exports=NoExports(),
+        callbacks=callbacks(student) if callbacks else (),
         resume_from=store.find({}, say),
         identity={},
         config=TrainConfig(output_dir=folder, global_batch_size=8, log_interval=1, **train),

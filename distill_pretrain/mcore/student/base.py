@@ -191,6 +191,10 @@ class Student(ABC):
         """Run every micro-batch forward and backward; what `reduce_terms` reports of each on the last stage."""
 
     @abstractmethod
+    def _forward_only(self, iterators: list[Iterator[TokenBatch]]) -> list[dict[str, torch.Tensor]]:
+        """Run every micro-batch forward; what `reduce_terms` reports of each on the last stage."""
+
+    @abstractmethod
     def _update_weights(self, accepts: Callable[[float], bool]) -> tuple[bool, float]:
         """Clip and apply the gradients of this step, if their norm is accepted: (applied, norm before clipping)."""
 
@@ -257,6 +261,25 @@ class Student(ABC):
             lambda norm: accepts(replace(seen, grad_norm=norm))
         )
         return replace(seen, applied=applied, grad_norm=grad_norm)
+
+    @torch.no_grad()
+    def evaluate(self, iterators: list[Iterator[TokenBatch]]) -> tuple[torch.Tensor, int]:
+        """The loss terms of one global batch, without dropout; weights and optimizer stay as they are.
+
+        Args:
+            iterators: see `step`.
+
+        Returns:
+            fp64[num_terms], sums over the valid tokens of the global batch, and how many these are; on every rank.
+        """
+        for chunk in self.chunks:
+            chunk.eval()
+        try:
+            sums = self._global_sums(self._forward_only(iterators))
+        finally:
+            for chunk in self.chunks:
+                chunk.train()
+        return sums[:-1], int(sums[-1].item())
 
     def _global_sums(self, reports: list[dict[str, torch.Tensor]]) -> torch.Tensor:
         """Sum over micro-batches and the ranks of other positions, made known to every stage: fp64[terms + 1]."""

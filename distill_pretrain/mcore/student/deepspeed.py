@@ -260,6 +260,12 @@ class DeepSpeedStudent(Student):
             reports.append(report)
         return reports
 
+    def _forward_only(self, iterators: list[Iterator[TokenBatch]]) -> list[dict[str, torch.Tensor]]:
+        return [
+            reduce_terms(valid_tokens(batch), forward_micro_batch(self._engine, batch))[2]
+            for batch in islice(iterators[0], self.num_micro_batches)
+        ]
+
     def _update_weights(self, accepts: Callable[[float], bool]) -> tuple[bool, float]:
         answers: list[bool] = []
 

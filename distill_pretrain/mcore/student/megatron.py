@@ -88,6 +88,14 @@ class MegatronStudent(Student):
         for chunk in self.chunks:
             chunk.zero_grad_buffer()  # type: ignore[operator]
         self.optimizer.zero_grad()
+        return self._run_schedule(iterators, forward_only=False)
+
+    def _forward_only(self, iterators: list[Iterator[TokenBatch]]) -> list[dict[str, torch.Tensor]]:
+        return self._run_schedule(iterators, forward_only=True)
+
+    def _run_schedule(
+        self, iterators: list[Iterator[TokenBatch]], *, forward_only: bool
+    ) -> list[dict[str, torch.Tensor]]:
         reports: list[dict[str, torch.Tensor]] = self._forward_backward(
             forward_step_func=_forward_step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
@@ -95,7 +103,7 @@ class MegatronStudent(Student):
             num_microbatches=self.num_micro_batches,
             seq_length=self.seq_len,
             micro_batch_size=self.micro_batch_size,
-            forward_only=False,
+            forward_only=forward_only,
         )
         return reports
 

@@ -1,0 +1,132 @@
+"""Held-out figures of a student while it trains, under whatever layout it trains in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from distill_pretrain.data.batches import BatchSource, StudentBatches
+from distill_pretrain.data.config import DataConfig
+from distill_pretrain.data.sources import open_cache_together, open_sequences
+from distill_pretrain.errors import ConfigError
+from distill_pretrain.mcore.student.base import Student
+from distill_pretrain.train.callbacks import Callback
+from distill_pretrain.train.config import TrainConfig
+
+
+def require_held_out(data: DataConfig, train: TrainConfig) -> None:
+    """Raise ConfigError where evaluation is asked for and there is no text for it, or text and no evaluation."""
+    if train.eval_interval is not None and data.held_out_tokens is None:
+        raise ConfigError(
+            "there is no held-out text to evaluate on while training",
+            where="data.held_out_tokens",
+            expected="prefix of a .bin/.idx pair, for train.eval_interval",
+            remedy="`distill-pretrain tokenize` writes one, held_out, beside train; or leave train.eval_interval out",
+        )
+    if data.held_out_cache is not None and data.held_out_tokens is None:
+        raise ConfigError(
+            "a cache of held-out text needs that text",
+            where="data.held_out_cache",
+            found=data.held_out_cache,
+            expected="data.held_out_tokens, too",
+            remedy="set it, or leave data.held_out_cache out",
+        )
+
+
+def evaluated_sequences(train: TrainConfig, available: int) -> int:
+    """How many held-out sequences an evaluation scores: whole global batches, so that it runs as a step does.
+
+    Raises:
+        ConfigError: the held-out text is shorter than one global batch.
+    """
+    batch = train.global_batch_size
+    if available < batch:
+        raise ConfigError(
+            "the held-out text is too short to evaluate on while training",
+            where="data.held_out_tokens",
+            found=f"{available} sequences",
+            expected=f"a global batch of {batch} at least",
+            remedy="hold out more text, or leave train.eval_interval out and use `distill-pretrain eval`",
+        )
+    return max(batch, min(train.eval_sequences, available) // batch * batch)
+
+
+@contextmanager
+def open_held_out(data: DataConfig, train: TrainConfig) -> Iterator[BatchSource | None]:
+    """What an evaluation reads, open for as long as the block lasts; None where there is none. Every rank calls it."""
+    if train.eval_interval is None:
+        yield None
+        return
+    sequences = open_sequences(data, data.held_out_tokens)
+    with ExitStack() as caches:
+        cache = None
+        if data.held_out_cache is not None:
+            cache = caches.enter_context(open_cache_together(data.held_out_cache, sequences))
+        count = evaluated_sequences(train, sequences.num_sequences)
+        yield BatchSource(plan=sequences.plan, cache=cache, num_sequences=count)
+
+
+class HeldOutEvaluation(Callback):
+    """Scores the student every `train.eval_interval` steps and after the last.
+
+    Args:
+        student: whose loss function has the terms.
+        batches: of the held-out text; one epoch of them is an evaluation.
+        term_names: of the student's loss, "ce" among them.
+        has_targets: whether "kl" means anything: a cache of the held-out text, or a teacher in the job.
+        train: intervals and length.
+        say: prints one line, on rank 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        student: Student,
+        batches: StudentBatches,
+        term_names: tuple[str, ...],
+        has_targets: bool,
+        train: TrainConfig,
+        say: Callable[[str], None],
+    ) -> None:
+        self._student = student
+        self._batches = batches
+        self._num_batches = (
+            sum(s.num_sequences for s in batches.sources) // batches.global_batch_size
+        )
+        self._names = [
+            name for name in term_names if name == "ce" or (name == "kl" and has_targets)
+        ]
+        self._places = [term_names.index(name) for name in self._names]
+        self._train = train
+        self._say = say
+
+    def after_step(self, step: int, doing: Callable[[str], None]) -> dict[str, Any]:
+        """See `Callback`: `held_out_ce` and, with targets, `held_out_kl`, means over valid tokens in nats."""
+        interval = self._train.eval_interval
+        if interval is None or (step % interval and step != self._train.steps):
+            return {}
+        total, num_tokens = torch.zeros(len(self._places), dtype=torch.float64), 0
+        for batch in range(self._num_batches):
+            doing(f"step {step}: evaluating, batch {batch + 1} of {self._num_batches}")
+            micro_batches = self._batches.step_batches(
+                batch, with_targets=self._student.is_last_stage
+            )
+            sums, tokens = self._student.evaluate(
+                [iter(micro_batches) for _ in self._student.chunks]
+            )
+            total += sums[self._places]
+            num_tokens += tokens
+        means = (total / max(1, num_tokens)).tolist()
+        figures = {
+            f"held_out_{name}": mean if math.isfinite(mean) else None
+            for name, mean in zip(self._names, means, strict=True)
+        }
+        shown = "  ".join(
+            f"{k.removeprefix('held_out_')} {v:.4f}" for k, v in figures.items() if v is not None
+        )
+        self._say(f"step {step}/{self._train.steps}  held out: {shown}")
+        return figures

@@ -1,0 +1,188 @@
+"""Held-out figures while training, under any layout; the profile of some steps."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill_pretrain.cli.main import main
+from distill_pretrain.mcore.model.config import ParallelConfig
+from distill_pretrain.processes.process import process_group, released_groups
+from distill_pretrain.train.config import TrainConfig
+from distill_pretrain.train.evaluation import HeldOutEvaluation
+from tests.support.distributed import run_distributed
+from tests.support.layouts import GLOBAL_BATCH, LLAMA, make_job, take_step
+from tests.support.small_corpus import NUM_SEQUENCES, SEQ_LEN, VOCAB_SIZE, write_small_corpus
+
+STEPS = 3
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp2": {"tensor": 2, "sequence_parallel": True},
+    "pp2 interleaved": {"pipeline": 2, "virtual_pipeline": 2},
+    "cp2": {"context": 2},
+    "dp2 overlapped": {
+        "distributed_optimizer": True,
+        "overlap_grad_reduce": True,
+        "overlap_param_gather": True,
+    },
+    "zero3": {},
+}
+
+
+def evaluated(layout: str, parallel: dict[str, Any]) -> dict[str, list[Any]]:
+    """The figures after every step, and the steps' own losses; dropout on, so that a lost stream would show."""
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
+
+    config = ParallelConfig(**parallel)
+    optimizer = {"backend": "deepspeed", "zero_stage": 3} if layout == "zero3" else None
+    with released_groups(), model_parallel(config, seed=1) as groups:
+        student, batches = make_job(
+            LLAMA, config, groups, kd=True, steps=STEPS, optimizer=optimizer
+        )
+        evaluation = HeldOutEvaluation(
+            student=student,
+            batches=batches,
+            term_names=("loss", "ce", "kl"),
+            has_targets=True,
+            train=TrainConfig(
+                output_dir=Path(), steps=STEPS, global_batch_size=GLOBAL_BATCH, eval_interval=1
+            ),
+            say=lambda line: None,
+        )
+        found: dict[str, list[Any]] = {"losses": [], "figures": []}
+        for step in range(STEPS):
+            found["losses"].append(take_step(student, batches, step).terms.tolist())
+            found["figures"].append(evaluation.after_step(step + 1, lambda what: None))
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, list[Any]]:
+    with process_group():
+        return evaluated("alone", {})
+
+
+@pytest.fixture(scope="module")
+def split() -> dict[str, Any]:
+    pytest.importorskip("deepspeed")
+    first, second = run_distributed(on_every_rank, 2)
+    assert first == second, "ranks differ"
+    return first
+
+
+def on_every_rank() -> list[dict[str, Any]]:
+    import torch.distributed as dist
+
+    with process_group():
+        found = {name: evaluated(name, parallel) for name, parallel in LAYOUTS.items()}
+        every: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(every, found)
+    return every
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_figures_and_training_are_those_of_one_process(alone, split, layout):
+    for theirs, ours in zip(alone["figures"], split[layout]["figures"], strict=True):
+        assert set(ours) == {"held_out_ce", "held_out_kl"}
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    for theirs, ours in zip(alone["losses"], split[layout]["losses"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_an_evaluation_finds_what_a_step_finds_and_changes_nothing():
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
+
+    def train(*, evaluates: bool) -> tuple[list[Any], list[Any]]:
+        steps, scores = [], []
+        layout = ParallelConfig()
+        with process_group(), model_parallel(layout, seed=1) as groups:
+            model = {**LLAMA, "dropout": 0.1 if not evaluates else 0.0}
+            student, batches = make_job(model, layout, groups, kd=True, steps=STEPS)
+            for step in range(STEPS):
+                if evaluates:
+                    micro_batches = batches.step_batches(step, with_targets=True)
+                    sums, tokens = student.evaluate([iter(micro_batches)])
+                    scores.append((sums / tokens).tolist())
+                steps.append(take_step(student, batches, step).terms.tolist())
+        return steps, scores
+
+    steps, scores = train(evaluates=True)
+    # The step reports the loss before its update, on the same batch.
+    assert scores == steps
+
+
+def test_dropout_is_off_while_scoring_and_its_stream_untouched():
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
+
+    def train(*, evaluates: bool) -> list[Any]:
+        layout = ParallelConfig()
+        with process_group(), model_parallel(layout, seed=1) as groups:
+            model = {**LLAMA, "dropout": 0.3}
+            student, batches = make_job(model, layout, groups, kd=True, steps=STEPS)
+            losses = []
+            for step in range(STEPS):
+                if evaluates:
+                    twice = [
+                        student.evaluate([iter(batches.step_batches(0, with_targets=True))])
+                        for _ in range(2)
+                    ]
+                    assert twice[0][0].tolist() == twice[1][0].tolist()
+                losses.append(take_step(student, batches, step).terms.tolist())
+        return losses
+
+    assert train(evaluates=True) == train(evaluates=False)
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small_corpus(tmp_path_factory.mktemp("tokens") / "train")
+
+
+def command(tokens: Path, run: Path, *settings: str) -> list[str]:
+    return [
+        "train",
+        f"data={{tokens: {tokens}, held_out_tokens: {tokens}, seq_len: {SEQ_LEN}, num_sequences: {NUM_SEQUENCES}}}",
+        f"data.vocab_size={VOCAB_SIZE}",
+        "model={num_layers: 1, hidden_size: 16, ffn_hidden_size: 32, num_attention_heads: 2, num_query_groups: 2}",
+        f"train={{output_dir: {run}, steps: 5, global_batch_size: 4, threads: 1}}",
+        *settings,
+    ]
+
+
+def test_a_run_logs_held_out_figures_and_profiles_its_steps(tokens, tmp_path, capsys):
+    run = tmp_path / "run"
+    settings = ["train.eval_interval=2", "train.eval_sequences=9", "train.profile=[2,3]"]
+    assert main(command(tokens, run, *settings)) == 0
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    scored = [r["step"] for r in records if "held_out_ce" in r]
+    assert scored == [2, 4, 5]
+    assert not any("held_out_kl" in r for r in records)
+    assert "held out: ce" in capsys.readouterr().out
+    with gzip.open(run / "profile/rank-0.json.gz") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert "aten::mm" in names
+    assert "aten::mm" in (run / "profile/rank-0.txt").read_text()
+    assert main(["report", str(run)]) == 0
+    assert "held_out_ce (nats per token)" in (run / "run.html").read_text()
+    plain = tmp_path / "plain"
+    assert main(command(tokens, plain)) == 0
+    lines = (plain / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in lines] == [r["loss"] for r in records]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["train.eval_interval=2", "data.held_out_tokens=null"], "data.held_out_tokens"),
+        (["train.eval_interval=2", "train.global_batch_size=4096"], "too short to evaluate"),
+        (["data.held_out_cache=x", "data.held_out_tokens=null"], "data.held_out_cache"),
+        (["train.profile=[3,2]"], "train.profile"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(tokens, tmp_path, capsys, settings, words):
+    assert main(command(tokens, tmp_path / "run", *settings)) == 2
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error
