@@ -14,6 +14,8 @@ source launch/env.sh hf eval dev
 workers=$(nproc)
 [ "$workers" -le 4 ] || workers=4
 case " $* " in *gpu*) workers=0 ;; *) export CUDA_VISIBLE_DEVICES= ;; esac
+# They start hundreds of processes: without bytecode on disk each would compile torch and megatron-core anew.
+unset PYTHONDONTWRITEBYTECODE
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 
 if [ "${1:-}" = --matrix ]; then
