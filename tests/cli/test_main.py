@@ -134,6 +134,14 @@ def test_an_interrupt_ends_in_one_line(monkeypatch, capsys):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_stop_leaves_by_the_way_of_every_other_end(monkeypatch):
+    def stopped(*_):
+        raise SystemExit(143)
+
+    monkeypatch.setattr(cli, "_run", stopped)
+    assert cli.main(["train", "x.yaml"]) == 143
+
+
 def unread(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """A verb whose output nobody reads any more, as behind `| head`."""
     reader, writer = os.pipe()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import builtins
 import inspect
 import json
+import logging
 import random
 import shutil
 import textwrap
@@ -146,6 +147,18 @@ def test_a_hugging_face_folder_encodes_and_is_copied_whole(tmp_path, hf_folder):
     )
     assert copy.encode(texts) == encoded
     assert tokenizers.tokenizer_sha256("hf", hf_folder) == tokenizer.sha256
+
+
+def test_a_document_longer_than_any_model_takes_is_no_warning(hf_folder, caplog):
+    edited(hf_folder, "tokenizer_config.json", lambda values: values.update(model_max_length=16))
+    logger = logging.getLogger("transformers")  # it does not propagate
+    logger.addHandler(caplog.handler)
+    try:
+        (ids,) = tokenizers.load_tokenizer("hf", hf_folder).encode([SOURCE])
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert len(ids) > 16
+    assert not caplog.records
 
 
 def edited(folder, file: str, change) -> None:

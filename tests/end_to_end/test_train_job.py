@@ -10,7 +10,7 @@ import pytest
 
 from distill_pretrain.checkpoint.store import CheckpointStore
 from distill_pretrain.cli.main import main
-from distill_pretrain.files import ownership
+from distill_pretrain.files import disk, ownership
 from distill_pretrain.files.ownership import owner_of
 from tests.support.jobs import kill_all
 from tests.support.owner import owned_elsewhere
@@ -97,6 +97,17 @@ def test_a_run_folder_has_one_owner(job, tmp_path, capsys, monkeypatch):
         f"process {holder.pid} on node7, since 2026-09-21" in error and "train.output_dir" in error
     )
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".owner"]
+
+
+def test_room_for_a_checkpoint_is_asked_for_before_the_first_step(
+    job, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(disk, "free_bytes", lambda path: 1000)
+    assert main(["train", str(job.recipe), f"train.output_dir={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert f"no room for a checkpoint; where: {tmp_path / 'checkpoints'}" in error
+    assert "1,000 bytes free" in error and "Traceback" not in error
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_a_bit_flipped_in_the_newest_checkpoint_costs_its_steps_only(job, tmp_path, capsys):

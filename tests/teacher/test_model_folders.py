@@ -290,6 +290,37 @@ def test_what_is_no_causal_lm_with_a_plain_head_is_refused_for_its_reason(kind, 
         require_known_head(tmp_path, meta_model(tmp_path, config))
 
 
+def test_a_trunk_that_is_not_loaded_without_its_head_is_not_split(tmp_path):
+    config = transformers.BartConfig(vocab_size=VOCAB_SIZE, d_model=16, max_position_embeddings=64)
+    for part in ("encoder", "decoder"):
+        for name, value in {"layers": 1, "attention_heads": 2, "ffn_dim": 16}.items():
+            setattr(config, f"{part}_{name}", value)
+    config.num_hidden_layers = 1
+    save_of(config, tmp_path)
+    with pytest.raises(DistillPretrainError, match=r"BartModel where BartForCausalLM has.*kind=hf"):
+        open_with("split", tmp_path)
+
+
+def test_a_quantised_head_is_refused_whole_and_in_part(model):
+    from distill_pretrain.processes.process import process_group
+    from distill_pretrain.teacher.engines.split_hf import SplitHFEngine
+
+    teacher = TeacherConfig(kind="hf", path=model)
+    sizes: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "seq_len": SEQ_LEN}
+    whole: Any = open_teacher_engine(teacher, **sizes)
+    head = whole._model.get_output_embeddings()
+    # As the libraries leave it that quantise a model.
+    head.weight = torch.nn.Parameter(head.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(DistillPretrainError, match=r"head is quantised.*found: int8"):
+        next(whole.chunks(torch.zeros(1, SEQ_LEN, dtype=torch.int64)))
+    change_weights(model, lambda t: t.update({"lm_head.weight": t["lm_head.weight"].char()}))
+    with (
+        process_group(),
+        pytest.raises(DistillPretrainError, match=r"head is quantised.*found: int8"),
+    ):
+        SplitHFEngine(teacher, open_trunk=lambda *_: whole, splits_sequences=False, **sizes)
+
+
 def test_a_tokenizer_that_brings_code_is_refused_without_a_question(tmp_path, monkeypatch):
     from distill_pretrain.corpus.tokenizers import load_tokenizer
 
