@@ -1,3 +1,75 @@
-"""Pretraining language models by offline distillation at cluster scale."""
+"""Pretraining language models by offline distillation at cluster scale.
+
+The names below are the public API; docs/api.md has one runnable snippet for each. They are imported when they are first
+used, so that `import distill_pretrain` loads neither torch nor megatron-core and changes nothing in the process.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from distill_pretrain.api.dataset import DistillationDataset, collate_distillation
+    from distill_pretrain.api.losses import linear_sparse_kd_loss, sparse_kd_loss
+    from distill_pretrain.api.targets import pad_targets, sample_targets
+    from distill_pretrain.api.writing import write_cache
+    from distill_pretrain.cache.reader import CacheReader
+    from distill_pretrain.contracts import RaggedTargets, SparseTargets
+    from distill_pretrain.corpus.sequence_plan import SequencePlan
+    from distill_pretrain.corpus.token_index import TokenIndex
+    from distill_pretrain.corpus.token_writer import TokenIndexWriter
+    from distill_pretrain.errors import DistillPretrainError
+
+_MODULES = {
+    "CacheReader": "cache.reader",
+    "DistillPretrainError": "errors",
+    "DistillationDataset": "api.dataset",
+    "RaggedTargets": "contracts",
+    "SequencePlan": "corpus.sequence_plan",
+    "SparseTargets": "contracts",
+    "TokenIndex": "corpus.token_index",
+    "TokenIndexWriter": "corpus.token_writer",
+    "collate_distillation": "api.dataset",
+    "linear_sparse_kd_loss": "api.losses",
+    "pad_targets": "api.targets",
+    "sample_targets": "api.targets",
+    "sparse_kd_loss": "api.losses",
+    "write_cache": "api.writing",
+}
+"""Public name -> the module of this package that has it."""
+
+__all__ = [
+    "CacheReader",
+    "DistillPretrainError",
+    "DistillationDataset",
+    "RaggedTargets",
+    "SequencePlan",
+    "SparseTargets",
+    "TokenIndex",
+    "TokenIndexWriter",
+    "__version__",
+    "collate_distillation",
+    "linear_sparse_kd_loss",
+    "pad_targets",
+    "sample_targets",
+    "sparse_kd_loss",
+    "write_cache",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name at its first use."""
+    module = _MODULES.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{module}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """What `dir` lists: the public names too, imported or not."""
+    return sorted({*globals(), *__all__})

@@ -6,6 +6,7 @@ traceback and exits with status 2. `assert` is for our own bugs.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,24 @@ def _without_init(kind: type[DistillPretrainError], args: tuple[Any, ...]) -> Di
 
 class ConfigError(DistillPretrainError):
     """The recipe is wrong; carries every problem found, not only the first."""
+
+
+def require_whole(name: str, value: object, *, least: int, most: int | None = None) -> None:
+    """Raise ConfigError where the argument `name` of a function is no integer from `least` to `most`."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = least - 1
+    if number < least or (most is not None and number > most):
+        upper = "" if most is None else f" and at most {most}"
+        raise ConfigError(
+            "an argument is none that the function takes",
+            where=name,
+            found=repr(value),
+            expected=f"a whole number of at least {least}{upper}",
+        )
 
 
 class LayoutError(ConfigError):

@@ -85,6 +85,16 @@ def test_only_processes_reads_what_the_launcher_set():
                 raise AssertionError(f"{name}:{node.lineno} names {node.value}")
 
 
+def test_the_package_takes_nothing_but_its_version_from_its_own_front_door():
+    # The public names are imported lazily, where import-linter does not see which way.
+    for name, tree in python_files():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module == "distill_pretrain":
+                public = {a.name for a in node.names if not (PACKAGE / a.name).is_dir()}
+                public -= {file.stem for file in PACKAGE.glob("*.py")}
+                assert public <= {"__version__"}, f"{name}:{node.lineno} imports {sorted(public)}"
+
+
 def test_every_public_module_has_a_docstring():
     for name, tree in python_files():
         if not Path(name).name.startswith("_"):

@@ -29,6 +29,7 @@ from distill_pretrain.cache.names import (
 )
 from distill_pretrain.cache.own_plan import require_own_plan
 from distill_pretrain.cache.plan import CachePlan
+from distill_pretrain.cache.requests import require_readable
 from distill_pretrain.cache.shard import Frame, ShardFile, ShardSpec, token_hash
 from distill_pretrain.contracts import RaggedTargets
 from distill_pretrain.errors import (
@@ -212,23 +213,15 @@ class CacheReader(Closing):
             Targets of the positions from `start` to `stop`.
 
         Raises:
-            CacheMismatch: the tokens of a block differ; names shard, block and sequence.
+            CacheMismatch: there is no such sequence or position; the tokens are no int32[L]; or the tokens of a block
+                differ: names shard, block and sequence.
             CacheIncomplete: the shard's file is not there; names its sequences.
             CacheCorrupt: the shard has not the size that the manifest states, or bytes of the block are damaged.
             CacheUnreadable: disk, network or store failed; another call opens the file anew.
         """
         plan = self.plan
         stop = plan.seq_len if stop is None else stop
-        if not 0 <= sequence < plan.num_sequences:
-            raise CacheMismatch(
-                "no such sequence in the cache",
-                where=self.location,
-                found=sequence,
-                expected=f"0 to {plan.num_sequences - 1}",
-                remedy="lower data.num_sequences, or capture more sequences",
-            )
-        assert tokens.shape == (plan.seq_len,), (tokens.shape, plan.seq_len)
-        assert 0 <= start < stop <= plan.seq_len, (start, stop)
+        require_readable(plan, self.location, sequence, tokens, start, stop)
         shard, row = divmod(sequence, plan.shard_sequences)
         first_part, last_part = start // plan.block_tokens, (stop - 1) // plan.block_tokens
         first = row * plan.blocks_per_sequence + first_part

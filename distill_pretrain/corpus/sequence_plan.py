@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from distill_pretrain.contracts import IGNORED_LABEL
 from distill_pretrain.corpus.token_index import TokenIndex
-from distill_pretrain.errors import TokenDataError
+from distill_pretrain.errors import TokenDataError, require_whole
 from distill_pretrain.files.atomic import canonical_json
 
 PLAN_VERSION = 1
@@ -31,6 +31,7 @@ class SequencePlan:
     token 0; padding and the very last token have no label (-100).
 
     Attributes:
+        index: the corpus.
         seq_len: L.
         seed: seed of the document order, in [0, 2**64).
         num_tokens: length of the stream.
@@ -42,8 +43,10 @@ class SequencePlan:
 
         Raises:
             TokenDataError: the corpus is shorter than one sequence and its last label.
+            ConfigError: `seq_len` or `seed` is none.
         """
-        assert seq_len >= 1 and 0 <= seed < 1 << 64, (seq_len, seed)
+        require_whole("seq_len", seq_len, least=1)
+        require_whole("seed", seed, least=0, most=(1 << 64) - 1)
         if index.num_tokens < seq_len + 1:
             raise TokenDataError(
                 "seq_len is longer than the corpus",
@@ -56,14 +59,14 @@ class SequencePlan:
         self.seed = seed
         self.num_tokens = index.num_tokens
         self.num_sequences = -(-index.num_tokens // seq_len)
-        self._index = index
+        self.index = index
         self._order = document_order(index.num_documents, seed)
         self._ends = np.cumsum(index.document_lengths[self._order])
 
     @property
     def plan_id(self) -> str:
         """Hex sha256 over the inputs of the plan (not over paths, times or software)."""
-        fingerprint = self._index.fingerprint
+        fingerprint = self.index.fingerprint
         identity = {
             "version": PLAN_VERSION,
             "bin_sha256": fingerprint.bin_sha256,
@@ -84,15 +87,16 @@ class SequencePlan:
 
         Raises:
             SequenceOutOfRange: a number lies outside the plan.
+            TokenDataError: the numbers are not integers.
         """
-        numbers = np.asarray(sequences, dtype=np.int64).reshape(-1)
+        numbers = _whole_numbers(sequences)
         tokens = np.full((len(numbers), self.seq_len), PADDING_TOKEN, np.int32)
         labels = np.full((len(numbers), self.seq_len), IGNORED_LABEL, np.int32)
         for row, number in enumerate(numbers.tolist()):
             if not 0 <= number < self.num_sequences:
                 raise SequenceOutOfRange(
                     "no such sequence in the plan",
-                    where=self._index.prefix,
+                    where=self.index.prefix,
                     found=number,
                     expected=f"0 to {self.num_sequences - 1}",
                     remedy="check data.num_sequences",
@@ -105,7 +109,7 @@ class SequencePlan:
 
     def valid(self, sequences: npt.ArrayLike) -> npt.NDArray[np.bool_]:
         """bool[B, L]: False where a position is padding behind the end of the stream."""
-        numbers = np.asarray(sequences, dtype=np.int64).reshape(-1, 1)
+        numbers = _whole_numbers(sequences).reshape(-1, 1)
         result: npt.NDArray[np.bool_] = (
             numbers * self.seq_len + np.arange(self.seq_len) < self.num_tokens
         )
@@ -119,13 +123,26 @@ class SequencePlan:
         while start < stop:
             document = int(self._order[place])
             end = int(self._ends[place])
-            offset = start - (end - int(self._index.document_lengths[document]))
+            offset = start - (end - int(self.index.document_lengths[document]))
             take = min(end, stop) - start
             if take > 0:
-                pieces.append(self._index.read(document, offset, take))
+                pieces.append(self.index.read(document, offset, take))
             start += take
             place += 1
         return np.concatenate(pieces)
+
+
+def _whole_numbers(sequences: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """int64[B]: numbers of sequences, which numpy would otherwise cut to integers."""
+    numbers = np.asarray(sequences)
+    if numbers.size and not np.issubdtype(numbers.dtype, np.integer):
+        raise TokenDataError(
+            "a sequence is named by a whole number",
+            where="sequences",
+            found=f"{numbers.dtype} {numbers.tolist()}"[:80],
+            expected="integers",
+        )
+    return numbers.astype(np.int64).reshape(-1)
 
 
 def document_order(num_documents: int, seed: int) -> npt.NDArray[np.int64]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import struct
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -80,6 +81,10 @@ class TokenIndex:
         # Mapped, not read: the ranks of a node share its pages.
         self._tokens = np.memmap(with_suffix(prefix, ".bin"), dtype=self.dtype, mode="r")
 
+    def __reduce__(self) -> tuple[Callable[[Path], TokenIndex], tuple[Path]]:
+        """Pickle the path: another process, such as a worker of a DataLoader, maps the files itself."""
+        return TokenIndex.open, (self.prefix,)
+
     @classmethod
     def open(cls, prefix: Path, *, vocab_size: int | None = None) -> TokenIndex:
         """Open a corpus, checking its structure before it is mapped into memory.
@@ -138,10 +143,25 @@ class TokenIndex:
             )
 
     def read(self, document: int, offset: int, length: int) -> npt.NDArray[np.int32]:
-        """int32[length]: tokens `offset` to `offset + length` of one document."""
-        assert 0 <= document < self.num_documents, document
-        assert offset >= 0 and length >= 0, (offset, length)
-        assert offset + length <= self.document_lengths[document], (document, offset, length)
+        """int32[length]: tokens `offset` to `offset + length` of one document.
+
+        Raises:
+            TokenDataError: the corpus has no such document, or the document no such tokens.
+        """
+        if not 0 <= document < self.num_documents:
+            raise TokenDataError(
+                "no such document in the corpus",
+                where=self.prefix,
+                found=document,
+                expected=f"0 to {self.num_documents - 1}",
+            )
+        if offset < 0 or length < 0 or offset + length > self.document_lengths[document]:
+            raise TokenDataError(
+                "no such tokens in the document",
+                where=f"{self.prefix}, document {document}",
+                found=f"{length} tokens from {offset}",
+                expected=f"within its {self.document_lengths[document]} tokens",
+            )
         start = int(self._document_starts[document]) + offset
         return np.array(self._tokens[start : start + length], dtype=np.int32)
 

@@ -47,9 +47,16 @@ class TokenIndexWriter:
 
         Raises:
             TokenizerMismatch: an id lies outside the vocabulary.
+            TokenDataError: the document is empty, or no row of integers.
         """
         ids = np.asarray(tokens)
-        assert ids.ndim == 1 and len(ids) > 0 and np.issubdtype(ids.dtype, np.integer), ids.dtype
+        if ids.ndim != 1 or not len(ids) or not np.issubdtype(ids.dtype, np.integer):
+            raise TokenDataError(
+                "a document is one row of token ids",
+                where=f"document {self.num_documents} of {self.prefix}",
+                found=f"{ids.dtype} {ids.shape}",
+                expected="integers [n], n >= 1",
+            )
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self.vocab_size:
             raise TokenizerMismatch(

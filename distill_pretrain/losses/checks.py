@@ -14,6 +14,9 @@ import torch.distributed as dist
 from distill_pretrain.contracts import NO_ENTRY, SparseTargets
 from distill_pretrain.errors import LossInputError
 
+MASS_ROUNDING = 1e-4
+"""A row's probabilities may sum to so much more than 1: fp32 sums of a thousand roundings stay far below."""
+
 
 def require_columns(
     num_columns: int, vocab_size: int, tensor_group: dist.ProcessGroup | None
@@ -75,6 +78,15 @@ def _require_probabilities(ids: torch.Tensor, probs: torch.Tensor) -> None:
             where="targets.probs",
             found="a negative or infinite one, NaN, or one beside the padding of a row",
             expected=f"finite numbers of at least 0, and 0 where the id is {NO_ENTRY}",
+        )
+    masses = probs.sum(-1)
+    if float(largest := masses.amax()) > 1 + MASS_ROUNDING:
+        raise LossInputError(
+            "the targets' probabilities sum to more than 1",
+            where=f"targets.probs, row {int(masses.flatten().argmax())}",
+            found=f"{float(largest):.6g}",
+            expected="at most 1 in every row",
+            remedy="give probabilities of the whole vocabulary's softmax, taken in fp32, not logits or counts",
         )
 
 

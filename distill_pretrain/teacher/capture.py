@@ -92,7 +92,7 @@ def software_versions(engine_kind: str) -> dict[str, str]:
         "hf": ["transformers"],
         "deepspeed": ["transformers", "deepspeed"],
     }
-    versions = {name: version(name) for name in ["torch", "numpy", *of_engine[engine_kind]]}
+    versions = {name: version(name) for name in ["torch", "numpy", *of_engine.get(engine_kind, [])]}
     return {**versions, "distill-pretrain": __version__, "machine": platform.machine()}
 
 
