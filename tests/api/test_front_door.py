@@ -30,18 +30,19 @@ def state():
         for name in dir(module):
             if not name.startswith("_"):
                 names[module.__name__, name] = getattr(module, name)
-    return names, (
-        dict(os.environ),
-        list(warnings.filters),
-        {number: signal.getsignal(number) for number in signal.valid_signals()},
-        (sys.excepthook, sys.stdout, sys.stderr, list(sys.path)),
-        (list(logging.root.handlers), logging.root.level),
-        (torch.get_num_threads(), torch.get_default_dtype(), torch.get_default_device()),
-        (torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()),
-        torch.get_rng_state().tolist(),
-        str(numpy.random.get_state()),
-        torch.multiprocessing.get_sharing_strategy(),
-    )
+    return names, {
+        # torch's compiler, which torch loads at the first operation of a library, leaves these two.
+        "environment": {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"},
+        "warnings": [entry for entry in warnings.filters if "sympy" not in str(entry)],
+        "signals": {number: signal.getsignal(number) for number in signal.valid_signals()},
+        "sys": (sys.excepthook, sys.stdout, sys.stderr, list(sys.path)),
+        "logging": (list(logging.root.handlers), logging.root.level),
+        "defaults": (torch.get_num_threads(), torch.get_default_dtype(), torch.get_default_device()),
+        "determinism": (torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()),
+        "torch random": torch.get_rng_state().tolist(),
+        "numpy random": str(numpy.random.get_state()),
+        "sharing": torch.multiprocessing.get_sharing_strategy(),
+    }
 
 names, values = state()
 for name in distill_pretrain.__all__:
@@ -51,20 +52,18 @@ from distill_pretrain import *
 
 plan = SequencePlan(TokenIndex.open(sys.argv[1] + "/train"), seq_len=32, seed=1)
 data = DistillationDataset(plan, sys.argv[1] + "/cache")
-batch = next(iter(torch.utils.data.DataLoader(data, batch_size=4, collate_fn=collate_distillation)))
+batch = collate_distillation([data[number] for number in range(4)])
 targets = [batch[name] for name in ("labels", "ids", "probs")]
 linear_sparse_kd_loss(torch.zeros(4, 32, 8), torch.zeros(64, 8, requires_grad=True), *targets).backward()
 sparse_kd_loss(torch.zeros(4, 32, 64, requires_grad=True), *targets).backward()
 
 again, found = state()
-# A DataLoader draws the base seed of its workers.
-assert values[:-3] == found[:-3], (values, found)
-assert values[-2:] == found[-2:]
-moved = [name for name, value in names.items() if again[name] is not value]
-moved = [name for name in moved if callable(names[name])]
+changed = {name: (value, found[name]) for name, value in values.items() if found[name] != value}
+assert not changed, changed
+moved = [name for name, value in names.items() if again[name] != value]
+assert not moved, moved
 foreign = {name.split(".")[0] for name in sys.modules} & {"megatron", "transformers", "deepspeed", "accelerate"}
 assert not foreign, foreign
-print("moved", [name for name in moved if again[name] != names[name]])
 """
 
 
@@ -72,8 +71,7 @@ def test_nothing_is_changed_and_nothing_heavy_imported_before_its_time(folder):
     done = subprocess.run(
         [sys.executable, "-c", FRESH, str(folder)], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "moved []\n"
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_names_that_are_none_are_refused_as_of_any_module():

@@ -157,11 +157,15 @@ def test_a_teacher_that_returns_something_else_is_refused(small, tmp_path, score
         write(tmp_path / "cache", small, score)
 
 
-def test_a_teacher_that_is_shifted_is_refused(plan, own_teacher, tmp_path):
+def test_a_teacher_that_is_shifted_is_refused(own_teacher, tmp_path):
+    # Nothing is judged before 8192 positions.
+    corpus = own_teacher["write_corpus"](tmp_path / "text", documents=80, seed=4)
+    plan = SequencePlan(corpus, seq_len=128, seed=1)
+
     def shifted(tokens):
         return own_teacher["teacher"](tokens.roll(1, -1))
 
-    settings = {"vocab_size": 64, "teacher": NAME, "shard_sequences": 64}
+    settings = {"vocab_size": 64, "teacher": NAME, "codec": "raw"}
     with pytest.raises(TeacherError, match="where: sequences 0 to"):
         write_cache(tmp_path / "a", plan, shifted, **settings)
     write_cache(tmp_path / "b", plan, shifted, sanity_gate="off", **settings)
