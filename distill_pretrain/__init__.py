@@ -13,6 +13,12 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from distill_pretrain.api.dataset import DistillationDataset, collate_distillation
+    from distill_pretrain.api.jobs import (
+        capture_cache,
+        evaluate_models,
+        export_model,
+        train_student,
+    )
     from distill_pretrain.api.losses import linear_sparse_kd_loss, sparse_kd_loss
     from distill_pretrain.api.targets import pad_targets, sample_targets
     from distill_pretrain.api.writing import write_cache
@@ -32,11 +38,15 @@ _MODULES = {
     "SparseTargets": "contracts",
     "TokenIndex": "corpus.token_index",
     "TokenIndexWriter": "corpus.token_writer",
+    "capture_cache": "api.jobs",
     "collate_distillation": "api.dataset",
+    "evaluate_models": "api.jobs",
+    "export_model": "api.jobs",
     "linear_sparse_kd_loss": "api.losses",
     "pad_targets": "api.targets",
     "sample_targets": "api.targets",
     "sparse_kd_loss": "api.losses",
+    "train_student": "api.jobs",
     "write_cache": "api.writing",
 }
 """Public name -> the module of this package that has it."""
@@ -51,11 +61,15 @@ __all__ = [
     "TokenIndex",
     "TokenIndexWriter",
     "__version__",
+    "capture_cache",
     "collate_distillation",
+    "evaluate_models",
+    "export_model",
     "linear_sparse_kd_loss",
     "pad_targets",
     "sample_targets",
     "sparse_kd_loss",
+    "train_student",
     "write_cache",
 ]
 

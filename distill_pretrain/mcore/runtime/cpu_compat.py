@@ -11,7 +11,8 @@ This is the only file of the project that knows about the difference, but for `i
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -83,6 +84,7 @@ _REPLACED: dict[str, Callable[..., Any]] = {
 }
 
 _mode: _CudaMeansCpu | None = None
+_originals: list[tuple[ModuleType, str, Any]] = []
 
 
 def _set_tracker_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
@@ -97,11 +99,34 @@ def enable() -> None:
     from distill_pretrain.mcore.runtime.core import megatron_random
 
     for name, function in _REPLACED.items():
-        setattr(torch.cuda, name, function)
-    torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
-    megatron_random._set_cuda_rng_state = _set_tracker_state
+        _replace(torch.cuda, name, function)
+    _replace(torch.cuda.random, "get_rng_state", torch.cuda.get_rng_state)
+    _replace(megatron_random, "_set_cuda_rng_state", _set_tracker_state)
     _mode = _CudaMeansCpu()
     _mode.__enter__()
+
+
+def _replace(module: ModuleType, name: str, function: Callable[..., Any]) -> None:
+    _originals.append((module, name, getattr(module, name)))
+    setattr(module, name, function)
+
+
+@contextlib.contextmanager
+def disabled_at_the_end() -> Iterator[None]:
+    """For a job in a process that goes on with something else: what `enable` does inside the block is undone after it.
+
+    Where it was enabled before, it stays so. No model of the block can be used after it without a GPU.
+    """
+    global _mode
+    was_enabled = _mode is not None
+    try:
+        yield
+    finally:
+        if _mode is not None and not was_enabled:
+            _mode.__exit__(None, None, None)
+            _mode = None
+            while _originals:
+                setattr(*_originals.pop())
 
 
 def transformer_overrides() -> dict[str, Any]:
