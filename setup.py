@@ -44,6 +44,8 @@ setup(
     description="Pretraining language models by offline distillation at cluster scale",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.10",
     packages=find_packages(include=["distill_pretrain", "distill_pretrain.*"]),
     package_data={"": ["*.md", "*.cuh", "*.cu", "*.image", "*.cpp", "*.c", "py.typed"]},
