@@ -36,6 +36,13 @@ def test_a_file_where_a_folder_should_be_is_named_and_nothing_else_is_printed(tm
     assert (tmp_path / "runs").read_text() == "a note"
 
 
+def test_of_a_path_through_a_file_that_file_is_named(tmp_path):
+    (tmp_path / "note").write_text("")
+    with pytest.raises(NotADirectoryError) as error:
+        (tmp_path / "note" / "runs" / "first").mkdir()
+    assert f"where: {tmp_path / 'note'};" in str(storage_error(error.value))
+
+
 def test_a_full_disk_names_the_file_the_bytes_free_and_those_needed(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", refuse(errno.ENOSPC))
     with pytest.raises(OSError) as error:
