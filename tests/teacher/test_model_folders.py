@@ -227,6 +227,15 @@ def test_a_dry_run_and_a_capture_end_with_status_2(model, tmp_path, capsys):
     assert not (tmp_path / "cache/manifest.json").exists()
 
 
+def test_a_cache_that_cannot_be_written_is_found_before_the_teacher_is_looked_for(tmp_path, capsys):
+    tokens = write_small_corpus(tmp_path / "train")
+    (tmp_path / "note").write_text("")
+    job = [f"data.tokens={tokens}", f"data.vocab_size={VOCAB_SIZE}", f"data.seq_len={SEQ_LEN}"]
+    job += ["teacher.kind=hf", f"teacher.path={tmp_path / 'nowhere'}"]
+    assert main(["capture", *job, f"capture.output_dir={tmp_path / 'note' / 'cache'}"]) == 2
+    assert f"where: {tmp_path / 'note'};" in capsys.readouterr().err
+
+
 def save_of(config: Any, folder: Path) -> Any:
     torch.manual_seed(0)
     made = transformers.AutoModelForCausalLM.from_config(config).eval()
