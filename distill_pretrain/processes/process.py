@@ -80,6 +80,8 @@ def process_group(timeout: timedelta = timedelta(hours=2)) -> Iterator[None]:
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+    # As in `released_groups`: of a process that goes on, each group that is still referred to would keep its threads.
+    gc.collect()
 
 
 def _meet(backend: str, timeout: timedelta) -> None:

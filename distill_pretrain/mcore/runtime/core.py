@@ -30,6 +30,7 @@ with importing_megatron():
         DistributedDataParallelConfig,
         finalize_model_grads,
     )
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_layer_local_spec,
         get_gpt_layer_with_transformer_engine_spec,
@@ -55,6 +56,11 @@ with importing_megatron():
     )
     from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.core.transformer.transformer_layer import TransformerLayer
+
+
+def forget_rotary_embeddings() -> None:
+    """Empty megatron-core's cache of rotary embeddings: it keeps a process group of every model, at three threads."""
+    RotaryEmbedding.forward.cache_clear()
 
 
 def transformer_engine_norm() -> Any:

@@ -34,7 +34,11 @@ def model_parallel(parallel: ParallelConfig, *, seed: int) -> Iterator[ParallelG
     """
     cpu_compat.enable()
     from distill_pretrain.mcore.runtime import adam
-    from distill_pretrain.mcore.runtime.core import megatron_random, silence_chatter
+    from distill_pretrain.mcore.runtime.core import (
+        forget_rotary_embeddings,
+        megatron_random,
+        silence_chatter,
+    )
     from distill_pretrain.mcore.runtime.core import parallel_state as ps
 
     silence_chatter()
@@ -57,3 +61,4 @@ def model_parallel(parallel: ParallelConfig, *, seed: int) -> Iterator[ParallelG
     finally:
         # Forgets the groups; no communication.
         ps.destroy_model_parallel()
+        forget_rotary_embeddings()
