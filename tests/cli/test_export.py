@@ -21,10 +21,13 @@ from distill_pretrain.cli.main import main
 from distill_pretrain.corpus.tokenizers import load_tokenizer
 from distill_pretrain.corpus.tokens_record import TokensRecord
 from distill_pretrain.errors import CheckpointError
+from distill_pretrain.files import ownership
+from distill_pretrain.files.ownership import owner_beside
 from distill_pretrain.mcore.model.config import ModelConfig, ParallelConfig
 from distill_pretrain.processes.process import process_group
 from tests.support.distributed import REPOSITORY, torchrun
 from tests.support.jobs import run_cli
+from tests.support.owner import owned_elsewhere
 
 transformers = pytest.importorskip("transformers")
 
@@ -302,6 +305,14 @@ def test_another_folder_is_not_overwritten(run, tmp_path, capsys):
         assert "not an export of this checkpoint" in error and "Traceback" not in error
     assert main(["export", str(tmp_path), str(tmp_path / "out")]) == 2
     assert "no checkpoint found" in capsys.readouterr().err
+
+
+def test_an_export_has_one_writer(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ownership, "PATIENCE_S", 0.2)
+    with owned_elsewhere(owner_beside(tmp_path / "out")) as holder:
+        assert main(["export", str(run), str(tmp_path / "out")]) == 2
+    assert f"process {holder.pid} on node7" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_tokens_made_again_with_another_tokenizer_are_refused(run, tokens, tmp_path, capsys):

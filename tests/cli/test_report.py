@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 
 from distill_pretrain.cli.main import main
+from distill_pretrain.files import ownership
+from distill_pretrain.files.ownership import owner_of
+from tests.support.owner import owned_elsewhere
 
 SCORE = {
     "num_sequences": 3,
@@ -53,6 +56,17 @@ def test_report_is_written_and_named(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "10.00%" in text
     assert (tmp_path / "out" / "reliability.png").stat().st_size > 1000
     assert "title: Mine" in (tmp_path / "out" / "recipe.yaml").read_text()
+
+
+def test_a_report_has_one_writer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ownership, "PATIENCE_S", 0.2)
+    recipe = write_recipe(tmp_path)
+    with owned_elsewhere(owner_of(tmp_path / "out")) as holder:
+        assert main(["report", str(recipe)]) == 2
+    assert f"process {holder.pid} on node7" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "report.md").exists()
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
