@@ -11,7 +11,6 @@ Prints Markdown.
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from reporting import command_line, environment, write_json
+from reporting import command_line, environment, run, write_json
 
 from distill_pretrain.cache import CacheReader
 from distill_pretrain.cache.codec.hc.build import build_tables
@@ -346,4 +345,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from reporting import append_line, command_line, environment, write_json
+from reporting import append_line, command_line, environment, run, write_json
 
 from distill_pretrain.config import load_recipe, require
 from distill_pretrain.contracts import TokenBatch
@@ -254,4 +254,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

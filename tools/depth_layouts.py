@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from reporting import command_line, environment, write_json
+from reporting import command_line, environment, run, write_json
 
 LAYOUTS = {"one process": {}, "TP 2": {"tensor": 2}, "PP 2": {"pipeline": 2}}
 
@@ -106,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

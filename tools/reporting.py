@@ -6,12 +6,15 @@ import argparse
 import json
 import os
 import platform
+import sys
+from collections.abc import Callable
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import distill_pretrain
+from distill_pretrain.errors import DistillPretrainError
 
 
 def command_line(
@@ -47,6 +50,16 @@ def environment(*packages: str) -> dict[str, Any]:
         "distill-pretrain": distill_pretrain.__version__,
         **{package: version(package) for package in packages},
     }
+
+
+def run(main: Callable[[], object]) -> NoReturn:
+    """Run a tool to its exit status; what its user got wrong is one message and status 2, as in the package."""
+    try:
+        status = main()
+    except DistillPretrainError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(status if isinstance(status, int) else 0)
 
 
 def append_line(path: Path | None, figures: dict[str, Any]) -> None:

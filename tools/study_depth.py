@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from depth_report import write_report
-from reporting import command_line
+from reporting import command_line, run
 
 from distill_pretrain.config import load_recipe
 from distill_pretrain.contracts import TokenBatch
@@ -277,4 +277,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
