@@ -32,7 +32,7 @@ def test_a_run_goes_on_elsewhere_to_the_losses_of_the_megatron_optimizer(plain_j
     plain_job.cli("train", *ZERO, "optimizer.zero_stage=2", "train.steps=5")
     output = plain_job.run("train", *ZERO, "optimizer.zero_stage=3", num_processes=2)
     assert "resumed at step 5" in output
-    assert "[WARNING]" not in output
+    assert "[WARNING]" not in output and "Exception ignored" not in output
     plain_job.cli("train", f"train.output_dir={whole}")
     assert len(losses(run)) == 12
     for step, expected in zip(losses(run), losses(whole), strict=True):

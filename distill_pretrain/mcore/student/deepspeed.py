@@ -152,6 +152,12 @@ class AskingAdamW(torch.optim.AdamW):
             super().step(closure)
 
 
+def _destroy(engine: Any) -> None:
+    """Let go of an engine whose student has ended; without process groups there is nothing left to give back."""
+    if dist.is_initialized():
+        engine.destroy()
+
+
 class DeepSpeedStudent(Student):
     """A student whose optimizer state, gradients (ZeRO-2) and weights (ZeRO-3) are sharded by DeepSpeed."""
 
@@ -200,7 +206,7 @@ class DeepSpeedStudent(Student):
                 ),
             )
         # The engine's hooks on gradients hold it for ever otherwise, and with it the process groups and their threads.
-        weakref.finalize(self, self._engine.destroy).atexit = False
+        weakref.finalize(self, _destroy, self._engine).atexit = False
         self._start_moments(adam)
         return adam
 
