@@ -249,6 +249,9 @@ def save_of(config: Any, folder: Path) -> Any:
 
 GPT2 = {"vocab_size": 200, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+LATENT = {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8}
+LATENT |= {"qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2}
+LATENT |= {"n_group": 1, "topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
 ACCEPTED: dict[str, dict[str, Any]] = {
     "gpt2": GPT2,
     "mixtral": {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2},
@@ -262,6 +265,9 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "opt": {"vocab_size": 200, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2}
     | {"num_attention_heads": 4, "max_position_embeddings": 64, "word_embed_proj_dim": 32},
     "gpt_neox": {key: SIZES[key] for key in SIZES if key != "num_key_value_heads"},
+    "deepseek_v2": {**SIZES, **LATENT},
+    "deepseek_v3": {**SIZES, **LATENT},
+    "llama4_text": {**SIZES, "head_dim": 8, "num_local_experts": 4, "intermediate_size_mlp": 64},
     "gemma3": {
         "text_config": {**SIZES, "head_dim": 8},
         "vision_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
@@ -273,7 +279,7 @@ ACCEPTED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", ACCEPTED)
 def test_the_targets_of_a_model_are_those_of_its_own_logits_bit_for_bit(kind, tmp_path):
-    """A dozen classes for all of them: experts, cross-attention, caps, wrapped decoders, nested configurations."""
+    """Some classes for all of them: experts, cross-attention, caps, wrapped decoders, nested configurations."""
     config = transformers.CONFIG_MAPPING[kind](**ACCEPTED[kind])
     for part in (config, config.get_text_config(decoder=True)):
         part.pad_token_id = part.bos_token_id = part.eos_token_id = 0

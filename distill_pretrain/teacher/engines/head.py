@@ -6,6 +6,7 @@ Shapes: T positions, H hidden size, V vocabulary, V_own columns of this rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,17 @@ from distill_pretrain.contracts import LogitsChunk
 
 Finish = Callable[[torch.Tensor], torch.Tensor]
 """What a model does to its logits, element by element, such as soft-capping."""
+
+
+def trunk_name(model: Any) -> str:
+    """The attribute of a causal LM that holds its trunk: the one transformers names, else `model` (as in Llama 4)."""
+    prefix: str = model.base_model_prefix
+    return prefix if prefix and hasattr(model, prefix) else "model"
+
+
+def trunk_of(model: Any) -> Any:
+    """A causal LM's trunk; the model itself where that is no module of its own."""
+    return getattr(model, trunk_name(model), model)
 
 
 class ChunkedHead:

@@ -19,7 +19,7 @@ from distill_pretrain.teacher.engines.folder import (
     import_transformers,
     read_config,
 )
-from distill_pretrain.teacher.engines.head import ChunkedHead
+from distill_pretrain.teacher.engines.head import ChunkedHead, trunk_of
 from distill_pretrain.teacher.engines.known_head import finish_of, require_known_head
 from distill_pretrain.teacher.engines.weights import (
     meta_model,
@@ -103,5 +103,5 @@ class HFEngine:
                 finish=finish_of(self._model.config),
             )
         with torch.no_grad():
-            hidden = self._model.base_model(input_ids=tokens, use_cache=False)[0]
+            hidden = trunk_of(self._model)(input_ids=tokens, use_cache=False)[0]
         yield from self._head.chunks(hidden)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from distill_pretrain.errors import TeacherError
-from distill_pretrain.teacher.engines.head import Finish
+from distill_pretrain.teacher.engines.head import Finish, trunk_name, trunk_of
 
 
 def finish_of(config: Any) -> Finish | None:
@@ -49,7 +49,7 @@ def require_known_head(path: Path, model: Any) -> str:
         TeacherError: its logits are made in another way, or its own code fails on the made-up numbers.
     """
     _require_causal(path, model.config)
-    trunk, old_head = model.base_model, model.get_output_embeddings()
+    trunk, old_head = trunk_of(model), model.get_output_embeddings()
     name = next((n for n, m in model.named_modules() if m is old_head), None)
     if name is None or not isinstance(old_head, torch.nn.Linear):
         raise _unknown_head(path, model, f"its head is {_kind_of(old_head)}")
@@ -59,7 +59,7 @@ def require_known_head(path: Path, model: Any) -> str:
     hidden = torch.randn(1, 3, old_head.in_features, generator=g)
     head = torch.nn.Linear(old_head.in_features, 5, bias=old_head.bias is not None)
     model.set_submodule(name, head)
-    setattr(model, model.base_model_prefix, _Stub(hidden))
+    setattr(model, trunk_name(model), _Stub(hidden))
     finish = finish_of(model.config) or (lambda logits: logits)
     expected = finish(F.linear(hidden, head.weight, head.bias))
     try:

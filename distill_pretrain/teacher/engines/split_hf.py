@@ -28,7 +28,7 @@ from distill_pretrain.teacher.engines.folder import (
     import_transformers,
     read_config,
 )
-from distill_pretrain.teacher.engines.head import ChunkedHead, head_rows
+from distill_pretrain.teacher.engines.head import ChunkedHead, head_rows, trunk_name, trunk_of
 from distill_pretrain.teacher.engines.known_head import finish_of, require_known_head
 from distill_pretrain.teacher.engines.weights import (
     meta_model,
@@ -285,11 +285,11 @@ def _require_own_trunk(path: Path, model: Any, trust: Trust) -> None:
             )
     except Exception as error:  # transformers raises nearly anything here
         raise cannot_be_loaded(path, error) from error
-    if type(alone) is not type(model.base_model):
+    if type(alone) is not type(trunk_of(model)):
         raise TeacherError(
             "the model cannot be split: its trunk is not loaded without its head",
             where=path,
-            found=f"{type(alone).__name__} where {type(model).__name__} has {type(model.base_model).__name__}",
+            found=f"{type(alone).__name__} where {type(model).__name__} has {type(trunk_of(model)).__name__}",
             remedy="hold it whole in each process: teacher.kind=hf without tensor and fsdp",
         )
 
@@ -303,7 +303,7 @@ def _head_tensors(model: Any) -> dict[str, list[str]]:
     weight = [f"{name}.weight"]
     if source is not None:
         # The embedding is what counts; older files name it without the trunk's prefix.
-        weight = [source, source.removeprefix(f"{model.base_model_prefix}."), *weight]
+        weight = [source, source.removeprefix(f"{trunk_name(model)}."), *weight]
     return {"weight": weight, "bias": [f"{name}.bias"]}
 
 

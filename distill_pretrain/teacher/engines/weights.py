@@ -22,6 +22,7 @@ from distill_pretrain.teacher.engines.folder import (
     cannot_be_loaded,
     import_transformers,
 )
+from distill_pretrain.teacher.engines.head import trunk_name
 
 PICKLED = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
@@ -213,7 +214,7 @@ def _once(stored: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor
 def _unequal_ties(files: Sequence[Path], model: Any) -> list[str]:
     """Pairs that config.json ties, of which the files have both, with different values."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    prefix = model.base_model_prefix
+    prefix = trunk_name(model)
     where = {
         name: file for file in files if file.suffix == ".safetensors" for name, *_ in header(file)
     }
