@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from distill_pretrain.corpus.token_index import TokenIndex
 from distill_pretrain.corpus.tokens_record import TokensRecord
 from distill_pretrain.data.batches import BatchSource
 from distill_pretrain.data.config import DataConfig
-from distill_pretrain.errors import ConfigError, TokenDataError, TokenizerMismatch
+from distill_pretrain.errors import CacheMismatch, ConfigError, TokenDataError, TokenizerMismatch
 from distill_pretrain.processes.process import on_first_rank
 
 
@@ -128,6 +129,38 @@ def open_sequences(data: DataConfig, prefix: Path | None = None) -> SequenceData
     )
 
 
+def require_one_tokenizer(
+    first: SequenceData, tokens: Path, other: SequenceData, *, what: str, where: str
+) -> None:
+    """Raise TokenizerMismatch where a corpus differs in vocabulary or tokenizer from a first one.
+
+    Args:
+        first: the one that decides.
+        tokens: its prefix, for the message.
+        other: the one that must fit.
+        what: both of them, for the message.
+        where: which of the recipe's keys names the other one.
+    """
+    if other.vocab_size != first.vocab_size:
+        raise TokenizerMismatch(
+            f"{what} differ in vocabulary",
+            where=where,
+            found=other.vocab_size,
+            expected=f"{first.vocab_size}, that of {tokens}",
+            remedy="tokenise both with the same tokenizer, or set data.vocab_size to the smaller number "
+            "where no corpus holds an id at or above it",
+        )
+    digests = (first.tokenizer_digests, other.tokenizer_digests)
+    if all(digests) and not set(digests[0]) & set(digests[1]):
+        raise TokenizerMismatch(
+            f"{what} were made with different tokenizers",
+            where=where,
+            found=f"tokenizer {digests[1][0][:12]}",
+            expected=f"{digests[0][0][:12]}, that of {tokens}",
+            remedy="tokenise both with the same tokenizer",
+        )
+
+
 def open_blend(data: DataConfig) -> list[SequenceData]:
     """Open data.tokens and every corpus of data.blend, as `open_sequences` does, and check that they fit together.
 
@@ -135,26 +168,14 @@ def open_blend(data: DataConfig) -> list[SequenceData]:
         TokenizerMismatch: they differ in vocabulary or tokenizer.
     """
     opened = [open_sequences(source) for source in data.sources]
-    first = opened[0]
     for config, other in zip(data.sources, opened, strict=True):
-        if other.vocab_size != first.vocab_size:
-            raise TokenizerMismatch(
-                "the corpora of the blend differ in vocabulary",
-                where=f"data.blend, {config.tokens}",
-                found=other.vocab_size,
-                expected=f"{first.vocab_size}, that of {data.tokens}",
-                remedy="tokenise both with the same tokenizer, or set data.vocab_size to the smaller number "
-                "where no corpus holds an id at or above it",
-            )
-        digests = (first.tokenizer_digests, other.tokenizer_digests)
-        if all(digests) and not set(digests[0]) & set(digests[1]):
-            raise TokenizerMismatch(
-                "the corpora of the blend were made with different tokenizers",
-                where=f"data.blend, {config.tokens}",
-                found=f"tokenizer {digests[1][0][:12]}",
-                expected=f"{digests[0][0][:12]}, that of {data.tokens}",
-                remedy="tokenise both with the same tokenizer",
-            )
+        require_one_tokenizer(
+            opened[0],
+            data.tokens,
+            other,
+            what="the corpora of the blend",
+            where=f"data.blend, {config.tokens}",
+        )
     return opened
 
 
@@ -169,7 +190,7 @@ def open_sources(data: DataConfig, *, kd_weight: float) -> Iterator[list[Trainin
         def cache_of(config: DataConfig, sequences: SequenceData) -> CacheReader | None:
             if kd_weight == 0 or config.cache is None:
                 return None
-            return caches.enter_context(open_cache_together(config.cache, sequences))
+            return caches.enter_context(open_together(partial(open_cache, config.cache, sequences)))
 
         yield [
             TrainingSource(config=config, sequences=sequences, cache=cache_of(config, sequences))
@@ -219,15 +240,52 @@ def open_cache(location: str | Path, data: SequenceData) -> CacheReader:
     return cache
 
 
-def open_cache_together(location: str, data: SequenceData) -> CacheReader:
-    """As `open_cache`, by all ranks of a job: rank 0 reads and checks, another rank reads only the shards it needs."""
+def open_cache_of(
+    location: str, data: SequenceData, *, num_sequences: int, key: str, corpus_key: str
+) -> CacheReader:
+    """Open a finished cache that was captured on these sequences and covers the first so many.
+
+    Args:
+        location: folder or URL.
+        data: the sequences, of another corpus than data.tokens.
+        num_sequences: how many will be read.
+        key: of the recipe, that names the cache.
+        corpus_key: of the recipe, that names the corpus.
+
+    Raises:
+        CacheMismatch: it is of another corpus, tokenizer, sequence length or order, or too short.
+    """
+    cache = CacheReader.open(location)
+    try:
+        require_made_from(cache, data)
+    except CacheMismatch as error:
+        raise CacheMismatch(
+            f"the cache was not captured on {corpus_key}",
+            where=f"{key}: {location}",
+            found=error,
+            remedy=f"capture one with data.tokens set to the corpus of {corpus_key}, or leave {key} out",
+        ) from None
+    if cache.plan.num_sequences < num_sequences:
+        raise CacheMismatch(
+            "the cache covers too few sequences",
+            where=f"{key}: {location}",
+            found=cache.plan.num_sequences,
+            expected=f"at least {num_sequences}",
+            remedy="capture more, or score fewer (eval.num_sequences, eval.gradients.num_batches, "
+            "train.eval_sequences)",
+        )
+    return cache
+
+
+def open_together(open_first: Callable[[], CacheReader]) -> CacheReader:
+    """A cache opened by all ranks of a job: rank 0 reads and checks, another rank reads only the shards it needs."""
     opened: list[CacheReader] = []
 
-    def open_first() -> CacheHead:
-        opened.append(open_cache(location, data))
+    def head_of_first() -> CacheHead:
+        opened.append(open_first())
         return opened[0].head
 
-    head = on_first_rank(open_first)
+    head = on_first_rank(head_of_first)
     return opened[0] if opened else CacheReader.of(head)
 
 

@@ -1,4 +1,4 @@
-"""Caches as the other side of a comparison: opened, checked against their text, and read by micro-batch.
+"""Caches as the other side of a comparison: read by micro-batch.
 
 Shapes: B sequences of a micro-batch, L positions, K the most entries of a position.
 """
@@ -11,48 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from distill_pretrain.cache.reader import CacheReader
 from distill_pretrain.contracts import SparseTargets
 from distill_pretrain.data.batches import TargetSource, pad_targets
-from distill_pretrain.data.sources import SequenceData, require_made_from
-from distill_pretrain.errors import CacheMismatch
+from distill_pretrain.data.sources import SequenceData
 from distill_pretrain.eval.gradients import GradientBatch
-
-
-def open_cache_of(
-    location: str, data: SequenceData, *, num_sequences: int, key: str, corpus_key: str
-) -> CacheReader:
-    """Open a finished cache that was captured on these sequences and covers the first so many.
-
-    Args:
-        location: folder or URL.
-        data: the sequences.
-        num_sequences: how many will be read.
-        key: of the recipe, that names the cache.
-        corpus_key: of the recipe, that names the corpus.
-
-    Raises:
-        CacheMismatch: it is of another corpus, tokenizer, sequence length or order, or too short.
-    """
-    cache = CacheReader.open(location)
-    try:
-        require_made_from(cache, data)
-    except CacheMismatch as error:
-        raise CacheMismatch(
-            f"the cache was not captured on {corpus_key}",
-            where=f"{key}: {location}",
-            found=error,
-            remedy=f"capture one with data.tokens set to the corpus of {corpus_key}, or leave {key} out",
-        ) from None
-    if cache.plan.num_sequences < num_sequences:
-        raise CacheMismatch(
-            "the cache covers too few sequences",
-            where=f"{key}: {location}",
-            found=cache.plan.num_sequences,
-            expected=f"at least {num_sequences}",
-            remedy="capture more, or score fewer (eval.num_sequences, eval.gradients.num_batches)",
-        )
-    return cache
 
 
 def read_targets(

@@ -129,8 +129,8 @@ def _score(
     save_recipe: Callable[[Path], None],
 ) -> EvalResults:
     """The figures of all models, kept where eval.output has them, and eval.output."""
+    from distill_pretrain.data.sources import open_cache_of
     from distill_pretrain.eval.heldout import TEACHER
-    from distill_pretrain.eval.targets import open_cache_of
     from distill_pretrain.files.disk import require_writable
     from distill_pretrain.processes.process import on_first_rank
     from distill_pretrain.reports.report import installed_versions, today
@@ -226,10 +226,10 @@ def _gradients(
     if config is None:
         return None
     assert teacher is not None
-    from distill_pretrain.data.sources import open_sequences
+    from distill_pretrain.data.sources import open_cache_of, open_sequences
     from distill_pretrain.eval.gradients import compare_gradients
     from distill_pretrain.eval.student import CheckpointStudent
-    from distill_pretrain.eval.targets import gradient_batches, open_cache_of
+    from distill_pretrain.eval.targets import gradient_batches
 
     data = open_sequences(source)
     most = max(config.num_batches)

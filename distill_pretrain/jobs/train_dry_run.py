@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from distill_pretrain.data.config import DataConfig
 from distill_pretrain.errors import ConfigError, LayoutError
 from distill_pretrain.jobs.console import say
 from distill_pretrain.jobs.plan.student import (
@@ -23,6 +24,7 @@ from distill_pretrain.planning.figures import quantity
 from distill_pretrain.planning.memory import StudentJob, fullest_rank
 from distill_pretrain.planning.parameters import num_parameters, rank_shapes
 from distill_pretrain.processes.env import launch_world_size
+from distill_pretrain.train.config import TrainConfig
 
 
 def dry_run(recipe: Recipe, world_size: int | None) -> None:
@@ -111,8 +113,10 @@ def _data(recipe: Recipe) -> Iterator[tuple[str, str]]:
     from distill_pretrain.train.preflight import ignored_caches
 
     uses_cache = recipe.objective.target == "cache" and recipe.objective.peak_kd_weight > 0
-    if (ignored := ignored_caches(recipe.data, recipe.objective)) is not None:
+    assert recipe.train
+    for ignored in ignored_caches(recipe.data, recipe.objective, recipe.train):
         yield "cache", ignored
+    yield from _held_out(recipe.data, recipe.train)
     for source in recipe.data.sources:
         index = source.tokens.with_name(f"{source.tokens.name}.idx")
         if not index.is_file():
@@ -135,6 +139,30 @@ def _data(recipe: Recipe) -> Iterator[tuple[str, str]]:
             "cache",
             f"{source.cache}: belongs to the corpus, {totals['entries_per_token']} entries and "
             f"{totals['bytes_per_token']} bytes per position",
+        )
+
+
+def _held_out(data: DataConfig, train: TrainConfig) -> Iterator[tuple[str, str]]:
+    """What is scored while training, opened and compared where it is there."""
+    from distill_pretrain.data.sources import open_sequences
+    from distill_pretrain.train.evaluation import open_held_out, require_held_out
+
+    require_held_out(data, train)
+    if train.eval_interval is None:
+        return
+    prefixes = [data.tokens, data.held_out_tokens]
+    absent = [p for p in prefixes if p and not p.with_name(f"{p.name}.idx").is_file()]
+    cache = data.held_out_cache
+    if cache is not None and "://" not in cache and not Path(cache).exists():
+        absent.append(Path(cache))
+    if absent:
+        yield "held out", f"not checked, for want of {', '.join(map(str, absent))}"
+        return
+    with open_held_out(data, train, open_sequences(data)) as held_out:
+        assert held_out is not None
+        yield (
+            "held out",
+            f"{held_out.num_sequences:,} sequences every {train.eval_interval:,} steps",
         )
 
 

@@ -13,9 +13,6 @@ class Callback:
     communicate. An exception ends the training.
     """
 
-    def begin(self, done: int) -> None:
-        """Called before the first step of this start, with the steps that are done already."""
-
     def before_step(self, step: int) -> None:
         """Called before the data of a step is waited for; steps count from 1."""
 

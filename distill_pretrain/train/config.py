@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from distill_pretrain.config import Section
 
@@ -82,9 +82,13 @@ class TrainConfig(Section):
 
     @field_validator("profile")
     @classmethod
-    def _is_a_range(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
-        if steps is not None and not 1 <= steps[0] <= steps[1]:
-            raise ValueError(
-                "two steps, the first from 1 on and not after the last, such as [10, 12]"
-            )
+    def _is_a_range(
+        cls, steps: tuple[int, int] | None, info: ValidationInfo
+    ) -> tuple[int, int] | None:
+        if steps is not None:
+            last = info.data.get("steps", steps[1])
+            if not 1 <= steps[0] <= steps[1] <= last:
+                raise ValueError(
+                    f"two steps in ascending order, from 1 to {last}, the last of train.steps"
+                )
         return steps

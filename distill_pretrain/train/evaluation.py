@@ -5,13 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
 from distill_pretrain.data.batches import BatchSource, StudentBatches
 from distill_pretrain.data.config import DataConfig
-from distill_pretrain.data.sources import open_cache_together, open_sequences
+from distill_pretrain.data.sources import (
+    SequenceData,
+    open_cache_of,
+    open_sequences,
+    open_together,
+    require_one_tokenizer,
+)
 from distill_pretrain.errors import ConfigError
 from distill_pretrain.mcore.student.base import Student
 from distill_pretrain.train.callbacks import Callback
@@ -19,7 +26,7 @@ from distill_pretrain.train.config import TrainConfig
 
 
 def require_held_out(data: DataConfig, train: TrainConfig) -> None:
-    """Raise ConfigError where evaluation is asked for and there is no text for it, or text and no evaluation."""
+    """Raise ConfigError where evaluation while training is asked for, or a cache for it named, and no text for it."""
     if train.eval_interval is not None and data.held_out_tokens is None:
         raise ConfigError(
             "there is no held-out text to evaluate on while training",
@@ -56,17 +63,45 @@ def evaluated_sequences(train: TrainConfig, available: int) -> int:
 
 
 @contextmanager
-def open_held_out(data: DataConfig, train: TrainConfig) -> Iterator[BatchSource | None]:
-    """What an evaluation reads, open for as long as the block lasts; None where there is none. Every rank calls it."""
+def open_held_out(
+    data: DataConfig, train: TrainConfig, trained_on: SequenceData
+) -> Iterator[BatchSource | None]:
+    """What an evaluation reads, open for as long as the block lasts; None where there is none. Every rank calls it.
+
+    Args:
+        data: names the held-out corpus and, perhaps, its cache.
+        train: how much of it is scored.
+        trained_on: the first corpus of the training; its tokenizer decides.
+
+    Raises:
+        ConfigError: the held-out text is shorter than one global batch.
+        TokenizerMismatch: it has another vocabulary or tokenizer.
+        CacheMismatch: the cache is of other text, or does not cover what is scored.
+    """
     if train.eval_interval is None:
         yield None
         return
     sequences = open_sequences(data, data.held_out_tokens)
+    require_one_tokenizer(
+        trained_on,
+        data.tokens,
+        sequences,
+        what="training text and held-out text",
+        where=f"data.held_out_tokens, {data.held_out_tokens}",
+    )
+    count = evaluated_sequences(train, sequences.num_sequences)
     with ExitStack() as caches:
         cache = None
         if data.held_out_cache is not None:
-            cache = caches.enter_context(open_cache_together(data.held_out_cache, sequences))
-        count = evaluated_sequences(train, sequences.num_sequences)
+            open_first = partial(
+                open_cache_of,
+                data.held_out_cache,
+                sequences,
+                num_sequences=count,
+                key="data.held_out_cache",
+                corpus_key="data.held_out_tokens",
+            )
+            cache = caches.enter_context(open_together(open_first))
         yield BatchSource(plan=sequences.plan, cache=cache, num_sequences=count)
 
 

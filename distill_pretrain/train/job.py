@@ -195,11 +195,11 @@ def train_student(
             owner, what=train.output_dir, remedy="wait for it, or set another train.output_dir"
         ),
         open_sources(data, kd_weight=cached_weight) as sources,
-        open_held_out(data, train) as held_out,
+        open_held_out(data, train, sources[0].sequences) as held_out,
     ):
         teacher = _open_whole(open_teacher, sources[0].sequences) if open_teacher else None
         identity = run_identity(sources, model, parallel, optimizer, objective, train, teacher)
-        if (ignored := ignored_caches(data, objective)) is not None:
+        for ignored in ignored_caches(data, objective, train):
             say(ignored)
         exports = RunExports(train, identity, data.tokens, zero_stage=optimizer.zero_stage)
         checkpoints = CheckpointStore(train.output_dir / "checkpoints")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from distill_pretrain.losses.config import ObjectiveConfig
 from distill_pretrain.losses.points import extremes
 from distill_pretrain.losses.sparse_kd import require_entries_fit
 from distill_pretrain.processes.process import local_device, on_first_rank
+from distill_pretrain.train.config import TrainConfig
 
 _REST = {
     "label": "the rest goes to the true next token",
@@ -31,15 +32,18 @@ _REST = {
 MOST_NAMED = 5
 
 
-def ignored_caches(data: DataConfig, objective: ObjectiveConfig) -> str | None:
-    """Which caches of the recipe the job does not read, and why; None where it reads all."""
+def ignored_caches(
+    data: DataConfig, objective: ObjectiveConfig, train: TrainConfig
+) -> Iterator[str]:
+    """Which caches of the recipe the job does not read, and why: a line for each key that names some."""
     caches = [source.cache for source in data.sources if source.cache is not None]
-    if not caches or (objective.target == "cache" and objective.peak_kd_weight > 0):
-        return None
-    reason = "objective.kd_weight is 0"
-    if objective.target == "teacher":
-        reason = "objective.target is teacher"
-    return f"not read, since {reason}: {', '.join(caches)} (data.cache)"
+    if caches and (objective.target == "teacher" or objective.peak_kd_weight == 0):
+        reason = "objective.kd_weight is 0"
+        if objective.target == "teacher":
+            reason = "objective.target is teacher"
+        yield f"not read, since {reason}: {', '.join(caches)} (data.cache)"
+    if data.held_out_cache is not None and train.eval_interval is None:
+        yield f"not read, since train.eval_interval is not set: {data.held_out_cache} (data.held_out_cache)"
 
 
 def check_kernels(objective: ObjectiveConfig) -> None:

@@ -115,7 +115,7 @@ class Trainer:
             stop_on_sigterm(device) as stop,
             watchdog(self.config.stuck_after_s) as doing,
             self.saver.flushed(doing),
-            self._with_callbacks(done),
+            self._callbacks_ended(),
         ):
             while done < self.config.steps and not self._stopped:
                 done = self._train_from(done, stop, doing)
@@ -172,10 +172,8 @@ class Trainer:
         return done
 
     @contextmanager
-    def _with_callbacks(self, done: int) -> Iterator[None]:
+    def _callbacks_ended(self) -> Iterator[None]:
         try:
-            for callback in self.callbacks:
-                callback.begin(done)
             yield
         finally:
             for callback in self.callbacks:

@@ -7,11 +7,15 @@ import pytest
 
 from distill_pretrain.checkpoint.ownership import lease
 from distill_pretrain.cli.main import main
-from distill_pretrain.config import load_recipe
-from distill_pretrain.errors import ConfigError
+from distill_pretrain.config import dump_recipe, load_recipe
+from distill_pretrain.errors import ConfigError, InUse
+from distill_pretrain.files import ownership
+from distill_pretrain.files.ownership import owner_of
+from distill_pretrain.jobs.comparison import run as comparison
 from distill_pretrain.jobs.comparison.plan import ComparisonPlan
 from distill_pretrain.jobs.recipe import Recipe
 from tests.support.distributed import REPOSITORY, run_distributed
+from tests.support.owner import owned_elsewhere
 
 RECIPES = sorted((REPOSITORY / "launch/recipes").rglob("*.yaml"))
 
@@ -170,3 +174,20 @@ def count_groups() -> list[int]:
 
 def test_one_job_after_another_leaves_no_process_groups():
     assert run_distributed(count_groups, 2) == [1, 3, 1]
+
+
+def test_a_report_that_another_job_writes_is_left_to_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(ownership, "PATIENCE_S", 0.2)
+    folder = tmp_path / "report"
+    plan = ComparisonPlan.of(make_recipe(compare={"output_dir": str(tmp_path), "seeds": [1]}))
+    with owned_elsewhere(owner_of(folder)), pytest.raises(InUse, match="node7"):
+        comparison._report(plan, "a command")
+
+
+def test_a_training_that_was_told_to_stop_ends_the_comparison_with_its_code(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(comparison, "train_model", lambda recipe: True)
+    recipe = tmp_path / "recipe.yaml"
+    sections = make_recipe(compare={"output_dir": str(tmp_path / "out"), "teacher": {}})
+    dump_recipe(sections, recipe)
+    assert main(["compare", str(recipe)]) == 143

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from distill_pretrain.checkpoint.hf import save
 from distill_pretrain.checkpoint.hf.save import save_hf_model
 from distill_pretrain.checkpoint.hf.tokenizer import write_tokenizer
 from distill_pretrain.checkpoint.store import find_checkpoint
@@ -21,7 +23,7 @@ from distill_pretrain.cli.main import main
 from distill_pretrain.corpus.tokenizers import load_tokenizer
 from distill_pretrain.corpus.tokens_record import TokensRecord
 from distill_pretrain.errors import CheckpointError
-from distill_pretrain.files import ownership
+from distill_pretrain.files import disk, ownership
 from distill_pretrain.files.ownership import owner_beside
 from distill_pretrain.mcore.model.config import ModelConfig, ParallelConfig
 from distill_pretrain.processes.process import process_group
@@ -414,3 +416,24 @@ def test_bf16_of_a_scaled_fp32_run_is_rounded_once(tokens, tmp_path):
 def test_a_layout_that_does_not_fit_is_refused(run, tmp_path, capsys):
     assert main(["export", str(run), str(tmp_path / "out"), "--tensor", "3"]) == 2
     assert "parallel.tensor" in capsys.readouterr().err
+
+
+def test_an_export_without_room_is_refused_and_one_that_fills_the_disk_leaves_nothing(
+    run, tmp_path, capsys, monkeypatch
+):
+    target = tmp_path / "exported"
+    with monkeypatch.context() as small:
+        small.setattr(disk, "free_bytes", lambda path: 1000)
+        assert main(["export", str(run), str(target), "--tokenizer", "none"]) == 2
+    error = capsys.readouterr().err
+    assert "1,000 bytes free" in error and "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(save.TensorFile, "append", full)
+    assert main(["export", str(run), str(target), "--tokenizer", "none"]) == 2
+    error = capsys.readouterr().err
+    assert "bytes free" in error and "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
+import sys
+import weakref
 
 import pytest
 import torch
@@ -60,3 +63,22 @@ def test_a_student_that_ends_gives_its_process_groups_and_threads_back(layout, o
                 train()
             threads.append(len(os.listdir("/proc/self/task")))
         assert threads[1] <= threads[0], threads
+
+
+def test_an_engine_that_is_collected_after_the_process_group_has_ended_says_nothing(monkeypatch):
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
+
+    pytest.importorskip("deepspeed")
+    torch.set_num_threads(1)
+    optimizer = {"backend": "deepspeed", "zero_stage": 2}
+    with process_group(), model_parallel(ParallelConfig(), seed=1) as groups:
+        student, batches = make_job(
+            LLAMA, ParallelConfig(), groups, kd=False, steps=2, optimizer=optimizer
+        )
+        take_step(student, batches, 0)
+    said: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    ended = weakref.ref(student)
+    del student, batches
+    gc.collect()
+    assert ended() is None and said == []

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from distill_pretrain.cli.main import main
@@ -114,6 +115,26 @@ def test_an_evaluation_finds_what_a_step_finds_and_changes_nothing():
     assert scores == steps
 
 
+def test_the_figure_is_the_mean_over_all_held_out_tokens(alone):
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
+
+    layout = ParallelConfig()
+    with process_group(), model_parallel(layout, seed=1) as groups:
+        student, batches = make_job(LLAMA, layout, groups, kd=True, steps=STEPS)
+        take_step(student, batches, 0)
+        number = batches.sources[0].num_sequences // GLOBAL_BATCH
+        parts = [
+            student.evaluate([iter(batches.step_batches(batch, with_targets=True))])
+            for batch in range(number)
+        ]
+    assert number > 1
+    _, ce, kl = (sum(part for part, _ in parts) / sum(n for _, n in parts)).tolist()
+    assert alone["figures"][0] == {
+        "held_out_ce": pytest.approx(ce),
+        "held_out_kl": pytest.approx(kl),
+    }
+
+
 def test_dropout_is_off_while_scoring_and_its_stream_untouched():
     from distill_pretrain.mcore.runtime.parallel import model_parallel
 
@@ -180,9 +201,102 @@ def test_a_run_logs_held_out_figures_and_profiles_its_steps(tokens, tmp_path, ca
         (["train.eval_interval=2", "train.global_batch_size=4096"], "too short to evaluate"),
         (["data.held_out_cache=x", "data.held_out_tokens=null"], "data.held_out_cache"),
         (["train.profile=[3,2]"], "train.profile"),
+        (["train.profile=[3,6]"], "from 1 to 5, the last of train.steps"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(tokens, tmp_path, capsys, settings, words):
-    assert main(command(tokens, tmp_path / "run", *settings)) == 2
+    for dry in ([], ["--dry-run"]):
+        assert main(command(tokens, tmp_path / "run", *settings, *dry)) == 2
+        error = capsys.readouterr().err
+        assert words in error and "Traceback" not in error
+
+
+def test_a_dry_run_says_what_is_evaluated_and_what_could_not_be_looked_at(tokens, tmp_path, capsys):
+    settings = ["train.eval_interval=2", "--dry-run"]
+    assert main(command(tokens, tmp_path / "run", *settings)) == 0
+    assert "held out              12 sequences every 2 steps" in capsys.readouterr().out
+    assert main(command(tokens, tmp_path / "run", "data.held_out_cache=nowhere", *settings)) == 0
+    assert "held out              not checked, for want of nowhere" in capsys.readouterr().out
+    assert main(command(tokens, tmp_path / "run", "data.held_out_cache=nowhere", "--dry-run")) == 0
+    assert "not read, since train.eval_interval is not set: nowhere" in capsys.readouterr().out
+
+
+def test_held_out_text_of_another_vocabulary_is_refused(tmp_path, capsys):
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(40):
+        (text / f"{number}.txt").write_text(f"some words of text, number {number} of many\n" * 40)
+    for size in (300, 310):
+        tokenize = [
+            "tokenize",
+            f"corpus={{paths: [{text}], include: ['*.txt'], output_dir: {tmp_path / str(size)}}}",
+            "corpus.workers=1",
+            "corpus.held_out_fraction=0.5",
+            f"tokenizer.vocab_size={size}",
+        ]
+        assert main(tokenize) == 0
+    settings = ["data.vocab_size=null", "data.num_sequences=null", "train.eval_interval=2"]
+    settings += [f"data.tokens={tmp_path / '300/train'}"]
+    settings += [f"data.held_out_tokens={tmp_path / '310/held_out'}"]
+    capsys.readouterr()
+    assert main(command(tmp_path / "none", tmp_path / "run", *settings)) == 2
     error = capsys.readouterr().err
-    assert words in error and "Traceback" not in error
+    assert "training text and held-out text differ in vocabulary" in error
+    assert "data.held_out_tokens" in error
+
+
+@pytest.fixture(scope="module")
+def teacher_and_cache(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A teacher, and a cache of the first eight sequences of twelve."""
+    folder = tmp_path_factory.mktemp("teacher")
+    assert main(command(tokens, folder / "run")) == 0
+    capture = [
+        "capture",
+        f"data={{tokens: {tokens}, seq_len: {SEQ_LEN}}}",
+        f"data.vocab_size={VOCAB_SIZE}",
+        f"teacher.path={folder / 'run'}",
+        f"capture={{output_dir: {folder / 'cache'}, num_sequences: 8, sanity_gate: 'off'}}",
+    ]
+    assert main(capture) == 0
+    return folder / "run", folder / "cache"
+
+
+@pytest.mark.parametrize("learns", ["text", "cache", "teacher"])
+@pytest.mark.parametrize("has_cache", [True, False])
+def test_the_divergence_is_scored_where_there_is_something_to_diverge_from(
+    tokens, teacher_and_cache, tmp_path, learns, has_cache
+):
+    teacher, cache = teacher_and_cache
+    settings = {
+        "text": [],
+        "cache": [f"data.cache={cache}", "data.num_sequences=8", "objective.kd_weight=1.0"],
+        "teacher": [
+            "objective.target=teacher",
+            f"teacher.path={teacher}",
+            "objective.kd_weight=1.0",
+        ],
+    }[learns]
+    settings += ["train.seed=7", "train.eval_interval=5", "train.eval_sequences=8"]
+    settings += [f"data.held_out_cache={cache}"] * has_cache
+    assert main(command(tokens, tmp_path / "run", *settings)) == 0
+    last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    # Twice the text's entropy at most; a divergence of targets that were not read would be 0.
+    assert 1 < last["held_out_ce"] < 2 * np.log(VOCAB_SIZE)
+    if has_cache or learns == "teacher":
+        assert 1e-4 < last["held_out_kl"] < 5
+    else:
+        assert "held_out_kl" not in last
+
+
+def test_a_held_out_cache_that_does_not_fit_is_named_by_its_key(
+    tokens, teacher_and_cache, tmp_path, capsys
+):
+    _, cache = teacher_and_cache
+    settings = ["train.eval_interval=5", f"data.held_out_cache={cache}"]
+    assert main(command(tokens, tmp_path / "run", *settings, "train.eval_sequences=12")) == 2
+    assert (
+        f"data.held_out_cache: {cache}; found: 8; expected: at least 12" in capsys.readouterr().err
+    )
+    assert main(command(tokens, tmp_path / "run", *settings, "data.seed=5")) == 2
+    error = capsys.readouterr().err
+    assert "not captured on data.held_out_tokens" in error and "data.held_out_cache" in error

@@ -13,6 +13,7 @@ from distill_pretrain.data.config import DataConfig
 from distill_pretrain.data.kept_mass import KeptShare
 from distill_pretrain.errors import ConfigError, TeacherError
 from distill_pretrain.losses.config import ObjectiveConfig
+from distill_pretrain.train.config import TrainConfig
 from distill_pretrain.train.preflight import check_targets, check_teacher, ignored_caches
 from tests.data.test_canary import SEQ_LEN, VOCAB, Sampled, Text
 
@@ -147,9 +148,19 @@ def test_caches_that_are_not_read_are_named():
         cache="first",
         blend=({"tokens": "more", "weight": 1.0, "cache": "second"},),
     )
-    assert ignored_caches(data, ObjectiveConfig()) == (
+    train = TrainConfig(output_dir=Path("run"), steps=9, global_batch_size=4)
+
+    def ignored(data: DataConfig, objective: ObjectiveConfig, train: TrainConfig) -> list[str]:
+        return list(ignored_caches(data, objective, train))
+
+    assert ignored(data, ObjectiveConfig(), train) == [
         "not read, since objective.kd_weight is 0: first, second (data.cache)"
-    )
-    assert "objective.target is teacher: first" in str(ignored_caches(data, reverse_kl()))
-    assert ignored_caches(data, ObjectiveConfig(kd_weight=[[1, 0.0], [9, 1.0]])) is None
-    assert ignored_caches(DataConfig(tokens=Path("text"), seq_len=8), ObjectiveConfig()) is None
+    ]
+    assert "objective.target is teacher: first" in ignored(data, reverse_kl(), train)[0]
+    assert ignored(data, ObjectiveConfig(kd_weight=[[1, 0.0], [9, 1.0]]), train) == []
+    plain = DataConfig(tokens=Path("text"), seq_len=8, held_out_cache="third")
+    assert ignored(plain, ObjectiveConfig(), train) == [
+        "not read, since train.eval_interval is not set: third (data.held_out_cache)"
+    ]
+    evaluated = train.model_copy(update={"eval_interval": 3})
+    assert ignored(plain, ObjectiveConfig(), evaluated) == []
