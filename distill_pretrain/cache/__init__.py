@@ -3,8 +3,9 @@
 from distill_pretrain.cache.codec.registry import codec_number
 from distill_pretrain.cache.plan import CachePlan
 from distill_pretrain.cache.reader import CacheReader
+from distill_pretrain.cache.shard_writer import ShardWriter
 from distill_pretrain.cache.verify import VerifyResult, verify_cache
-from distill_pretrain.cache.writer import CacheWriter, ShardWriter
+from distill_pretrain.cache.writer import CacheWriter
 
 __all__ = [
     "CachePlan",

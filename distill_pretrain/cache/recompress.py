@@ -24,7 +24,8 @@ from distill_pretrain.cache.names import PLAN_NAME
 from distill_pretrain.cache.plan import CachePlan
 from distill_pretrain.cache.reader import CacheReader, load_plan
 from distill_pretrain.cache.shard import frame_length
-from distill_pretrain.cache.writer import CacheWriter, ShardWriter
+from distill_pretrain.cache.shard_writer import ShardWriter
+from distill_pretrain.cache.writer import CacheWriter
 from distill_pretrain.contracts import RaggedTargets
 from distill_pretrain.errors import CacheError
 from distill_pretrain.files.storage import open_storage

@@ -10,108 +10,31 @@ checkpoints/
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
-import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from distill_pretrain import __version__
 from distill_pretrain.checkpoint.identity import differences
-from distill_pretrain.errors import CheckpointError, ConfigError
+from distill_pretrain.checkpoint.record import RECORD, Checkpoint, hash_files, on_first_rank
+from distill_pretrain.errors import CheckpointError
 from distill_pretrain.files.atomic import (
     canonical_json,
     discard_stale_temporaries,
     fsync_path,
     publish_bytes,
-    sha256_file,
 )
 from distill_pretrain.files.disk import free_bytes, require_room
 
-Result = TypeVar("Result")
-
-RECORD = "checkpoint.json"
-SHARED_FOLDER_WAIT_S = 10.0
 _REASON_LENGTH = 300
 _ASIDE = ".old"
 _STEP_FOLDER = re.compile(r"step-\d{8,}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """A complete checkpoint on disk.
-
-    Attributes:
-        folder: where it is.
-        step: optimizer steps done.
-        identity: what a run must share with it to go on from it.
-        progress: of the run besides its steps, JSON-able; what it holds is the trainer's.
-        files: sha256 of every file by name.
-        sha256: of the record, and so of everything in the folder.
-    """
-
-    folder: Path
-    step: int
-    identity: dict[str, Any]
-    progress: dict[str, Any]
-    files: dict[str, str]
-    sha256: str
-
-    @classmethod
-    def open(cls, folder: Path) -> Checkpoint:
-        """Read the record; raises CheckpointError where there is none or it is damaged."""
-        path = folder / RECORD
-        try:
-            raw = json.loads(path.read_bytes())
-            return cls(
-                folder=folder,
-                step=int(raw["step"]),
-                identity=dict(raw["identity"]),
-                progress=dict(raw.get("progress", {})),
-                files=dict(raw["files"]),
-                sha256=sha256_file(path),
-            )
-        except FileNotFoundError:
-            raise CheckpointError(
-                "not a checkpoint",
-                where=folder,
-                expected=f"a folder with {RECORD}",
-                remedy="name a run folder or a folder checkpoints/step-*",
-            ) from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                "the checkpoint's record is damaged", where=path, found=error
-            ) from None
-
-    def damage(self) -> CheckpointError | None:
-        """The first file that is not what was saved, or None. In a job every rank calls it and gets the same."""
-        found = hash_files(self.folder, sorted(self.files))
-        for name, expected in self.files.items():
-            if found[name] != expected:
-                return CheckpointError(
-                    "a checkpoint file is not what was saved",
-                    where=self.folder / name,
-                    found=found[name],
-                    expected=expected,
-                    remedy="remove this step's folder to go on from the one before",
-                )
-        return None
-
-    def verify(self) -> None:
-        """Compare every file with its hash; raises CheckpointError naming the first that differs.
-
-        In a job every rank calls it.
-        """
-        damage = self.damage()
-        if damage is not None:
-            raise damage
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
@@ -128,69 +51,6 @@ def find_checkpoint(path: Path) -> Checkpoint:
         expected="a run folder with checkpoints/step-*, or one such folder",
         remedy="train first, or correct the path",
     )
-
-
-def on_first_rank(action: Callable[[], Result]) -> Result:
-    """`processes.on_first_rank`, which brings torch: `inspect` looks at checkpoints without it."""
-    from distill_pretrain.processes import process
-
-    return process.on_first_rank(action)
-
-
-def hash_files(folder: Path, names: list[str], *, durable: bool = False) -> dict[str, str]:
-    """sha256 of files by name ("missing" for none); the ranks of a job share the work, and all get the result.
-
-    Args:
-        folder: where they are.
-        names: the same list on every rank.
-        durable: also fsync each file.
-    """
-    import torch.distributed as dist
-
-    from distill_pretrain.processes.watchdog import alive
-
-    grouped = dist.is_initialized()
-    rank, size = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
-    mine = {}
-    for name in names[rank::size]:
-        path = folder / name
-        if durable and path.exists():
-            fsync_path(path)
-        mine[name] = sha256_file(path, alive) if path.exists() else "missing"
-    shares: list[Any] = [mine]
-    if grouped:
-        shares = [None] * size
-        dist.all_gather_object(shares, mine)
-    return {name: digest for share in shares for name, digest in share.items()}
-
-
-def require_shared_folder(folder: Path) -> None:
-    """Raise ConfigError on every rank unless all of them see the same `folder`; it is created."""
-
-    def leave_mark() -> Path:
-        folder.mkdir(parents=True, exist_ok=True)
-        mark = folder / f".seen-by-all-{uuid.uuid4().hex}"
-        mark.touch()
-        return mark
-
-    mark = on_first_rank(leave_mark)
-    deadline = time.monotonic() + SHARED_FOLDER_WAIT_S
-    while not mark.exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    import torch.distributed as dist
-
-    seen: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(seen, mark.exists())
-    on_first_rank(mark.unlink)
-    blind = [rank for rank, sees_mark in enumerate(seen) if not sees_mark]
-    if blind:
-        raise ConfigError(
-            "the output folder is not the same on every node",
-            where=folder,
-            found=f"ranks {', '.join(map(str, blind))} do not see what rank 0 writes",
-            expected="a folder on a shared file system",
-            remedy="set train.output_dir to one",
-        )
 
 
 def drop_unfinished(run: Path) -> None:

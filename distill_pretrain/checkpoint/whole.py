@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from distill_pretrain.checkpoint.identity import trained_model
-from distill_pretrain.checkpoint.store import Checkpoint
+from distill_pretrain.checkpoint.record import Checkpoint
 from distill_pretrain.mcore.model.config import ParallelConfig
 
 

@@ -10,7 +10,7 @@ from distill_pretrain.jobs.console import say
 from distill_pretrain.jobs.recipe import Recipe
 
 if TYPE_CHECKING:
-    from distill_pretrain.checkpoint.store import Checkpoint
+    from distill_pretrain.checkpoint.record import Checkpoint
 
 
 def export(

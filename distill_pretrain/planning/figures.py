@@ -121,3 +121,8 @@ class PlanReport:
     def as_dict(self) -> dict[str, Any]:
         """JSON-able: the same, with what every basis means."""
         return {"bases": BASES, "parts": [asdict(part) for part in self.parts]}
+
+
+def derived(basis: Basis) -> Basis:
+    """What follows from a figure of this basis."""
+    return "estimate" if basis in ("given", "measured") else basis

@@ -26,7 +26,8 @@ from distill_pretrain import __version__
 from distill_pretrain.cache.codec.registry import codec_number
 from distill_pretrain.cache.manifest import Manifest
 from distill_pretrain.cache.plan import CachePlan
-from distill_pretrain.cache.writer import CacheWriter, ShardWriter
+from distill_pretrain.cache.shard_writer import ShardWriter
+from distill_pretrain.cache.writer import CacheWriter
 from distill_pretrain.data.sources import SequenceData
 from distill_pretrain.sampling import RNG_NAME
 from distill_pretrain.teacher.config import CaptureConfig, TargetSetConfig

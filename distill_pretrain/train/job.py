@@ -9,12 +9,8 @@ from typing import Any
 import torch.distributed as dist
 
 from distill_pretrain.checkpoint.identity import VERSION, at_default, described
-from distill_pretrain.checkpoint.ownership import job_owning
-from distill_pretrain.checkpoint.store import (
-    CheckpointStore,
-    drop_unfinished,
-    require_shared_folder,
-)
+from distill_pretrain.checkpoint.ownership import job_owning, require_shared_folder
+from distill_pretrain.checkpoint.store import CheckpointStore, drop_unfinished
 from distill_pretrain.contracts import LogitsEngine
 from distill_pretrain.data.batches import StudentBatches
 from distill_pretrain.data.blend import blend_splits

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from distill_pretrain.checkpoint.store import Checkpoint, CheckpointStore
+from distill_pretrain.checkpoint.record import Checkpoint
+from distill_pretrain.checkpoint.store import CheckpointStore
 from distill_pretrain.data.batches import StudentBatches
 from distill_pretrain.data.prefetch import PrefetchedBatches
 from distill_pretrain.errors import CheckpointError, TrainingStopped

@@ -10,8 +10,10 @@ import pytest
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from distill_pretrain.checkpoint import store
-from distill_pretrain.checkpoint.store import Checkpoint, CheckpointStore, require_shared_folder
+from distill_pretrain.checkpoint import ownership, store
+from distill_pretrain.checkpoint.ownership import require_shared_folder
+from distill_pretrain.checkpoint.record import RECORD, Checkpoint
+from distill_pretrain.checkpoint.store import CheckpointStore
 from distill_pretrain.errors import CheckpointError, ConfigError, StorageError
 from distill_pretrain.processes.process import process_group
 from tests.support.checkpoints import save
@@ -118,7 +120,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, group, dama
     elif damage == "a missing file":
         (newest / "weights").unlink()
     else:
-        (newest / store.RECORD).write_text("{")
+        (newest / RECORD).write_text("{")
     said: list[str] = []
     found = checkpoints.find({}, said.append)
     assert found.step == 5 and (found.folder / "weights").read_text() == "at 5"
@@ -135,7 +137,7 @@ def test_damage_to_all_is_an_error_not_a_fresh_start(tmp_path, group):
     for step in (5, 10):
         save(checkpoints, step, {}, write(""), keep=2)
     for folder in checkpoints.complete():
-        (folder / store.RECORD).write_text("{")
+        (folder / RECORD).write_text("{")
     with pytest.raises(CheckpointError, match="no sound checkpoint is left"):
         checkpoints.find({})
     with pytest.raises(CheckpointError, match="not a checkpoint"):
@@ -144,7 +146,7 @@ def test_damage_to_all_is_an_error_not_a_fresh_start(tmp_path, group):
 
 def folders_of_their_own(root: str) -> str:
     """Every rank in a working folder of its own, as on nodes without a shared file system."""
-    store.SHARED_FOLDER_WAIT_S = 0.3
+    ownership.SHARED_FOLDER_WAIT_S = 0.3
     with process_group():
         mine = Path(root, str(dist.get_rank()))
         mine.mkdir()

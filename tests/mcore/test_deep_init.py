@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from pydantic import ValidationError
 
-from distill_pretrain.checkpoint.store import Checkpoint, require_same_run
+from distill_pretrain.checkpoint.record import Checkpoint
+from distill_pretrain.checkpoint.store import require_same_run
 from distill_pretrain.contracts import TokenBatch
 from distill_pretrain.errors import CheckpointError
 from distill_pretrain.losses.sparse_kd import DistillationObjective

@@ -155,7 +155,7 @@ def walk_batches() -> StudentBatches:
 
 
 def test_reading_and_hashing_say_that_they_go_on(tmp_path):
-    from distill_pretrain.checkpoint.store import hash_files
+    from distill_pretrain.checkpoint.record import hash_files
     from distill_pretrain.processes import watchdog as module
 
     (tmp_path / "file").write_bytes(b"x")

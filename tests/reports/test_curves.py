@@ -41,6 +41,13 @@ def test_columns_and_nulls(tmp_path: Path) -> None:
     assert not load(tmp_path, record(1)).has_kl
 
 
+def test_a_number_that_only_some_lines_have_is_a_column(tmp_path: Path) -> None:
+    curve = load(tmp_path, record(1, held_out_ce=3.5) + record(2) + record(3, scale=8.0)[:-1])
+    assert curve["held_out_ce"][0] == 3.5
+    assert np.isnan(curve["held_out_ce"][1:]).all()
+    assert curve["scale"][2] == 8.0
+
+
 def test_a_cut_off_last_line_is_left_out(tmp_path: Path) -> None:
     for cut in range(1, len(record(3)) - 1):
         curve = load(tmp_path, record(1) + record(2) + record(3)[:cut])

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from distill_pretrain.cache import CachePlan, CacheWriter
 from distill_pretrain.cache.codec.files import read_tables
-from distill_pretrain.cache.writer import ShardWriter
+from distill_pretrain.cache.shard_writer import ShardWriter
 from distill_pretrain.contracts import LogitsChunk, RaggedTargets, Replica
 from distill_pretrain.data.config import DataConfig
 from distill_pretrain.data.sources import SequenceData, open_sequences

@@ -19,7 +19,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distill_pretrain.checkpoint.store import RECORD, Checkpoint, CheckpointStore
+from distill_pretrain.checkpoint.record import RECORD, Checkpoint
+from distill_pretrain.checkpoint.store import CheckpointStore
 from distill_pretrain.files.atomic import sha256_file
 from distill_pretrain.mcore.model.config import ParallelConfig
 from distill_pretrain.processes.process import on_first_rank, process_group, released_groups

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from distill_pretrain.checkpoint.hf.save import require_replaceable, save_hf_model
 from distill_pretrain.checkpoint.identity import TrainedModel, trained_model
-from distill_pretrain.checkpoint.store import Checkpoint
+from distill_pretrain.checkpoint.record import Checkpoint
 from distill_pretrain.files.atomic import canonical_json
 from distill_pretrain.mcore.init.deep import residual_scaling
 from distill_pretrain.mcore.model.config import ParallelConfig

@@ -128,7 +128,7 @@ def _show_run(folder: Path) -> None:
 
 
 def _show_checkpoint(folder: Path) -> None:
-    from distill_pretrain.checkpoint.store import Checkpoint
+    from distill_pretrain.checkpoint.record import Checkpoint
 
     checkpoint = Checkpoint.open(folder)
     say(f"checkpoint {folder}")

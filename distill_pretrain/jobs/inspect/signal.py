@@ -13,7 +13,7 @@ from distill_pretrain.jobs.recipe import Recipe
 from distill_pretrain.processes.env import launch_rank, launch_world_size
 
 if TYPE_CHECKING:
-    from distill_pretrain.checkpoint.store import Checkpoint
+    from distill_pretrain.checkpoint.record import Checkpoint
     from distill_pretrain.contracts import TokenBatch
     from distill_pretrain.data.sources import SequenceData
     from distill_pretrain.mcore.init.theory import Signal
