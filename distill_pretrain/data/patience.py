@@ -14,6 +14,7 @@ Result = TypeVar("Result")
 
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 30.0
+SIGN_OF_LIFE_S = 1.0
 
 
 def warn_on_stderr(line: str) -> None:
@@ -21,12 +22,20 @@ def warn_on_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def wait_alive(seconds: float) -> None:
+    """Wait, saying all along that this process lives: up to its patience, a rank that waits here is not stuck."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        alive()
+        time.sleep(min(left, SIGN_OF_LIFE_S))
+
+
 def read_patiently(
     read: Callable[[], Result],
     *,
     patience_s: float,
     warn: Callable[[str], None] = warn_on_stderr,
-    sleep: Callable[[float], None] = time.sleep,
+    sleep: Callable[[float], None] = wait_alive,
 ) -> Result:
     """What `read` returns, tried again after waits that double, each announced by a warning.
 
@@ -50,7 +59,6 @@ def read_patiently(
             if wait <= 0:
                 raise
             warn(f"WARNING: {error}; trying again in {wait:g} s")
-        alive()  # up to its patience, waiting here is not being stuck
         sleep(wait)
         waited += wait
         wait = min(2 * wait, LONGEST_WAIT_S)

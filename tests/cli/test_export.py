@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from safetensors import safe_open
 
 from distill_pretrain.checkpoint.hf import save
 from distill_pretrain.checkpoint.hf.save import save_hf_model
@@ -26,7 +28,9 @@ from distill_pretrain.errors import CheckpointError
 from distill_pretrain.files import disk, ownership
 from distill_pretrain.files.ownership import owner_beside
 from distill_pretrain.mcore.model.config import ModelConfig, ParallelConfig
+from distill_pretrain.processes import watchdog
 from distill_pretrain.processes.process import process_group
+from distill_pretrain.processes.watchdog import Watchdog
 from tests.support.distributed import REPOSITORY, torchrun
 from tests.support.jobs import run_cli
 from tests.support.owner import owned_elsewhere
@@ -296,6 +300,14 @@ def test_a_run_replaces_exports_that_an_older_version_made_of_it(tokens, tmp_pat
     record.write_text(json.dumps({"source": {"run": "in other words", "step": 2}}))
     train(tokens, tmp_path / "run", "train.export_interval=2")
     assert json.loads(record.read_text())["source"]["run"] != "in other words"
+
+
+def test_an_export_says_that_it_goes_on(run, tmp_path, monkeypatch):
+    dog = Watchdog(dist.HashStore(), 100.0)
+    monkeypatch.setattr(watchdog, "_current", dog)
+    run_cli("export", str(run), str(tmp_path / "out"), "--tokenizer", "none")
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert dog._moves >= len(file.keys())
 
 
 def test_another_folder_is_not_overwritten(run, tmp_path, capsys):

@@ -278,6 +278,21 @@ def test_estimators_that_cannot_be_measured(
     assert named in error and "Traceback" not in error
 
 
+def test_an_output_that_cannot_be_written_is_found_before_the_teacher_is_looked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "note").write_text("")
+    (tmp_path / "capture.yaml").write_text(
+        "data: {tokens: nowhere, vocab_size: 64, seq_len: 16}\n"
+        "teacher: {kind: hf, path: nowhere}\n"
+        "capture: {output_dir: nowhere, num_draws: 4}\n"
+    )
+    output = ["--output", str(tmp_path / "note" / "figures.json")]
+    assert main(["inspect", "--estimators", str(tmp_path / "capture.yaml"), *output]) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path / "note") in error and "nowhere" not in error and "Traceback" not in error
+
+
 def test_settings_without_estimators_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -169,6 +169,26 @@ def test_reading_and_hashing_say_that_they_go_on(tmp_path):
     batches.host_batches(0, with_targets=True)  # watched by nobody
 
 
+def test_waiting_for_a_store_is_a_sign_of_life_all_along(monkeypatch):
+    from distill_pretrain.data import patience
+    from distill_pretrain.errors import CacheUnreadable
+    from distill_pretrain.processes import watchdog as module
+
+    monkeypatch.setattr(patience, "SIGN_OF_LIFE_S", 0.02)
+    dog = Watchdog(dist.HashStore(), 100.0)
+    monkeypatch.setattr(module, "_current", dog)
+    failures = [CacheUnreadable("the cache cannot be read", where="x.dpt")]
+
+    def read() -> str:
+        if failures:
+            raise failures.pop()
+        return "read"
+
+    said: list[str] = []
+    assert patience.read_patiently(read, patience_s=0.3, warn=said.append) == "read"
+    assert len(said) == 1 and dog._moves >= 5
+
+
 def test_a_stopped_process_is_named():
     text = run_distributed(reports, 2, kind="stopped")
     pid = text.rpartition(" ")[2]

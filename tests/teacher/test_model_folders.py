@@ -267,6 +267,10 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "gpt_neox": {key: SIZES[key] for key in SIZES if key != "num_key_value_heads"},
     "deepseek_v2": {**SIZES, **LATENT},
     "deepseek_v3": {**SIZES, **LATENT},
+    # Whose heads ask the trunk for its factor, and multiply by the key by which others divide.
+    "falcon_h1": {**SIZES, "head_dim": 8, "lm_head_multiplier": 0.5, "mamba_d_ssm": 64}
+    | {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8},
+    "hyperclovax": {**SIZES, "logits_scaling": 0.5},
     "llama4_text": {**SIZES, "head_dim": 8, "num_local_experts": 4, "intermediate_size_mlp": 64},
     "gemma3": {
         "text_config": {**SIZES, "head_dim": 8},

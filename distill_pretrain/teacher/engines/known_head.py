@@ -24,8 +24,11 @@ def finish_of(config: Any) -> Finish | None:
     text = config.get_text_config(decoder=True)
     caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
     cap = next((c for c in (getattr(text, name, None) for name in caps) if c), None)
-    divisor = getattr(text, "logits_scaling", None)
-    factor = getattr(text, "logit_scale", None)
+    # Granite and its kin divide by the key with which HyperCLOVA X multiplies.
+    divides = not text.model_type.startswith("hyperclovax")
+    divisor = getattr(text, "logits_scaling", None) if divides else None
+    factors = ("logit_scale", "lm_head_multiplier", *(() if divides else ("logits_scaling",)))
+    factor = next((f for f in (getattr(text, name, None) for name in factors) if f), None)
     if cap:
         return lambda logits: torch.tanh(logits / cap) * cap
     if divisor:
@@ -59,7 +62,7 @@ def require_known_head(path: Path, model: Any) -> str:
     hidden = torch.randn(1, 3, old_head.in_features, generator=g)
     head = torch.nn.Linear(old_head.in_features, 5, bias=old_head.bias is not None)
     model.set_submodule(name, head)
-    setattr(model, trunk_name(model), _Stub(hidden))
+    setattr(model, trunk_name(model), _Stub(hidden, trunk))
     finish = finish_of(model.config) or (lambda logits: logits)
     expected = finish(F.linear(hidden, head.weight, head.bias))
     try:
@@ -103,11 +106,16 @@ def _unknown_head(path: Path, model: Any, found: str) -> TeacherError:
 
 
 class _Stub(torch.nn.Module):
-    """Stands for a model without its head: it says what it was told to."""
+    """Stands for a model without its head: it says what it was told to, and has the settings of its trunk."""
 
-    def __init__(self, hidden: torch.Tensor) -> None:
+    def __init__(self, hidden: torch.Tensor, trunk: torch.nn.Module) -> None:
         super().__init__()
         self._hidden = hidden
+        self._settings = {k: v for k, v in vars(trunk).items() if not k.startswith("_")}
+
+    def __getattr__(self, name: str) -> Any:
+        settings = self.__dict__.get("_settings", {})
+        return settings[name] if name in settings else super().__getattr__(name)
 
     @property
     def decoder(self) -> _Stub:
