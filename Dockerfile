@@ -22,7 +22,7 @@ RUN useradd --create-home --uid 1000 distill \
 WORKDIR /opt/distill-pretrain
 # The image's own torch stays: it is a constraint, so that nothing replaces it; launch/constraints.txt pins the rest.
 COPY launch/constraints.txt /tmp/pins.txt
-COPY setup.py pyproject.toml README.md ./
+COPY setup.py pyproject.toml README.md LICENSE NOTICE ./
 COPY distill_pretrain ./distill_pretrain
 COPY launch ./launch
 RUN python -c 'import torch; print(f"torch=={torch.__version__}")' > /tmp/constraints.txt \

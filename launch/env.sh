@@ -29,7 +29,7 @@ _env_setup() {
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
         { _env_fail "$python is $("$python" -V 2>&1); 3.10 or newer is needed"; return 1; }
 
-    key=$( (cat "$root/setup.py" "$root"/distill_pretrain/cache/codec/hc/*.c; echo "$root ${TORCH_SPEC:-}${PINS:+ $PINS}") | "$python" -c \
+    key=$( (cat "$root/setup.py" "$root/pyproject.toml" "$root"/distill_pretrain/cache/codec/hc/*.c; echo "$root ${TORCH_SPEC:-}${PINS:+ $PINS}") | "$python" -c \
         'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())') || return 1
     if [ -n "${PYTHON:-}" ] && [ -x "$venv/bin/python" ] &&
         [ "$("$venv/bin/python" -V 2>&1)" != "$("$python" -V 2>&1)" ]; then

@@ -68,10 +68,9 @@ def test_pins_satisfy_what_the_package_asks_for():
         for line in (ROOT / "launch/constraints.txt").read_text().splitlines()
         if not line.startswith("#")
     }
-    source = (ROOT / "setup.py").read_text()
-    core = re.search(r"install_requires=\[(.*?)\]", source, re.S)
-    assert core
-    for text in re.findall(r'"(.+?)"', core[1]):
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for text in project["dependencies"]:
         wanted = requirements.Requirement(text)
         if wanted.name != "torch":  # the image's own
             assert wanted.specifier.contains(pins[wanted.name.lower()]), text

@@ -10,6 +10,7 @@ import zlib
 from collections import Counter
 from functools import cache
 from heapq import heapify, heappop, heappush
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from distill_pretrain.cache.codec.hc.native import NativeCoder
 from distill_pretrain.cache.codec.hc.oracle import Oracle
 from distill_pretrain.cache.codec.hc.tables import HcTables
 from distill_pretrain.contracts import RaggedTargets, TargetKind
-from distill_pretrain.errors import CacheCorrupt, TeacherError
+from distill_pretrain.errors import CacheCorrupt, CacheError, TeacherError
 
 modest = settings(max_examples=60, deadline=None)
 SOURCE = Path(hc_native.__file__).with_name("_hc.c")
@@ -473,13 +474,37 @@ def test_size_is_that_of_the_best_prefix_codes_and_near_the_conditional_entropy(
     assert 1 <= size / (raw_bytes + (seen * bits).sum() / 8) <= 1.04
 
 
-def test_without_the_library_the_slow_coder_serves_after_a_warning(monkeypatch):
+@pytest.fixture
+def no_library(monkeypatch: pytest.MonkeyPatch):
+    """An installation without the fast coder."""
     monkeypatch.setattr(hc_native, "find_library", lambda: None)
+    monkeypatch.delenv(hc_native.SLOW_VARIABLE, raising=False)
     hc_native.best_coder.cache_clear()
-    with pytest.warns(UserWarning, match="pip install -e"):
+    yield monkeypatch
+    hc_native.best_coder.cache_clear()
+
+
+def test_without_the_library_a_codec_is_refused(no_library):
+    tables = tables_for("counts", 7, 300)
+    with pytest.raises(CacheError, match=r"not built.*remedy.*C compiler.*DISTILL_PRETRAIN_SLOW"):
+        HcCodec(tables)
+
+
+def test_the_slow_coder_serves_where_it_is_asked_for_after_a_warning(no_library):
+    no_library.setenv(hc_native.SLOW_VARIABLE, "1")
+    with pytest.warns(UserWarning, match="hundreds of times slower"):
         codec = HcCodec(tables_for("counts", 7, 300))
     assert isinstance(codec.coder, Oracle)
-    hc_native.best_coder.cache_clear()
+
+
+def test_the_library_is_found_by_its_plain_name_first_and_by_python_s(tmp_path, monkeypatch):
+    monkeypatch.setattr(hc_native, "__file__", str(tmp_path / "native.py"))
+    assert hc_native.find_library() is None
+    earlier = tmp_path / f"_hc{EXTENSION_SUFFIXES[0]}"
+    earlier.touch()
+    assert hc_native.find_library() == earlier
+    (tmp_path / "_hc.so").touch()
+    assert hc_native.find_library() == tmp_path / "_hc.so"
 
 
 def test_a_library_of_another_interface_is_refused(native, monkeypatch):

@@ -146,8 +146,8 @@ def test_another_megatron_is_not_usable(
 
 
 def test_doctor_asks_for_the_megatron_that_the_package_asks_for() -> None:
-    setup = (REPOSITORY / "setup.py").read_text(encoding="utf-8")
-    asked = re.search(r'"(megatron-core>=.+?)"', setup)
+    project = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
+    asked = re.search(r'"(megatron-core>=.+?)"', project)
     assert asked and asked[1] in checks._megatron().install
 
 

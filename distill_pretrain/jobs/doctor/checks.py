@@ -272,9 +272,9 @@ def _remote_stores() -> Finding:
 
 
 def _fast_coder() -> Finding:
-    """The C part of this package, which pip leaves out without an error where it cannot compile it."""
+    """The C part of this package, which an installation leaves out only where it is asked to."""
     module, problem = try_import("distill_pretrain.cache.codec.hc.native", top="distill_pretrain")
-    install = "pip install -e . with a C compiler (such as gcc) on PATH"
+    install = "install a wheel, or pip install -e . with a C compiler (such as gcc) on PATH"
     if module is not None:
         try:
             module.load()
@@ -284,6 +284,7 @@ def _fast_coder() -> Finding:
         name="fast cache coder",
         found=problem or "built",
         usable=not problem,
-        enables="entropy-coded caches at speed; without it they are hundreds of times slower",
+        enables="entropy-coded caches; without it they are refused, or hundreds of times slower with "
+        "DISTILL_PRETRAIN_SLOW_CODER=1",
         install=install,
     )

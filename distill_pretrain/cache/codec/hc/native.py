@@ -6,6 +6,7 @@ Legend: T positions of the block, E entries in all.
 from __future__ import annotations
 
 import ctypes
+import os
 import warnings
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -27,9 +28,12 @@ from distill_pretrain.cache.codec.hc.oracle import (
     broken,
 )
 from distill_pretrain.cache.codec.hc.tables import HcTables, address
+from distill_pretrain.errors import CacheError
 
 ABI = 2
-HOW_TO_BUILD = "pip install -e . with a C compiler (such as gcc) on PATH"
+HOW_TO_BUILD = "install a wheel, or pip install -e . with a C compiler (such as gcc) on PATH"
+SLOW_VARIABLE = "DISTILL_PRETRAIN_SLOW_CODER"
+"""Set to 1, the coder in Python takes the place of one that was not built; setup.py reads it too."""
 
 _RULES = (
     TOO_MANY_ENTRIES,
@@ -121,7 +125,8 @@ class NativeCoder:
 def find_library() -> Path | None:
     """Where the library is, if it was built."""
     stem = Path(__file__).with_name("_hc")
-    files = (stem.with_name(stem.name + suffix) for suffix in EXTENSION_SUFFIXES)
+    # "_hc.so" is the last of them; the others are what builds in place were called before.
+    files = (stem.with_name(stem.name + suffix) for suffix in reversed(EXTENSION_SUFFIXES))
     return next((file for file in files if file.is_file()), None)
 
 
@@ -139,12 +144,22 @@ def load() -> NativeCoder:
 
 @cache
 def best_coder() -> NativeCoder | Oracle:
-    """The fast coder, else the slow one after one warning."""
+    """The fast coder; the slow one, after one warning, where there is no fast one and the user asked for it.
+
+    Raises:
+        CacheError: there is no fast coder, and `SLOW_VARIABLE` is not set to 1.
+    """
     try:
         return load()
     except OSError as error:
+        if os.environ.get(SLOW_VARIABLE) != "1":
+            raise CacheError(
+                f"{error}",
+                where=Path(__file__).parent,
+                remedy=f"{HOW_TO_BUILD}; or set {SLOW_VARIABLE}=1, to read and write caches hundreds of times slower",
+            ) from error
         warnings.warn(
-            f"{error}; a cache is read and written hundreds of times slower; run {HOW_TO_BUILD}",
+            f"{error}; a cache is read and written hundreds of times slower; {HOW_TO_BUILD}",
             stacklevel=2,
         )
         return Oracle()

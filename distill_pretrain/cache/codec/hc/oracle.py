@@ -1,6 +1,7 @@
-"""The entropy codec as FORMAT.md says it, bit by bit: the tests' measure of the fast coder, and what runs without it.
+"""The entropy codec as FORMAT.md says it, bit by bit: the tests' measure of the fast coder.
 
-A few thousand positions per second. Legend: T positions of the block, E entries in all.
+It also runs where DISTILL_PRETRAIN_SLOW_CODER=1 asks for it and no fast one was built. A few thousand positions per
+second. Legend: T positions of the block, E entries in all.
 """
 
 from __future__ import annotations
