@@ -28,7 +28,7 @@ def _section_lines(schema: type[Section], name: str) -> Iterator[str]:
         raise KeyError(f"{schema.__name__}.{name} is not a section")
     yield f"{name}:  {inspect.getdoc(section) or ''}".rstrip()
     for key, field in section.model_fields.items():
-        yield f"  {key}: {type_text(field.annotation)}{_default_text(field)}"
+        yield f"  {key}: {type_text(field.annotation)}{default_text(field)}"
         if field.description:
             yield f"      {field.description}"
 
@@ -47,7 +47,8 @@ def type_text(annotation: Any) -> str:
     return NAMES.get(annotation) or str(getattr(annotation, "__name__", annotation))
 
 
-def _default_text(field: FieldInfo) -> str:
+def default_text(field: FieldInfo) -> str:
+    """What follows the type of a key: its default, or that it is required."""
     if field.is_required():
         return "  (required)"
     default = field.get_default(call_default_factory=True)
