@@ -18,6 +18,8 @@ SCRIPTS = sorted(
     [
         *ROOT.glob("launch/torchrun_*.sh"),
         *ROOT.glob("launch/*.sbatch"),
+        ROOT / "launch/docs.sh",
+        ROOT / "launch/package.sh",
         ROOT / "launch/cluster_env.sh",
     ]
 )
@@ -81,6 +83,41 @@ def test_the_image_is_a_combination_that_the_matrix_runs():
     pins = (ROOT / "launch/constraints.txt").read_text().splitlines()
     assert f"megatron-core=={asked.megatron}" in pins
     assert f"FROM pytorch/pytorch:{asked.torch}-cuda" in (ROOT / "Dockerfile").read_text()
+
+
+def workflow(name: str) -> dict[str, dict]:
+    (document,) = documents(ROOT / f".github/workflows/{name}.yml")
+    return document["jobs"]
+
+
+def test_workflows_are_clean():
+    if which("actionlint") is None and not Path(sys.executable).with_name("actionlint").is_file():
+        pytest.skip("actionlint is not installed")
+    require_clean(tool("actionlint"), *map(str, (ROOT / ".github/workflows").glob("*.yml")))
+
+
+def test_the_shards_of_the_workflow_have_every_test_once():
+    shards = workflow("ci")["tests"]["strategy"]["matrix"]["include"]
+    named = sorted(path for shard in shards for path in shard["paths"].split())
+    files = set((ROOT / "tests").rglob("test_*.py"))
+    folders = {
+        "/".join(path.relative_to(ROOT).parts[:2]) for path in files if path.parent.name != "tests"
+    }
+    assert named == sorted([*folders, "tests/test_*.py"])
+
+
+def test_the_workflow_runs_every_combination_under_its_python():
+    asked = workflow("ci")["versions"]["strategy"]["matrix"]["include"]
+    assert {row["combination"]: row["python"] for row in asked} == {
+        name: combination.python for name, combination in COMBINATIONS.items()
+    }
+
+
+def test_the_wheel_is_tried_under_every_python_that_the_package_names():
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = [c.rpartition(" ")[2] for c in project["classifiers"] if re.search(r":: 3\.\d+$", c)]
+    assert workflow("packages")["use"]["strategy"]["matrix"]["python"] == named
 
 
 def test_kubernetes_examples_follow_the_schema():
