@@ -15,7 +15,10 @@ HELP = """
 Turns raw text into the token files that everything else reads.
 
 Reads   corpus.paths: text files (one document each), JSONL files (one document a line, under corpus.text_key),
-        or folders of them. The text must be UTF-8.
+        Parquet files (one document a row, in the column corpus.text_key), folders of these, or folders that Hugging
+        Face's Dataset.save_to_disk wrote. Text and JSONL may be packed with gzip or zstd, which is seen in their
+        contents; any of these may be a URL (s3://, gs://, https:// and what else fsspec reaches). Text is UTF-8.
+        Parquet, datasets and zstd need the extra `corpora`.
 Writes  corpus.output_dir, complete or not at all:
           train.bin/.idx, held_out.bin/.idx   tokens in Megatron's format, each document closed by an
                                               end-of-document token
@@ -24,7 +27,7 @@ Writes  corpus.output_dir, complete or not at all:
           recipe.yaml                         the settings that made it
 
 A .json file whose first line is an object with corpus.text_key is read as JSONL. Linked folders are searched too,
-each once. Compressed files are not read.
+each once. Packed files and those behind URLs are read by one process, which hands their text to corpus.workers others.
 
 Running it again with the same recipe does nothing; with another recipe, or a corpus of other contents, it refuses to
 overwrite.
@@ -50,7 +53,11 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
 
     assert recipe.corpus is not None
     with progress(None, "tokenising", unit="bytes") as bar:
-        result = tokenize_corpus(recipe.corpus, recipe.tokenizer, say=say, on_progress=bar.reach)
+
+        def on_progress(done: int, total: int, documents: int) -> None:
+            bar.reach(done, total, documents=f"{documents:,}")
+
+        result = tokenize_corpus(recipe.corpus, recipe.tokenizer, say=say, on_progress=on_progress)
     if result.already_done:
         say("already done:", result.output_dir)
     skipped = result.sources
@@ -63,7 +70,7 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
         more = ", ..." if len(skipped.left_out) > 8 else ""
         say(f"left out files that corpus.include does not match: {kinds}{more}")
     lines = sum(file.holds_json_lines for file in skipped.files)
-    plain = sum(file.path.suffix.lower() == ".json" for file in skipped.files) - lines
+    plain = sum(file.suffix == ".json" for file in skipped.files) - lines
     if lines:
         say(f"{lines:,} .json files hold JSON lines: every line is a document")
     if plain:

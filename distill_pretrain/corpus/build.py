@@ -20,7 +20,8 @@ from distill_pretrain import __version__
 from distill_pretrain.config import Section, dump_recipe, load_recipe
 from distill_pretrain.corpus.config import CorpusConfig, TokenizerConfig
 from distill_pretrain.corpus.encode import encode_batches
-from distill_pretrain.corpus.readers import SourceList, batches_of, list_sources
+from distill_pretrain.corpus.readers import batches_of
+from distill_pretrain.corpus.sources import SourceList, list_sources
 from distill_pretrain.corpus.token_index import TokenIndex
 from distill_pretrain.corpus.token_writer import TokenIndexWriter
 from distill_pretrain.corpus.tokenizers import (
@@ -28,10 +29,10 @@ from distill_pretrain.corpus.tokenizers import (
     is_same_tokenizer,
     load_recorded_tokenizer,
     load_tokenizer,
-    train_tokenizer,
 )
 from distill_pretrain.corpus.tokens_record import FILE_NAME as RECORD
 from distill_pretrain.corpus.tokens_record import TokensRecord
+from distill_pretrain.corpus.training import train_tokenizer
 from distill_pretrain.errors import ConfigError, CorpusError, TokenizerMismatch
 from distill_pretrain.files.atomic import fsync_path
 from distill_pretrain.files.disk import naming
@@ -39,6 +40,7 @@ from distill_pretrain.files.ownership import owner_beside, owning
 
 TRAIN, HELD_OUT = "train", "held_out"
 RECIPE, SOURCES = "recipe.yaml", "sources.json"
+OnProgress = Callable[[int, int, int], None]
 
 
 class TokenizeRecipe(Section):
@@ -74,7 +76,7 @@ def tokenize_corpus(
     tokenizer: TokenizerConfig,
     *,
     say: Callable[[str], None] = lambda _: None,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: OnProgress = lambda done, total, documents: None,
 ) -> TokenizeResult:
     """Writes the tokens of a corpus, or finds that an earlier run has.
 
@@ -82,7 +84,7 @@ def tokenize_corpus(
         corpus: files, split and output folder.
         tokenizer: which tokenizer, or how to train one.
         say: receives a line per stage.
-        on_progress: receives bytes done and bytes in all while tokens are written.
+        on_progress: receives bytes done, bytes in all (as they are stored) and documents done.
 
     Raises:
         CorpusError: the text cannot be read, a split came out empty, or the output folder holds something else.
@@ -105,7 +107,7 @@ def _tokenize(
     recipe: TokenizeRecipe,
     sources: SourceList,
     say: Callable[[str], None],
-    on_progress: Callable[[int, int], None],
+    on_progress: OnProgress,
 ) -> TokensRecord:
     """Writes the output folder, which this process owns."""
     output_dir = recipe.corpus.output_dir
@@ -182,7 +184,7 @@ def _write_splits(
     tokenizer_path: Path,
     folder: Path,
     sources: SourceList,
-    on_progress: Callable[[int, int], None],
+    on_progress: OnProgress,
 ) -> dict[str, dict[str, Any]]:
     """Writes train.* and held_out.*; returns the fingerprint of each."""
     corpus = recipe.corpus
@@ -193,7 +195,7 @@ def _write_splits(
             for name in names
         }
         encoded = encode_batches(
-            list(batches_of(sources)),
+            batches_of(sources, corpus.text_key),
             kind=tokenizer.kind,
             tokenizer_path=tokenizer_path,
             text_key=corpus.text_key,
@@ -207,7 +209,7 @@ def _write_splits(
                 writers[HELD_OUT if held_out else TRAIN].add_document(ids)
                 number += 1
             num_bytes += batch.num_bytes
-            on_progress(num_bytes, sources.num_bytes)
+            on_progress(num_bytes, sources.num_bytes, number)
         _check_not_empty(writers, corpus, number)
     return {name: TokenIndex.open(folder / name).fingerprint.as_dict() for name in names}
 
@@ -305,7 +307,7 @@ def _check_sources(folder: Path, sources: SourceList, say: Callable[[str], None]
             folder, "other source files: some came, went, changed size, or hold JSON lines"
         )
     written_ns = (folder / RECORD).stat().st_mtime_ns
-    later = [file.path for file in sources.files if file.modified_ns > written_ns]
+    later = [file.where for file in sources.files if file.modified_ns > written_ns]
     if "stamp" not in stored:
         if later:
             say(
@@ -322,9 +324,12 @@ def _check_sources(folder: Path, sources: SourceList, say: Callable[[str], None]
 def _differences(recorded: TokenizeRecipe, recipe: TokenizeRecipe) -> list[str]:
     """Keys whose values lead to other tokens."""
     old, new = recorded.model_dump(mode="json"), recipe.model_dump(mode="json")
-    # Where the output is and how many processes write it changes none of its bytes, and of the paths what
-    # counts is the files found there.
-    ignored = {"corpus": {"output_dir", "workers", "paths"}, "tokenizer": {"path"}}
+    # Where the output is and how many processes write it changes none of its bytes, and of paths and patterns what
+    # counts is the files found with them.
+    ignored = {
+        "corpus": {"output_dir", "workers", "paths", "include"},
+        "tokenizer": {"path"},
+    }
     if recipe.tokenizer.path is not None and recorded.tokenizer.path is not None:
         ignored["tokenizer"] |= {"vocab_size", "model_type", "training_bytes"}
     else:

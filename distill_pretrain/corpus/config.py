@@ -5,22 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from distill_pretrain.config import Section
+from distill_pretrain.config import Section, nameable
+from distill_pretrain.files.storage import is_remote
 
 
 class CorpusConfig(Section):
     """Raw text in, Megatron .bin/.idx out."""
 
-    paths: tuple[Path, ...] = Field(min_length=1)
-    """Text files, JSONL files, or directories searched recursively."""
-    include: tuple[str, ...] = ("*.txt", "*.md", "*.jsonl")
+    paths: tuple[Path | str, ...] = Field(min_length=1)
+    """Files (text, JSONL, Parquet, Arrow), directories searched recursively, folders of Hugging Face datasets
+    (save_to_disk), or URLs of these such as s3://bucket/texts/; gzip and zstd are unpacked on the way."""
+    include: tuple[str, ...] = (
+        *("*.txt", "*.md", "*.jsonl"),
+        *("*.jsonl.gz", "*.jsonl.zst", "*.parquet"),
+    )
     """Glob patterns on file names, used inside directories only."""
     exclude: tuple[str, ...] = ()
     """Glob patterns on paths below a directory (and on each folder name) to leave out."""
     text_key: str = "text"
-    """Key of the text in a JSONL object."""
+    """Key of the text in a JSONL object, or column of it in a table."""
     held_out_fraction: float = Field(default=0.01, ge=0.0, lt=1.0)
     """Share of documents kept out of training, chosen by a hash of their position and `seed`."""
     seed: int = Field(default=1234, ge=0, lt=1 << 64)
@@ -29,6 +34,14 @@ class CorpusConfig(Section):
     """Tokenising processes; 0 means one per CPU core."""
     output_dir: Path
     """Folder that receives train.bin/.idx, held_out.bin/.idx, tokens.json and the tokenizer."""
+
+    @field_validator("paths")
+    @classmethod
+    def _paths_or_urls(cls, paths: tuple[Path | str, ...]) -> tuple[Path | str, ...]:
+        urls = {str(path) for path in paths if is_remote(path)}
+        for url in urls:
+            nameable(url)
+        return tuple(str(path) if str(path) in urls else Path(path) for path in paths)
 
 
 class TokenizerConfig(Section):

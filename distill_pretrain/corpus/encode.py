@@ -7,17 +7,18 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import chain, islice
 from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from distill_pretrain.corpus.readers import Slice, read_documents
+from distill_pretrain.corpus.readers import Unit, read_documents
 from distill_pretrain.corpus.tokenizers import Tokenizer, load_tokenizer
 from distill_pretrain.errors import CorpusError
 
@@ -26,7 +27,7 @@ Ids = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedBatch:
-    """Tokens of some slices.
+    """Tokens of some units.
 
     Attributes:
         documents: int32 ids of each document, end-of-document token included.
@@ -37,17 +38,17 @@ class EncodedBatch:
     num_bytes: int
 
 
-def encode_batch(tokenizer: Tokenizer, batch: Sequence[Slice], text_key: str) -> EncodedBatch:
-    """Reads and encodes the documents of some slices."""
+def encode_batch(tokenizer: Tokenizer, batch: Sequence[Unit], text_key: str) -> EncodedBatch:
+    """Reads and encodes the documents of some units."""
     texts = [text for part in batch for text in read_documents(part, text_key)]
     documents = [
         np.asarray([*ids, tokenizer.eod_id], dtype=np.int32) for ids in tokenizer.encode(texts)
     ]
-    return EncodedBatch(documents=documents, num_bytes=sum(part.end - part.start for part in batch))
+    return EncodedBatch(documents=documents, num_bytes=sum(part.num_bytes for part in batch))
 
 
 def encode_batches(
-    batches: Sequence[Sequence[Slice]],
+    batches: Iterable[Sequence[Unit]],
     *,
     kind: str,
     tokenizer_path: Path,
@@ -57,13 +58,17 @@ def encode_batches(
     """Encodes batches, in their order, whatever the number of processes.
 
     Args:
-        batches: what to encode.
+        batches: what to encode; read as it is needed.
         kind: of the tokenizer.
         tokenizer_path: every process loads the tokenizer from here.
         text_key: key of the text in a JSONL object.
         workers: processes; 0 means one per CPU core this process may use.
     """
-    workers = min(workers or len(os.sched_getaffinity(0)), len(batches))
+    workers = workers or len(os.sched_getaffinity(0))
+    batches = iter(batches)
+    first = list(islice(batches, workers))
+    workers = min(workers, len(first))
+    batches = chain(first, batches)
     if workers <= 1:
         tokenizer = load_tokenizer(kind, tokenizer_path)
         for batch in batches:
@@ -113,7 +118,7 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_in_worker(batch: Sequence[Slice]) -> EncodedBatch:
+def _encode_in_worker(batch: Sequence[Unit]) -> EncodedBatch:
     assert _worker is not None
     tokenizer, text_key = _worker
     return encode_batch(tokenizer, batch, text_key)

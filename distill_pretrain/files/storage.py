@@ -15,6 +15,7 @@ from distill_pretrain.errors import (
     CacheError,
     CacheIncomplete,
     CacheUnreadable,
+    DistillPretrainError,
     MissingDependency,
 )
 from distill_pretrain.files.closing import Closing
@@ -174,7 +175,7 @@ class _RemoteStorage:
 
             self._files, self._root = url_to_fs(self.location)
         except ImportError as error:
-            raise _missing(url, error) from None
+            raise missing_package(url, error) from None
         except ValueError as error:
             raise CacheError(
                 "the cache's URL cannot be used",
@@ -283,7 +284,10 @@ def _unreadable(where: str, error: Exception) -> CacheError:
     )
 
 
-def _missing(url: str, error: ImportError) -> CacheError | MissingDependency:
+def missing_package(
+    url: str, error: ImportError, kind: type[DistillPretrainError] = CacheError
+) -> DistillPretrainError:
+    """The package for a URL as an error: MissingDependency, or `kind` where nobody knows what brings it."""
     protocol = url.rpartition("://")[0].rpartition("::")[2]
     purpose = f"reading {url}"
     if (error.name or "").partition(".")[0] == "fsspec":
@@ -293,7 +297,7 @@ def _missing(url: str, error: ImportError) -> CacheError | MissingDependency:
         return MissingDependency(package, extra=extra, needed_for=purpose)
     if protocol in _FSSPEC_EXTRAS:
         return MissingDependency(f"fsspec[{_FSSPEC_EXTRAS[protocol]}]", needed_for=purpose)
-    return CacheError(
+    return kind(
         "a package for this kind of URL is not installed",
         where=url,
         found=error,

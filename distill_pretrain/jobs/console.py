@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TextIO
+from typing import Any, TextIO
 
 from distill_pretrain.processes.env import launch_rank
 
@@ -76,10 +76,10 @@ class Progress:
         if time.monotonic() - self._printed >= interval:
             self._print()
 
-    def reach(self, done: int, total: int | None = None) -> None:
-        """Sets the work done (and the total, once known)."""
+    def reach(self, done: int, total: int | None = None, **facts: Any) -> None:
+        """Sets the work done (and the total, once known); `facts` as in `advance`."""
         self.total = self.total if total is None else total
-        self.advance(done - self.done)
+        self.advance(done - self.done, **facts)
 
     def line(self) -> str:
         """The current state in words."""

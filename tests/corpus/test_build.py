@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distill_pretrain.corpus import build, readers
+from distill_pretrain.corpus import build, readers, sources
 from distill_pretrain.corpus.config import CorpusConfig, TokenizerConfig
 from distill_pretrain.corpus.token_index import TokenIndex
 from distill_pretrain.corpus.tokens_record import TokensRecord
@@ -61,7 +61,7 @@ def decoded(folder: Path, name: str) -> list[str]:
 def corpus_texts(corpus: CorpusConfig) -> list[str]:
     return [
         text
-        for batch in readers.batches_of(readers.list_sources(corpus))
+        for batch in readers.batches_of(sources.list_sources(corpus), corpus.text_key)
         for part in batch
         for text in readers.read_documents(part, corpus.text_key)
     ]
@@ -190,7 +190,7 @@ def test_files_that_change_while_they_are_read_are_not_vouched_for(texts, tmp_pa
     corpus = config(texts, tmp_path / "out")
     path = texts / "00.txt"
 
-    def edit(done: int, total: int) -> None:
+    def edit(done: int, total: int, documents: int) -> None:
         path.write_text(path.read_text().swapcase())
 
     build.tokenize_corpus(corpus, TOKENIZER, on_progress=edit)
@@ -292,7 +292,7 @@ KILLED = """
     from distill_pretrain.corpus import build, readers
     from distill_pretrain.corpus.config import CorpusConfig, TokenizerConfig
 
-    def die(done, total):
+    def die(done, total, documents):
         import psutil
         if done > total // 3:
             for child in psutil.Process().children(recursive=True):

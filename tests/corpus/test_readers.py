@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import gzip
+import bz2
 import json
 import os
 
 import pytest
 
-from distill_pretrain.corpus import readers
+from distill_pretrain.corpus import readers, sources
 from distill_pretrain.corpus.config import CorpusConfig
 from distill_pretrain.errors import CorpusError
 
@@ -18,14 +18,14 @@ def corpus(tmp_path, *paths, **settings) -> CorpusConfig:
 def documents(config: CorpusConfig) -> list[str]:
     return [
         text
-        for batch in readers.batches_of(readers.list_sources(config))
+        for batch in readers.batches_of(sources.list_sources(config), config.text_key)
         for part in batch
         for text in readers.read_documents(part, config.text_key)
     ]
 
 
 def names(config: CorpusConfig) -> list[str]:
-    return [file.path.name for file in readers.list_sources(config).files]
+    return [file.path.name for file in sources.list_sources(config).files]
 
 
 def test_a_text_file_is_one_document_and_a_json_line_is_one(tmp_path):
@@ -53,8 +53,8 @@ def test_the_output_folder_is_not_part_of_the_corpus(tmp_path):
 
 def test_a_file_named_twice_is_read_once(tmp_path):
     (tmp_path / "a.txt").write_text("a")
-    sources = readers.list_sources(corpus(tmp_path, tmp_path, tmp_path / "a.txt"))
-    assert (len(sources.files), sources.num_repeated) == (1, 1)
+    found = sources.list_sources(corpus(tmp_path, tmp_path, tmp_path / "a.txt"))
+    assert (len(found.files), found.num_repeated) == (1, 1)
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
@@ -69,7 +69,7 @@ def test_every_line_is_in_exactly_one_slice(tmp_path, slice_bytes, end):
     texts = [f"{number}" * (number % 9 + 1) for number in range(40)]
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts) + end)
-    (file,) = readers.list_sources(corpus(tmp_path, path)).files
+    (file,) = sources.list_sources(corpus(tmp_path, path)).files
     found = [
         text
         for part in readers.slices_of(file, slice_bytes)
@@ -81,18 +81,18 @@ def test_every_line_is_in_exactly_one_slice(tmp_path, slice_bytes, end):
 def test_empty_files_in_a_directory_are_left_out_and_counted(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "b.txt").write_text("")
-    sources = readers.list_sources(corpus(tmp_path, tmp_path))
-    assert [file.path.name for file in sources.files] == ["a.txt"]
-    assert sources.num_empty == 1
+    found = sources.list_sources(corpus(tmp_path, tmp_path))
+    assert [file.path.name for file in found.files] == ["a.txt"]
+    assert found.num_empty == 1
 
 
 def test_files_that_are_not_read_are_counted_by_kind(tmp_path):
-    for name in ("a.txt", "b.jsonl.gz", "c.GZ", "README", "sub/d.py", "skip/e.py"):
+    for name in ("a.txt", "b.txt.gz", "c.GZ", "README", "sub/d.py", "skip/e.py"):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).write_text("x")
     os.mkfifo(tmp_path / "in/f.txt")
-    sources = readers.list_sources(corpus(tmp_path, tmp_path / "in", exclude=("skip",)))
-    assert sources.left_out == {"*.gz": 2, "*.py": 1, "without suffix": 1, "pipes and devices": 1}
+    found = sources.list_sources(corpus(tmp_path, tmp_path / "in", exclude=("skip",)))
+    assert found.left_out == {"*.gz": 2, "*.py": 1, "without suffix": 1, "pipes and devices": 1}
 
 
 def test_linked_folders_are_searched_once_and_circles_end(tmp_path):
@@ -110,7 +110,7 @@ def test_linked_folders_are_searched_once_and_circles_end(tmp_path):
     for link, target in links.items():
         os.symlink(tmp_path / target, tmp_path / link)
     config = corpus(tmp_path, tmp_path / "in", exclude=("skipped",))
-    files = readers.list_sources(config).files
+    files = sources.list_sources(config).files
     found = [file.path.relative_to(tmp_path / "in").as_posix() for file in files]
     assert found == ["a.txt", "link/c.txt", "link/sub/d.txt", "real/b.txt"]
 
@@ -130,9 +130,9 @@ def test_a_json_file_of_json_lines_is_read_by_the_line(tmp_path, text, expected)
     assert documents(corpus(tmp_path, tmp_path / "a.json")) == expected
 
 
-def test_a_compressed_file_is_refused_as_what_it_is(tmp_path):
-    (tmp_path / "a.txt").write_bytes(gzip.compress(b"text"))
-    refused(corpus(tmp_path, tmp_path / "a.txt"), "found: gzip data.*unpack it first")
+def test_what_is_packed_in_another_way_is_refused_as_what_it_is(tmp_path):
+    (tmp_path / "a.txt").write_bytes(bz2.compress(b"text"))
+    refused(corpus(tmp_path, tmp_path / "a.txt"), "found: bzip2 data.*unpack it first")
 
 
 def refused(config: CorpusConfig, message: str) -> None:

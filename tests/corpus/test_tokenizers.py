@@ -10,7 +10,7 @@ import textwrap
 
 import pytest
 
-from distill_pretrain.corpus import readers, tokenizers
+from distill_pretrain.corpus import sources, tokenizers, training
 from distill_pretrain.corpus.config import CorpusConfig, TokenizerConfig
 from distill_pretrain.corpus.tokens_record import TokensRecord
 from distill_pretrain.errors import ConfigError, CorpusError, MissingDependency, TokenizerMismatch
@@ -30,7 +30,7 @@ def trained(tmp_path, **settings):
     (tmp_path / "a.txt").write_text(SOURCE)
     corpus = CorpusConfig(paths=[tmp_path / "a.txt"], output_dir=tmp_path / "out")
     config = TokenizerConfig(**{"vocab_size": 500, **settings})
-    return tokenizers.train_tokenizer(corpus, config, readers.list_sources(corpus))
+    return training.train_tokenizer(corpus, config, sources.list_sources(corpus))
 
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
@@ -54,17 +54,17 @@ def test_the_sample_is_bounded_and_spread_over_the_corpus(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     (tmp_path / "b.txt").write_text("long line of text\n" * 20_000)
     corpus = CorpusConfig(paths=[tmp_path], output_dir=tmp_path / "out")
-    sources = readers.list_sources(corpus)
+    listed = sources.list_sources(corpus)
     config = TokenizerConfig(training_bytes=300_000)
-    sample = list(tokenizers._sample(corpus, config, sources))
+    sample = list(training._sample(corpus, config, listed))
     assert 100_000 < sum(len(text.encode()) for text in sample) <= 300_000
-    assert sample == list(tokenizers._sample(corpus, config, sources))
+    assert sample == list(training._sample(corpus, config, listed))
     numbers = [int(text) for text in sample if text.isdigit()]
     assert numbers == sorted(numbers)
     assert numbers[-1] - numbers[0] > len(numbers)
     assert any("long" in text for text in sample)
     tiny = TokenizerConfig(training_bytes=1000)
-    assert sum(len(text.encode()) for text in tokenizers._sample(corpus, tiny, sources)) <= 1000
+    assert sum(len(text.encode()) for text in training._sample(corpus, tiny, listed)) <= 1000
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
@@ -74,17 +74,17 @@ def test_one_line_longer_than_every_slice_of_the_sample_trains_a_tokenizer(tmp_p
     (tmp_path / name).write_text(json.dumps({"text": text}) if is_jsonl else text)
     corpus = CorpusConfig(paths=[tmp_path / name], output_dir=tmp_path / "out")
     config = TokenizerConfig(vocab_size=300, training_bytes=100_000)
-    sources = readers.list_sources(corpus)
-    sample = list(tokenizers._sample(corpus, config, sources))
+    listed = sources.list_sources(corpus)
+    sample = list(training._sample(corpus, config, listed))
     assert sum(len(piece) for piece in sample) == 100_000
-    assert tokenizers.train_tokenizer(corpus, config, sources).vocab_size == 300
+    assert training.train_tokenizer(corpus, config, listed).vocab_size == 300
 
 
 def test_what_sentencepiece_refuses_is_no_traceback(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
     corpus = CorpusConfig(paths=[tmp_path / "a.jsonl"], output_dir=tmp_path / "out")
     with pytest.raises(ConfigError, match="cannot train a tokenizer on this corpus"):
-        tokenizers.train_tokenizer(corpus, TokenizerConfig(), readers.list_sources(corpus))
+        training.train_tokenizer(corpus, TokenizerConfig(), sources.list_sources(corpus))
 
 
 @pytest.mark.parametrize("vocab_size", [64, 100_000])
@@ -256,4 +256,4 @@ def test_text_that_is_not_utf8_is_named_though_sentencepiece_reads_it(tmp_path):
     config = TokenizerConfig(vocab_size=300, training_bytes=100_000)
     corpus = CorpusConfig(paths=[tmp_path], output_dir=tmp_path / "out")
     with pytest.raises(CorpusError, match=r"not UTF-8; where: .*b\.txt"):
-        tokenizers.train_tokenizer(corpus, config, readers.list_sources(corpus))
+        training.train_tokenizer(corpus, config, sources.list_sources(corpus))
