@@ -12,44 +12,36 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from distill_pretrain import __version__
-from distill_pretrain.config import Section, dump_recipe, load_recipe
-from distill_pretrain.corpus.config import CorpusConfig, TokenizerConfig
+from distill_pretrain.config import dump_recipe
+from distill_pretrain.corpus.config import CorpusConfig, TokenizerConfig, TokenizeRecipe
+from distill_pretrain.corpus.earlier import RECIPE, SOURCES, check_done
 from distill_pretrain.corpus.encode import encode_batches
 from distill_pretrain.corpus.readers import batches_of
 from distill_pretrain.corpus.sources import SourceList, list_sources
+from distill_pretrain.corpus.special_tokens import ends_of_documents, first_tokens
 from distill_pretrain.corpus.token_index import TokenIndex
 from distill_pretrain.corpus.token_writer import TokenIndexWriter
 from distill_pretrain.corpus.tokenizers import (
     Tokenizer,
-    is_same_tokenizer,
     load_recorded_tokenizer,
     load_tokenizer,
 )
 from distill_pretrain.corpus.tokens_record import FILE_NAME as RECORD
 from distill_pretrain.corpus.tokens_record import TokensRecord
 from distill_pretrain.corpus.training import train_tokenizer
-from distill_pretrain.errors import ConfigError, CorpusError, TokenizerMismatch
+from distill_pretrain.errors import ConfigError, CorpusError
 from distill_pretrain.files.atomic import fsync_path
 from distill_pretrain.files.disk import naming
 from distill_pretrain.files.ownership import owner_beside, owning
 
 TRAIN, HELD_OUT = "train", "held_out"
-RECIPE, SOURCES = "recipe.yaml", "sources.json"
 OnProgress = Callable[[int, int, int], None]
-
-
-class TokenizeRecipe(Section):
-    """What `tokenize` was asked to do; kept beside its output as recipe.yaml."""
-
-    corpus: CorpusConfig
-    """Raw text."""
-    tokenizer: TokenizerConfig
-    """Tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +92,7 @@ def tokenize_corpus(
             if not (output_dir / RECORD).exists():
                 record = _tokenize(recipe, sources, say, on_progress)
                 return _result(record, output_dir, sources, already_done=False)
-    return _result(_check_done(recipe, sources, say), output_dir, sources, already_done=True)
+    return _result(check_done(recipe, sources, say), output_dir, sources, already_done=True)
 
 
 def _tokenize(
@@ -114,6 +106,7 @@ def _tokenize(
     with _building(output_dir) as folder, naming(output_dir):
         tokens = _tokenizer(recipe, sources, say)
         tokenizer_file = tokens.save(folder)
+        say(ends_of_documents(tokens))
         say(f"writing the tokens of {len(sources.files):,} files, {sources.num_bytes:,} bytes")
         corpora = _write_splits(
             recipe, tokens, folder / tokenizer_file, folder, sources, on_progress
@@ -126,6 +119,7 @@ def _tokenize(
                 "kind": tokens.kind,
                 "sha256": tokens.sha256,
                 **({"semantic_sha256": semantic} if semantic else {}),
+                **({} if tokens.bos_id is None else {"bos_id": tokens.bos_id}),
                 "vocab_size": tokens.vocab_size,
                 "file": tokenizer_file,
             },
@@ -135,6 +129,7 @@ def _tokenize(
             software=_software(tokens.kind),
         )
         record.save(folder)
+        say(f"{TRAIN} begins with {first_tokens(TokenIndex.open(folder / TRAIN), tokens)}")
     return record
 
 
@@ -145,13 +140,7 @@ def load_tokenizer_of(tokens_dir: Path) -> Tokenizer:
         TokenizerMismatch: the file beside them is another one.
         TokenDataError: the folder has no tokens.json.
     """
-    record = TokensRecord.load(tokens_dir)
-    return load_recorded_tokenizer(
-        tokens_dir,
-        kind=record.tokenizer["kind"],
-        file=record.tokenizer["file"],
-        sha256=record.tokenizer["sha256"],
-    )
+    return load_recorded_tokenizer(tokens_dir, TokensRecord.load(tokens_dir))
 
 
 def is_held_out(document: int, *, seed: int, fraction: float) -> bool:
@@ -165,7 +154,9 @@ def _tokenizer(
 ) -> Tokenizer:
     config = recipe.tokenizer
     if config.path is not None:
-        return load_tokenizer(config.kind, config.path)
+        return load_tokenizer(
+            config.kind, config.path, bos=config.bos, end_of_document=config.end_of_document
+        )
     if config.kind != "sentencepiece":
         raise ConfigError(
             "only sentencepiece tokenizers are trained here",
@@ -196,8 +187,13 @@ def _write_splits(
         }
         encoded = encode_batches(
             batches_of(sources, corpus.text_key),
-            kind=tokenizer.kind,
-            tokenizer_path=tokenizer_path,
+            load=partial(
+                load_tokenizer,
+                tokenizer.kind,
+                tokenizer_path,
+                bos="never" if tokenizer.bos_id is None else "always",
+                end_of_document=tokenizer.eod_id,
+            ),
             text_key=corpus.text_key,
             workers=corpus.workers,
         )
@@ -262,93 +258,6 @@ def _building(output_dir: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def _check_done(
-    recipe: TokenizeRecipe, sources: SourceList, say: Callable[[str], None]
-) -> TokensRecord:
-    """Checks that the output folder is what this recipe would make."""
-    folder = recipe.corpus.output_dir
-    record = TokensRecord.load(folder)
-    recorded = load_recipe(TokenizeRecipe, folder / RECIPE)
-    different = _differences(recorded, recipe)
-    if different:
-        raise _stale(folder, f"another value of {', '.join(different)}")
-    _check_sources(folder, sources, say)
-    config = recipe.tokenizer
-    if config.path is not None:
-        load_tokenizer(config.kind, config.path)
-        if config.kind != record.tokenizer["kind"] or not is_same_tokenizer(
-            record, folder, config.path
-        ):
-            raise TokenizerMismatch(
-                "the folder was made with another tokenizer than tokenizer.path is now",
-                where=folder,
-                remedy="set corpus.output_dir to another folder",
-            )
-    load_tokenizer_of(folder)
-    for name, fingerprint in record.corpora.items():
-        index = TokenIndex.open(folder / name, vocab_size=record.vocab_size)
-        if index.fingerprint.as_dict() != fingerprint:
-            raise CorpusError(
-                "the tokens are not what was written",
-                where=folder / name,
-                expected="the fingerprint in tokens.json",
-                remedy="remove the folder and tokenize again",
-            )
-    return record
-
-
-def _check_sources(folder: Path, sources: SourceList, say: Callable[[str], None]) -> None:
-    """Checks that the tokens were made from these files as they are now."""
-    stored = json.loads((folder / SOURCES).read_text())
-    if stored["fingerprint"] != sources.fingerprint():
-        raise _stale(
-            folder, "other source files: some came, went, changed size, or hold JSON lines"
-        )
-    written_ns = (folder / RECORD).stat().st_mtime_ns
-    later = [file.where for file in sources.files if file.modified_ns > written_ns]
-    if "stamp" not in stored:
-        if later:
-            say(
-                f"WARNING: {later[0]} was written after the tokens (of {len(later):,} such files); an earlier version "
-                "made them and noted sizes alone, which are the same"
-            )
-        return
-    # A copy of the corpus has other times and the same contents.
-    if stored["stamp"] != sources.stamp() and stored["content_sha256"] != sources.content_sha256():
-        changed = f", such as {later[0]}" if later else ""
-        raise _stale(folder, f"other contents: files have changed{changed}")
-
-
-def _differences(recorded: TokenizeRecipe, recipe: TokenizeRecipe) -> list[str]:
-    """Keys whose values lead to other tokens."""
-    old, new = recorded.model_dump(mode="json"), recipe.model_dump(mode="json")
-    # Where the output is and how many processes write it changes none of its bytes, and of paths and patterns what
-    # counts is the files found with them.
-    ignored = {
-        "corpus": {"output_dir", "workers", "paths", "include"},
-        "tokenizer": {"path"},
-    }
-    if recipe.tokenizer.path is not None and recorded.tokenizer.path is not None:
-        ignored["tokenizer"] |= {"vocab_size", "model_type", "training_bytes"}
-    else:
-        ignored["tokenizer"].discard("path")
-    return [
-        f"{section}.{key}"
-        for section in ("corpus", "tokenizer")
-        for key in new[section]
-        if key not in ignored[section] and old[section][key] != new[section][key]
-    ]
-
-
-def _stale(folder: Path, found: str) -> CorpusError:
-    return CorpusError(
-        "the output folder holds the tokens of another recipe",
-        where=folder,
-        found=f"made from {found}",
-        remedy="set corpus.output_dir to another folder; nothing was overwritten",
-    )
 
 
 def _describe(sources: SourceList) -> dict[str, Any]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, StrictInt, field_validator
 
 from distill_pretrain.config import Section, nameable
 from distill_pretrain.files.storage import is_remote
+
+BosMode = Literal["auto", "always", "never"]
 
 
 class CorpusConfig(Section):
@@ -57,3 +59,18 @@ class TokenizerConfig(Section):
     """sentencepiece algorithm of a tokenizer trained here."""
     training_bytes: int = Field(default=20_000_000, ge=1, le=1 << 50)
     """At most this much text, spread over the corpus, trains the tokenizer."""
+    bos: BosMode = "auto"
+    """Whether every document begins with the tokenizer's BOS token. auto: where the tokenizer itself begins a text
+    with it (its post-processor; a sentencepiece model never does), and a folder that an earlier version tokenised
+    without one stays as it is."""
+    end_of_document: StrictInt | str | None = None
+    """Token, or id, that ends every document; null takes the tokenizer's eos token (in sentencepiece `</s>`)."""
+
+
+class TokenizeRecipe(Section):
+    """What `tokenize` was asked to do; kept beside its output as recipe.yaml."""
+
+    corpus: CorpusConfig
+    """Raw text."""
+    tokenizer: TokenizerConfig
+    """Tokenizer."""

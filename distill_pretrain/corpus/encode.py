@@ -7,22 +7,22 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain, islice
 from multiprocessing.connection import wait
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from distill_pretrain.corpus.readers import Unit, read_documents
-from distill_pretrain.corpus.tokenizers import Tokenizer, load_tokenizer
+from distill_pretrain.corpus.tokenizers import Tokenizer
 from distill_pretrain.errors import CorpusError
 
 Ids = npt.NDArray[np.int32]
+LoadTokenizer = Callable[[], Tokenizer]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class EncodedBatch:
     """Tokens of some units.
 
     Attributes:
-        documents: int32 ids of each document, end-of-document token included.
+        documents: int32 ids of each document, with the tokens that begin and end it.
         num_bytes: how much of the corpus this was.
     """
 
@@ -41,8 +41,10 @@ class EncodedBatch:
 def encode_batch(tokenizer: Tokenizer, batch: Sequence[Unit], text_key: str) -> EncodedBatch:
     """Reads and encodes the documents of some units."""
     texts = [text for part in batch for text in read_documents(part, text_key)]
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     documents = [
-        np.asarray([*ids, tokenizer.eod_id], dtype=np.int32) for ids in tokenizer.encode(texts)
+        np.asarray([*begin, *ids, tokenizer.eod_id], dtype=np.int32)
+        for ids in tokenizer.encode(texts)
     ]
     return EncodedBatch(documents=documents, num_bytes=sum(part.num_bytes for part in batch))
 
@@ -50,8 +52,7 @@ def encode_batch(tokenizer: Tokenizer, batch: Sequence[Unit], text_key: str) -> 
 def encode_batches(
     batches: Iterable[Sequence[Unit]],
     *,
-    kind: str,
-    tokenizer_path: Path,
+    load: LoadTokenizer,
     text_key: str,
     workers: int,
 ) -> Generator[EncodedBatch, None, None]:
@@ -59,8 +60,7 @@ def encode_batches(
 
     Args:
         batches: what to encode; read as it is needed.
-        kind: of the tokenizer.
-        tokenizer_path: every process loads the tokenizer from here.
+        load: every process loads the tokenizer with it.
         text_key: key of the text in a JSONL object.
         workers: processes; 0 means one per CPU core this process may use.
     """
@@ -70,7 +70,7 @@ def encode_batches(
     workers = min(workers, len(first))
     batches = chain(first, batches)
     if workers <= 1:
-        tokenizer = load_tokenizer(kind, tokenizer_path)
+        tokenizer = load()
         for batch in batches:
             yield encode_batch(tokenizer, batch, text_key)
         return
@@ -78,7 +78,7 @@ def encode_batches(
         workers,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
-        initargs=(kind, tokenizer_path, text_key),
+        initargs=(load, text_key),
     )
     # Few results wait at a time, so that memory does not grow with the corpus.
     waiting: deque[Future[EncodedBatch]] = deque()
@@ -103,12 +103,12 @@ def encode_batches(
 _worker: tuple[Tokenizer, str] | None = None
 
 
-def _start_worker(kind: str, tokenizer_path: Path, text_key: str) -> None:
+def _start_worker(load: LoadTokenizer, text_key: str) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = load_tokenizer(kind, tokenizer_path), text_key
+    _worker = load(), text_key
 
 
 def _exit_with_parent() -> None:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from distill_pretrain.corpus.config import BosMode
+from distill_pretrain.corpus.special_tokens import FoundTokens
 from distill_pretrain.errors import ConfigError, MissingDependency, TokenizerMismatch
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ class Tokenizer(Protocol):
     Attributes:
         kind: "sentencepiece" or "hf".
         vocab_size: V; every id is below it.
+        bos_id: token that begins a document; None where documents begin with their text.
         eod_id: token that ends a document.
         sha256: of the files that define it.
         semantic_sha256: of what decides the ids of a text; None where that cannot be told from the rest.
@@ -39,6 +42,7 @@ class Tokenizer(Protocol):
 
     kind: str
     vocab_size: int
+    bos_id: int | None
     eod_id: int
     sha256: str
 
@@ -65,11 +69,18 @@ class Tokenizer(Protocol):
 
 
 class SentencePieceTokenizer:
-    """A sentencepiece model; documents end with its `</s>`."""
+    """A sentencepiece model; documents end with its `</s>`, unless told otherwise."""
 
     kind = "sentencepiece"
 
-    def __init__(self, model: bytes, *, where: object) -> None:
+    def __init__(
+        self,
+        model: bytes,
+        *,
+        where: object,
+        bos: BosMode = "never",
+        end_of_document: str | int | None = None,
+    ) -> None:
         import sentencepiece
 
         try:
@@ -78,14 +89,20 @@ class SentencePieceTokenizer:
             raise ConfigError("not a sentencepiece model", where=where) from None
         self._model = model
         self.vocab_size = int(self._processor.vocab_size())
-        self.eod_id = int(self._processor.eos_id())
         self.sha256 = hashlib.sha256(model).hexdigest()
-        if self.eod_id < 0:
-            raise ConfigError(
-                "the tokenizer has no end-of-document token",
-                where=where,
-                expected="a sentencepiece model with </s>",
-            )
+        found = FoundTokens(
+            bos=_id_or_none(self._processor.bos_id()),
+            begins_with_bos=False,
+            eos=_id_or_none(self._processor.eos_id()),
+            vocab_size=self.vocab_size,
+        )
+        self.bos_id = found.begin(bos, where=where)
+        self.eod_id = found.end(end_of_document, self._id_of, where=where)
+
+    def _id_of(self, piece: str) -> int | None:
+        # Of a piece that it lacks the model gives the id of <unk>.
+        found = int(self._processor.piece_to_id(piece))
+        return found if self.id_to_piece(found) == piece else None
 
     @property
     def semantic_sha256(self) -> str | None:
@@ -111,11 +128,13 @@ class SentencePieceTokenizer:
 
 
 class HfTokenizer:
-    """A Hugging Face tokenizer in a local folder; documents end with its eos token."""
+    """A Hugging Face tokenizer in a local folder; documents end with its eos token, unless told otherwise."""
 
     kind = "hf"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, *, bos: BosMode = "never", end_of_document: str | int | None = None
+    ) -> None:
         try:
             from transformers import AutoTokenizer
         except ImportError:
@@ -134,13 +153,6 @@ class HfTokenizer:
                 found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
                 expected="a folder with a Hugging Face tokenizer, such as tokenizer.json",
             ) from error
-        if tokenizer.eos_token_id is None:
-            raise ConfigError(
-                "the tokenizer has no end-of-document token",
-                where=folder,
-                found="no eos_token",
-                remedy="set eos_token in its tokenizer_config.json",
-            )
         # Text that happens to spell a special token stays text.
         tokenizer.split_special_tokens = True
         # Documents may be of any length; transformers warns of those that no model of its could take.
@@ -148,12 +160,20 @@ class HfTokenizer:
         self._tokenizer = tokenizer
         self._folder = folder
         self.vocab_size = len(tokenizer)
-        self.eod_id = int(tokenizer.eos_token_id)
+        found = FoundTokens(
+            bos=_id_or_none(tokenizer.bos_token_id),
+            begins_with_bos=self._begins_with_bos(),
+            eos=_id_or_none(tokenizer.eos_token_id),
+            vocab_size=self.vocab_size,
+        )
+        self._own_eos = found.eos
+        self.bos_id = found.begin(bos, where=folder)
+        self.eod_id = found.end(end_of_document, tokenizer.get_vocab().get, where=folder)
         self.sha256 = _sha256_of_hf_folder(folder)
 
     @property
     def semantic_sha256(self) -> str | None:
-        """Of the loaded tokenizer: model, normaliser, pre-tokenizer, added words and the end-of-document id.
+        """Of the loaded tokenizer: model, normaliser, pre-tokenizer, added words and the id of its eos token.
 
         Left out is what changes no id here, where nothing is added to a text and special tokens in it stay text:
         chat template, lengths, padding, other special tokens, post-processor, decoder.
@@ -165,11 +185,23 @@ class HfTokenizer:
         added = [token for token in state.get("added_tokens") or [] if not token["special"]]
         deciding = {
             "added": sorted(added, key=lambda token: int(token["id"])),
-            "eod_id": self.eod_id,
+            # Its own, whichever token ends the documents of a corpus.
+            "eod_id": self._own_eos,
             **{part: state.get(part) for part in ("model", "normalizer", "pre_tokenizer")},
         }
         text = json.dumps(_without_defaults(deciding), sort_keys=True)
         return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+    def _begins_with_bos(self) -> bool:
+        """Whether the tokenizer by itself puts its BOS token before a text."""
+        bos = self._tokenizer.bos_token_id
+        if bos is None:
+            return False
+        first = [
+            list(self._tokenizer("a", add_special_tokens=special)["input_ids"])[:1]
+            for special in (True, False)
+        ]
+        return first[0] == [bos] != first[1]
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens."""
@@ -197,11 +229,19 @@ class HfTokenizer:
         return "tokenizer"
 
 
-def load_tokenizer(kind: str, path: Path) -> Tokenizer:
+def load_tokenizer(
+    kind: str, path: Path, *, bos: BosMode = "never", end_of_document: str | int | None = None
+) -> Tokenizer:
     """Loads a tokenizer from a sentencepiece model file or a Hugging Face folder.
 
+    Args:
+        kind: "sentencepiece" or "hf".
+        path: the file or folder.
+        bos: whether documents begin with its BOS token, see `TokenizerConfig`.
+        end_of_document: token or id that ends documents; None for its own.
+
     Raises:
-        ConfigError: nothing usable at the path.
+        ConfigError: nothing usable at the path, or it lacks a token that is asked for.
         MissingDependency: the package that reads it is not installed.
     """
     if kind == "hf":
@@ -212,7 +252,7 @@ def load_tokenizer(kind: str, path: Path) -> Tokenizer:
                 expected="a folder with a Hugging Face tokenizer",
                 remedy="correct tokenizer.path",
             )
-        return HfTokenizer(path)
+        return HfTokenizer(path, bos=bos, end_of_document=end_of_document)
     if not path.is_file():
         raise ConfigError(
             "tokenizer file not found",
@@ -220,7 +260,9 @@ def load_tokenizer(kind: str, path: Path) -> Tokenizer:
             expected="a sentencepiece .model file",
             remedy="correct tokenizer.path, or set tokenizer.kind=hf for a folder",
         )
-    return SentencePieceTokenizer(path.read_bytes(), where=path)
+    return SentencePieceTokenizer(
+        path.read_bytes(), where=path, bos=bos, end_of_document=end_of_document
+    )
 
 
 def tokenizer_sha256(kind: str, path: Path) -> str:
@@ -246,24 +288,27 @@ def is_same_tokenizer(record: TokensRecord, folder: Path, path: Path) -> bool:
     made_by = record.tokenizer
     if tokenizer_sha256(made_by["kind"], path) == made_by["sha256"]:
         return True
-    found = load_tokenizer(made_by["kind"], path).semantic_sha256
+    found = load_tokenizer(made_by["kind"], path, end_of_document=record.eod_id).semantic_sha256
     known = made_by.get("semantic_sha256")
     if found is None or known is not None:
         return found is not None and found == known
-    stored = load_recorded_tokenizer(
-        folder, kind=made_by["kind"], file=made_by["file"], sha256=made_by["sha256"]
-    )
-    return stored.semantic_sha256 == found
+    return load_recorded_tokenizer(folder, record).semantic_sha256 == found
 
 
-def load_recorded_tokenizer(folder: Path, *, kind: str, file: str, sha256: str) -> Tokenizer:
-    """Loads the tokenizer stored in a tokens folder.
+def load_recorded_tokenizer(folder: Path, record: TokensRecord) -> Tokenizer:
+    """Loads the tokenizer stored in a tokens folder, which `record` describes.
 
     Raises:
         TokenizerMismatch: it is not the one that made the tokens.
     """
-    path = folder / file
-    tokenizer = load_tokenizer(kind, path)
+    made_by = record.tokenizer
+    path, sha256 = folder / made_by["file"], made_by["sha256"]
+    tokenizer = load_tokenizer(
+        made_by["kind"],
+        path,
+        bos="never" if record.bos_id is None else "always",
+        end_of_document=record.eod_id,
+    )
     if tokenizer.sha256 != sha256:
         raise TokenizerMismatch(
             "the tokenizer beside the tokens is not the one that made them",
@@ -288,6 +333,11 @@ def _without_defaults(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_defaults(inner) for inner in value]
     return value
+
+
+def _id_or_none(token_id: int | None) -> int | None:
+    """Sentencepiece says -1 of a token that it lacks."""
+    return None if token_id is None or token_id < 0 else int(token_id)
 
 
 def _sha256_of_hf_folder(folder: Path) -> str:

@@ -21,7 +21,8 @@ class TokensRecord:
 
     Attributes:
         tokenizer: {kind, sha256, vocab_size, file}; `file` is relative to the folder, `sha256` is of the files.
-            Since 2026-11 also `semantic_sha256`: of what decides the ids of a text, whatever else the files say.
+            Since 2026-11 also `semantic_sha256`: of what decides the ids of a text, whatever else the files say;
+            and `bos_id` of a corpus whose documents begin with that token.
         vocab_size: V, the real vocabulary.
         eod_id: id that ends every document.
         corpora: name ("train", "held_out") -> TokenFingerprint.as_dict().
@@ -40,6 +41,11 @@ class TokensRecord:
         semantic = self.tokenizer.get("semantic_sha256")
         files = str(self.tokenizer["sha256"])
         return (semantic, files) if isinstance(semantic, str) else (files,)
+
+    @property
+    def bos_id(self) -> int | None:
+        """Id that begins every document; None where they begin with their text."""
+        return self.tokenizer.get("bos_id")
 
     def save(self, folder: Path) -> None:
         """Publish FOLDER/tokens.json."""
@@ -95,6 +101,9 @@ def _problem(fields: dict[str, Any]) -> str | None:
         return "a corpus is no object"
     if not 0 <= fields["eod_id"] < fields["vocab_size"]:
         return f"eod_id {fields['eod_id']} outside the vocabulary of {fields['vocab_size']}"
+    bos_id = fields["tokenizer"].get("bos_id", 0)
+    if not isinstance(bos_id, int) or not 0 <= bos_id < fields["vocab_size"]:
+        return f"tokenizer.bos_id {bos_id} outside the vocabulary of {fields['vocab_size']}"
     return None
 
 

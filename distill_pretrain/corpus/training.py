@@ -81,7 +81,12 @@ def train_tokenizer(
             found=f"{tokenizer.vocab_size}: {reason}",
             remedy="set tokenizer.vocab_size accordingly, or raise tokenizer.training_bytes",
         ) from None
-    return SentencePieceTokenizer(model.getvalue(), where="tokenizer trained from the corpus")
+    return SentencePieceTokenizer(
+        model.getvalue(),
+        where="tokenizer trained from the corpus",
+        bos=tokenizer.bos,
+        end_of_document=tokenizer.end_of_document,
+    )
 
 
 def _sample(corpus: CorpusConfig, tokenizer: TokenizerConfig, sources: SourceList) -> Iterator[str]:

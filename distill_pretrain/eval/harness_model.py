@@ -19,8 +19,10 @@ from distill_pretrain.errors import ConfigError
 class TextTokenizer(Protocol):
     """What scoring text needs of a tokenizer."""
 
+    bos_id: int | None
+    """Token that begins a document; None where documents begin with their text."""
     eod_id: int
-    """Token that ends a document, and stands before the first."""
+    """Token that ends a document, and stands before the first where none begins it."""
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, nothing added."""
@@ -29,6 +31,8 @@ class TextTokenizer(Protocol):
 
 class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
     """Scores continuations; text without context follows the end-of-document token.
+
+    Where the documents of the models' corpus begin with a BOS token, every text does.
 
     Args:
         engine: causal model, so that padding on the right changes nothing.
@@ -51,23 +55,31 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
         """The end-of-document token."""
         return self._text_tokenizer.eod_id
 
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without context."""
+        bos = self._text_tokenizer.bos_id
+        return self.eot_token_id if bos is None else bos
+
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Token ids; no special tokens are ever added."""
-        return self._text_tokenizer.encode([string])[0]
+        """Token ids, after the BOS token that begins the documents of the corpus, if one does."""
+        ids = self._text_tokenizer.encode([string])[0]
+        bos = self._text_tokenizer.bos_id
+        return ids if bos is None or add_special_tokens is False else [bos, *ids]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts in nats, in windows where they are longer than `max_length`.
 
-        Every token is scored once, the first after the end-of-document token (lm_eval's `get_rolling_token_windows`).
+        Every token is scored once, the first after `prefix_token_id` (lm_eval's `get_rolling_token_windows`).
         """
         pairs: list[tuple[None, list[int], list[int]]] = []
         owners = []
         for owner, request in enumerate(requests):
             windows = get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]),
-                prefix_token=self.eot_token_id,
+                token_list=self.tok_encode(request.args[0], add_special_tokens=False),
+                prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length,
                 context_len=1,
             )

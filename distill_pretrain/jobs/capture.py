@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,7 @@ def capture_caches(recipe: Recipe) -> dict[Path, Manifest]:
         DistillPretrainError: corpus, teacher or caches do not fit, or cannot be read or written.
     """
     require_capture(recipe)
-    assert recipe.data and recipe.capture
+    assert recipe.data and recipe.capture and recipe.teacher
     from distill_pretrain.teacher.capture import make_plans
     from distill_pretrain.teacher.crew import Crew, first_crew_first
     from distill_pretrain.teacher.sampling_backend import columns_reader
@@ -62,6 +63,13 @@ def capture_caches(recipe: Recipe) -> dict[Path, Manifest]:
         stopwatch = Stopwatch()
         read = columns_reader(capture.sampling_impl, engine.device, engine.replica)
         crew = Crew(TimedTeacher(engine, stopwatch), sequences, read=read)
+        if crew.replica.number == 0:
+            _warn_of_missing_bos(
+                recipe.teacher.path,
+                crew,
+                next(iter(plans.values())),
+                partial(Crew, engine, read=read),
+            )
         # The first replica makes the tables of new caches, which the others then find.
         writers = first_crew_first(crew, lambda: _join(plans, capture, crew))
         if launch_rank() == 0:
@@ -74,6 +82,19 @@ def capture_caches(recipe: Recipe) -> dict[Path, Manifest]:
     for folder, manifest in (manifests or {}).items():
         _summarise(folder, manifest, sequences)
     return manifests or {}
+
+
+def _warn_of_missing_bos(
+    model: Path, crew: Crew, plan: CachePlan, crew_of: Callable[[SequenceData], Crew]
+) -> None:
+    """Say so where the teacher expects a token that the corpus lacks, and what it says with it."""
+    from distill_pretrain.teacher.bos import measure_bos, missing_bos
+
+    bos = missing_bos(model, crew.sequences.index)
+    if bos is not None:
+        figures = measure_bos(crew_of, crew.sequences, plan, bos)
+        if figures is not None:
+            _print(figures.warning(bos))
 
 
 def _capture(

@@ -302,10 +302,7 @@ def _tasks(
             found=f"no tokens.json beside {tokens}",
             remedy="tokenise the held-out text with `distill-pretrain tokenize`",
         )
-    used = record.tokenizer
-    tokenizer = load_recorded_tokenizer(
-        tokens.parent, kind=used["kind"], file=used["file"], sha256=used["sha256"]
-    )
+    tokenizer = load_recorded_tokenizer(tokens.parent, record)
     models = engines if teacher is None else {**engines, TEACHER: teacher}
     found = on_first_rank(
         lambda: run_tasks(

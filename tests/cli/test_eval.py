@@ -255,7 +255,7 @@ def test_tasks_are_run_with_the_tokenizer_of_the_tokens(
     monkeypatch.setattr(
         distill_pretrain.corpus.tokenizers,
         "load_recorded_tokenizer",
-        lambda folder, **record: (folder.name, record["sha256"]),
+        lambda folder, record: (folder.name, record.tokenizer["sha256"]),
     )
     assert run(recipe, "eval.tasks=[quiz]", "eval.tasks_path=here") == 0
     names, tokenizer, tasks, options = calls[0]

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distill_pretrain.corpus import build, readers, sources
+from distill_pretrain.corpus import build, readers, sources, special_tokens
 from distill_pretrain.corpus.config import CorpusConfig, TokenizerConfig
 from distill_pretrain.corpus.token_index import TokenIndex
 from distill_pretrain.corpus.tokens_record import TokensRecord
@@ -342,3 +342,54 @@ def _runs(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def test_documents_begin_and_end_with_the_tokens_that_are_asked_for(texts, tmp_path):
+    said: list[str] = []
+    plain = config(texts, tmp_path / "plain", held_out_fraction=0)
+    build.tokenize_corpus(plain, TOKENIZER, say=said.append)
+    assert "documents begin with their text and end with '</s>' (id 2)" in said
+    first = TokenIndex.open(tmp_path / "plain/train").read(0, 0, 16).tolist()
+    text = build.load_tokenizer_of(tmp_path / "plain").decode(first)
+    assert said[-1].startswith("train begins with '") and said[-1].endswith(f"as text {text!r}")
+    asked = TokenizerConfig(vocab_size=350, bos="always", end_of_document="<unk>")
+    out = config(texts, tmp_path / "out", held_out_fraction=0)
+    build.tokenize_corpus(out, asked, say=said.append)
+    assert "documents begin with '<s>' (id 1) and end with '<unk>' (id 0)" in said
+    found, before = (TokenIndex.open(tmp_path / name / "train") for name in ("out", "plain"))
+    for document in range(found.num_documents):
+        length = int(found.document_lengths[document])
+        ids = found.read(document, 0, length).tolist()
+        assert [1, *before.read(document, 0, length - 2).tolist(), 0] == ids
+    record = TokensRecord.load(tmp_path / "out")
+    assert (record.bos_id, record.eod_id) == (1, 0)
+    assert build.tokenize_corpus(out, asked).already_done
+    again = build.load_tokenizer_of(tmp_path / "out")
+    assert (again.bos_id, again.eod_id) == (1, 0)
+    for other, key in (({"bos": "never"}, "bos"), ({"end_of_document": 2}, "end_of_document")):
+        changed = asked.model_copy(update=other)
+        with pytest.raises(CorpusError, match=rf"another value of tokenizer\.{key}"):
+            build.tokenize_corpus(out, changed)
+    # The same by another name is the same.
+    assert build.tokenize_corpus(out, asked.model_copy(update={"end_of_document": 0})).already_done
+
+
+def test_tokens_that_an_earlier_version_made_without_bos_stay_done(texts, tmp_path, monkeypatch):
+    """Under `auto` a folder is what it is; what a new one would be is said."""
+    out = config(texts, tmp_path / "out")
+    build.tokenize_corpus(out, TOKENIZER)
+    path = tmp_path / "out/recipe.yaml"
+    kept = [line for line in path.read_text().splitlines() if "bos" not in line]
+    path.write_text("\n".join(line for line in kept if "end_of_document" not in line))
+    before = content(tmp_path / "out")
+    assert "bos" not in (tmp_path / "out/tokens.json").read_text()
+    # As if sentencepiece models put <s> before a text.
+    monkeypatch.setattr(
+        special_tokens.FoundTokens,
+        "begin",
+        lambda found, mode, where: None if mode == "never" else found.bos,
+    )
+    said: list[str] = []
+    assert build.tokenize_corpus(out, TOKENIZER, say=said.append).already_done
+    assert any("begins texts with '<s>' (id 1), which these documents lack" in s for s in said)
+    assert content(tmp_path / "out") == before

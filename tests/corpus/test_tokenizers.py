@@ -103,16 +103,24 @@ def test_a_missing_or_foreign_tokenizer_file_is_refused(tmp_path):
         tokenizers.load_tokenizer("hf", tmp_path / "nowhere")
 
 
-def test_a_stored_tokenizer_of_another_hash_is_refused(tmp_path):
-    name = trained(tmp_path).save(tmp_path)
-    same = trained(tmp_path).sha256
-    loaded = tokenizers.load_recorded_tokenizer(
-        tmp_path, kind="sentencepiece", file=name, sha256=same
+def record_of(tokenizer, file: str, **more) -> TokensRecord:
+    made_by = {"kind": tokenizer.kind, "sha256": tokenizer.sha256, "file": file, **more}
+    return TokensRecord(
+        tokenizer={**made_by, "vocab_size": tokenizer.vocab_size},
+        vocab_size=tokenizer.vocab_size,
+        eod_id=tokenizer.eod_id,
+        corpora={},
+        software={},
     )
-    assert loaded.vocab_size == 500
+
+
+def test_a_stored_tokenizer_of_another_hash_is_refused(tmp_path):
+    tokenizer = trained(tmp_path)
+    record = record_of(tokenizer, tokenizer.save(tmp_path))
+    assert tokenizers.load_recorded_tokenizer(tmp_path, record).vocab_size == 500
     trained(tmp_path, vocab_size=480).save(tmp_path)
     with pytest.raises(TokenizerMismatch):
-        tokenizers.load_recorded_tokenizer(tmp_path, kind="sentencepiece", file=name, sha256=same)
+        tokenizers.load_recorded_tokenizer(tmp_path, record)
 
 
 @pytest.fixture
@@ -142,9 +150,7 @@ def test_a_hugging_face_folder_encodes_and_is_copied_whole(tmp_path, hf_folder):
     assert [tokenizer.decode(ids) for ids in encoded] == texts
     assert all(tokenizer.eod_id not in ids for ids in encoded)
     name = tokenizer.save(tmp_path)
-    copy = tokenizers.load_recorded_tokenizer(
-        tmp_path, kind="hf", file=name, sha256=tokenizer.sha256
-    )
+    copy = tokenizers.load_recorded_tokenizer(tmp_path, record_of(tokenizer, name))
     assert copy.encode(texts) == encoded
     assert tokenizers.tokenizer_sha256("hf", hf_folder) == tokenizer.sha256
 
@@ -257,3 +263,92 @@ def test_text_that_is_not_utf8_is_named_though_sentencepiece_reads_it(tmp_path):
     corpus = CorpusConfig(paths=[tmp_path], output_dir=tmp_path / "out")
     with pytest.raises(CorpusError, match=r"not UTF-8; where: .*b\.txt"):
         training.train_tokenizer(corpus, config, sources.list_sources(corpus))
+
+
+def adding_bos(values: dict) -> None:
+    """Makes the tokenizer put <bos> before every text by itself."""
+    token = {"id": 400, "content": "<bos>", "single_word": False, "lstrip": False}
+    values["added_tokens"].append({**token, "rstrip": False, "normalized": False, "special": True})
+    sequence = {"type_id": 0}
+    values["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": "<bos>", **sequence}},
+            {"Sequence": {"id": "A", **sequence}},
+        ],
+        "pair": [{"Sequence": {"id": "A", **sequence}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<bos>": {"id": "<bos>", "ids": [400], "tokens": ["<bos>"]}},
+    }
+
+
+@pytest.fixture
+def bos_folder(hf_folder):
+    edited(hf_folder, MODEL, adding_bos)
+    edited(hf_folder, SETTINGS, lambda values: values.update(bos_token="<bos>"))
+    return hf_folder
+
+
+def test_documents_begin_as_the_tokenizer_itself_begins_a_text(bos_folder):
+    def bos_id(**asked) -> int | None:
+        return tokenizers.load_tokenizer("hf", bos_folder, **asked).bos_id
+
+    assert bos_id(bos="auto") == bos_id(bos="always") == 400
+    assert bos_id(bos="never") is None and bos_id() is None
+    # A tokenizer may have the token and not put it before a text.
+    edited(bos_folder, MODEL, lambda values: values.update(post_processor=None))
+    assert bos_id(bos="auto") is None
+    assert bos_id(bos="always") == 400
+    edited(bos_folder, SETTINGS, lambda values: values.pop("bos_token"))
+    with pytest.raises(ConfigError, match=r"no BOS token; .*tokenizer\.bos: always.*bos=never"):
+        bos_id(bos="always")
+
+
+def test_the_tokens_around_documents_change_no_hash_of_a_tokenizer(tmp_path, bos_folder):
+    def loaded(**asked):
+        return tokenizers.load_tokenizer("hf", bos_folder, **asked)
+
+    plain, other = loaded(), loaded(bos="always", end_of_document="!")
+    assert (plain.eod_id, other.eod_id) == (0, other.encode(["!"])[0][0])
+    assert plain.semantic_sha256 == other.semantic_sha256
+    assert plain.encode([SOURCE]) == other.encode([SOURCE])
+    # What a folder of tokens records gives the same tokens again.
+    record = record_of(other, other.save(tmp_path), bos_id=400)
+    again = tokenizers.load_recorded_tokenizer(tmp_path, record)
+    assert (again.bos_id, again.eod_id) == (400, other.eod_id)
+    assert tokenizers.is_same_tokenizer(record, tmp_path, bos_folder)
+
+
+@pytest.mark.parametrize("kind", ["hf", "sentencepiece"])
+def test_the_end_of_documents_is_a_token_or_an_id_that_is_there(tmp_path, request, kind):
+    if kind == "hf":
+        path = request.getfixturevalue("hf_folder")
+    else:
+        path = tmp_path / trained(tmp_path).save(tmp_path)
+
+    def loaded(end_of_document):
+        return tokenizers.load_tokenizer(kind, path, end_of_document=end_of_document)
+
+    piece = loaded(None).id_to_piece(77)
+    assert loaded(piece).eod_id == loaded(77).eod_id == 77
+    size = loaded(None).vocab_size
+    for wrong in (size, -1):
+        with pytest.raises(ConfigError, match=rf"outside the vocabulary.*found: {wrong}; .*0 to"):
+            loaded(wrong)
+    with pytest.raises(ConfigError, match=r"lacks the end-of-document token.*'<nowhere>'"):
+        loaded("<nowhere>")
+
+
+def test_a_tokenizer_without_eos_can_be_told_what_ends_documents(hf_folder):
+    edited(hf_folder, SETTINGS, lambda values: values.pop("eos_token"))
+    assert tokenizers.load_tokenizer("hf", hf_folder, end_of_document="<eos>").eod_id == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "is_right"), [("<x>", True), (7, True), (None, True), (True, False), (1.5, False)]
+)
+def test_the_end_of_documents_is_text_or_a_whole_number(value, is_right):
+    if is_right:
+        assert TokenizerConfig(end_of_document=value).end_of_document == value
+    else:
+        with pytest.raises(ValueError, match="end_of_document"):
+            TokenizerConfig(end_of_document=value)

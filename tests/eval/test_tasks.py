@@ -21,6 +21,7 @@ MAX_LENGTH = 9
 class Letters:
     """One token per letter, space 26, end of document 27."""
 
+    bos_id: int | None = None
     eod_id = 27
 
     def encode(self, texts: list[str]) -> list[list[int]]:
@@ -94,6 +95,22 @@ def test_loglikelihoods_are_those_of_the_logits(batch_size: int) -> None:
         assert logprob == pytest.approx(expected, rel=1e-5), (context, continuation)
         assert is_greedy == expected_greedy
     assert found[-1][1]
+
+
+def test_texts_begin_with_the_token_that_the_documents_of_the_corpus_begin_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Letters, "bos_id", 25)
+    engine = PairEngine(5)
+    encode = Letters().encode
+    model = harness_model(engine)
+    pairs = [("", "ab"), ("ab", "cd")]
+    found = model.loglikelihood([request(*pair) for pair in pairs], True)
+    for (context, continuation), (logprob, _) in zip(pairs, found, strict=True):
+        ids = [25, *encode([context])[0]]
+        assert logprob == pytest.approx(direct(engine, ids, encode([continuation])[0])[0], rel=1e-5)
+    (rolling,) = model.loglikelihood_rolling([request("abc")])
+    assert rolling == pytest.approx(direct(engine, [25], encode(["abc"])[0])[0], rel=1e-5)
 
 
 def most_likely(engine: PairEngine, ids: list[int], count: int) -> list[int]:

@@ -27,11 +27,8 @@ def find_tokenizer(places: list[Path], sha256: str | None) -> Tokenizer | None:
             continue
         try:
             folder = TokensRecord.load(place)
-            record = folder.tokenizer
             if sha256 in folder.tokenizer_digests:
-                return load_recorded_tokenizer(
-                    place, kind=record["kind"], file=record["file"], sha256=record["sha256"]
-                )
+                return load_recorded_tokenizer(place, folder)
         except DistillPretrainError:
             continue
     return None

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distill_pretrain.errors import ConfigError
 from distill_pretrain.jobs.console import say
 from distill_pretrain.jobs.inspect.facts import fact, find_tokenizer, short
+
+if TYPE_CHECKING:
+    from distill_pretrain.corpus.tokenizers import Tokenizer
 
 FIRST_TOKENS = 48
 
@@ -89,13 +93,23 @@ def _show_tokens(prefix: Path) -> None:
     else:
         made_by = record.tokenizer
         fact("tokenizer", f"{made_by['kind']} {made_by['file']}, sha256 {short(made_by['sha256'])}")
-        fact("vocabulary", f"{record.vocab_size:,}, end of document {record.eod_id}")
+        fact("vocabulary", f"{record.vocab_size:,}")
         tokenizer = find_tokenizer([prefix.parent], made_by["sha256"])
+        fact("beginning of document", _named(tokenizer, record.bos_id))
+        fact("end of document", _named(tokenizer, record.eod_id))
         recorded = record.corpora.get(prefix.name)
         if recorded is not None and recorded != fingerprint.as_dict():
             fact("warning", "tokens.json records another fingerprint: the files were changed")
     first = index.read(0, 0, min(FIRST_TOKENS, int(index.document_lengths[0]))).tolist()
     fact("begins with", repr(tokenizer.decode(first)) if tokenizer else f"ids {first}")
+
+
+def _named(tokenizer: Tokenizer | None, token_id: int | None) -> str:
+    from distill_pretrain.corpus.special_tokens import shown
+
+    if token_id is None:
+        return "its text"
+    return f"id {token_id}" if tokenizer is None else shown(tokenizer, token_id)
 
 
 def _show_run(folder: Path) -> None:
