@@ -23,11 +23,13 @@ from reporting import append_line, command_line, environment, write_json
 from distill_pretrain.contracts import SparseTargets
 from distill_pretrain.kernels.chunked_head.op import chunked_head
 from distill_pretrain.kernels.cuda.backend import Backend
-from distill_pretrain.kernels.sparse_kd import launch, stages
+from distill_pretrain.kernels.sparse_kd import stages
+from distill_pretrain.kernels.sparse_kd.loss import Loss
 from distill_pretrain.kernels.sparse_kd.op import sparse_kd
+from distill_pretrain.kernels.sparse_kd.problem import MAX_COLUMNS, MAX_ENTRIES
+from distill_pretrain.kernels.sparse_kd.settings import LossSettings
 from distill_pretrain.losses.backend import LossBackend
 from distill_pretrain.losses.sparse_kd import prepare_loss
-from distill_pretrain.losses.terms import Weights
 
 NO_GPU = 77
 ROUNDS, ENTRIES, HEAD_TOKENS, HIDDEN = 15, 50, 4096, 4096
@@ -85,12 +87,11 @@ def make_loss(
     targets: SparseTargets | None,
     columns: int,
     backend: Backend = "cuda",
-) -> stages.Loss:
+) -> Loss:
     return prepare_loss(
         labels,
         targets,
-        Weights(ce_weight=0.3, kd_weight=0.7),
-        residual="drop",
+        LossSettings(ce_weight=0.3, kd_weight=0.7),
         vocab_size=columns,
         tensor_group=None,
         num_columns=columns,
@@ -272,7 +273,7 @@ def main() -> None:
         sys.exit(NO_GPU)
     report = {
         "environment": {**environment("torch"), "gpu": torch.cuda.get_device_name()},
-        "limits": {"entries": launch.MAX_ENTRIES, "columns": launch.MAX_COLUMNS},
+        "limits": {"entries": MAX_ENTRIES, "columns": MAX_COLUMNS},
     }
     # The head first: in the other part torch.compile may take long.
     report["head"] = bench_head(HEAD_TOKENS, HIDDEN, args.columns)

@@ -8,7 +8,7 @@ Shapes: `...` any leading sizes, T positions in all, K target entries, H hidden 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 
@@ -17,14 +17,16 @@ from distill_pretrain.contracts import SparseTargets
 from distill_pretrain.errors import ConfigError, LossInputError, require_whole
 from distill_pretrain.kernels.chunked_head.op import chunked_head
 from distill_pretrain.kernels.cuda.backend import Implementation
+from distill_pretrain.kernels.sparse_kd.loss import Loss
 from distill_pretrain.kernels.sparse_kd.op import sparse_kd
-from distill_pretrain.kernels.sparse_kd.stages import Loss
-from distill_pretrain.kernels.sparse_kd.targets import Residual
+from distill_pretrain.kernels.sparse_kd.settings import TERMS, LossKeywords, LossSettings
 from distill_pretrain.losses.backend import choose_backend
 from distill_pretrain.losses.checks import require_columns, require_labels, require_targets
 from distill_pretrain.losses.config import CHUNK_TOKENS
 from distill_pretrain.losses.sparse_kd import prepare_loss
-from distill_pretrain.losses.terms import TokenWeighting, Weights
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Reduction = Literal["mean", "sum", "none"]
 Terms = dict[str, torch.Tensor]
@@ -37,20 +39,13 @@ def sparse_kd_loss(
     ids: torch.Tensor | None,
     probs: torch.Tensor | None,
     *,
-    ce_weight: float = ...,
-    kd_weight: float = ...,
     vocab_size: int | None = ...,
-    temperature: float = ...,
-    temperature_squared: bool = ...,
-    residual: Residual = ...,
-    smoothing: float = ...,
-    z_loss: float = ...,
-    token_weighting: TokenWeighting = ...,
     reduction: Reduction = ...,
     overwrite_logits: bool = ...,
     check_values: bool = ...,
     implementation: Implementation = ...,
     return_terms: Literal[False] = ...,
+    **settings: Unpack[LossKeywords],
 ) -> torch.Tensor: ...
 
 
@@ -61,20 +56,13 @@ def sparse_kd_loss(
     ids: torch.Tensor | None,
     probs: torch.Tensor | None,
     *,
-    ce_weight: float = ...,
-    kd_weight: float = ...,
     vocab_size: int | None = ...,
-    temperature: float = ...,
-    temperature_squared: bool = ...,
-    residual: Residual = ...,
-    smoothing: float = ...,
-    z_loss: float = ...,
-    token_weighting: TokenWeighting = ...,
     reduction: Reduction = ...,
     overwrite_logits: bool = ...,
     check_values: bool = ...,
     implementation: Implementation = ...,
     return_terms: Literal[True],
+    **settings: Unpack[LossKeywords],
 ) -> tuple[torch.Tensor, Terms]: ...
 
 
@@ -84,20 +72,13 @@ def sparse_kd_loss(
     ids: torch.Tensor | None,
     probs: torch.Tensor | None,
     *,
-    ce_weight: float = 0.0,
-    kd_weight: float = 1.0,
     vocab_size: int | None = None,
-    temperature: float = 1.0,
-    temperature_squared: bool = True,
-    residual: Residual = "drop",
-    smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    token_weighting: TokenWeighting = "none",
     reduction: Reduction = "mean",
     overwrite_logits: bool = False,
     check_values: bool = True,
     implementation: Implementation = "auto",
     return_terms: bool = False,
+    **settings: Unpack[LossKeywords],
 ) -> torch.Tensor | tuple[torch.Tensor, Terms]:
     """ce_weight * cross-entropy + kd_weight * KL(targets || softmax(logits)), differentiable once, by the logits.
 
@@ -108,15 +89,7 @@ def sparse_kd_loss(
         labels: int64[...], the next tokens; negative, such as -100, where there is none.
         ids: int64[..., K] of the targets, distinct within a row but for the padding -1; None for cross-entropy alone.
         probs: float32[..., K], their probabilities, zero where padded; None with `ids`.
-        ce_weight: weight of the cross-entropy with the labels.
-        kd_weight: weight of the KL; 0 where there are no targets.
         vocab_size: V; columns from V on are padding, without mass or gradient. None: every column is real.
-        temperature: tau of softmax(logits / tau) and of the targets in the KL.
-        temperature_squared: multiply the KL by tau^2.
-        residual: where mass that a row's probabilities lack goes: "drop", "renormalise", "label", "ghost" or "uniform".
-        smoothing: a in [0, 1); targets become (1 - a) t + a / V.
-        z_loss: weight of (log sum exp logits)^2.
-        token_weighting: "teacher_confidence" multiplies a position's KL by its largest probability.
         reduction: "mean" over the positions that have a label, "sum", or "none" for float32[...].
         overwrite_logits: let the backward pass write the gradient over `logits`, which must then not be read any more;
             otherwise it is written over a copy that the forward pass makes.
@@ -124,6 +97,16 @@ def sparse_kd_loss(
             vocabulary makes the loss NaN. Under torch.compile values are not looked at.
         implementation: "auto", "reference" (plain PyTorch) or "cuda" (kernels or an error).
         return_terms: also return `ce`, `kl` and `z`, (log sum exp logits)^2: unweighted, reduced alike, no gradient.
+        **settings: the loss.
+            `ce_weight`: weight of the cross-entropy with the labels; 0 unless given.
+            `kd_weight`: weight of the KL; 1 unless given; 0 where there are no targets.
+            `temperature`: tau of softmax(logits / tau) and of the targets in the KL; 1.
+            `temperature_squared`: multiply the KL by tau^2; True.
+            `residual`: where mass that a row's probabilities lack goes: "drop" (the default), "renormalise", "label",
+            "ghost" or "uniform".
+            `smoothing`: a in [0, 1); targets become (1 - a) t + a / V; 0.
+            `z_loss`: weight of (log sum exp logits)^2; 0.
+            `token_weighting`: "teacher_confidence" multiplies a position's KL by its largest probability; "none".
 
     Returns:
         The loss, float32; with `return_terms` also the terms by name.
@@ -137,19 +120,10 @@ def sparse_kd_loss(
     require_tensor("logits", logits, dtypes=FLOAT_DTYPES)
     if logits.ndim < 1:
         require_tensor("logits", logits, dtypes=FLOAT_DTYPES, shape=("...", "C"))
-    weights = Weights(
-        ce_weight=ce_weight,
-        kd_weight=kd_weight,
-        temperature=temperature,
-        temperature_squared=temperature_squared,
-        smoothing=smoothing,
-        z_loss=z_loss,
-        token_weighting=token_weighting,
-    )
-    rows = _Rows.of(labels, ids, probs, weights, leading=logits.shape[:-1], device=logits.device)
+    chosen = _settings(settings)
+    rows = _Rows.of(labels, ids, probs, chosen, leading=logits.shape[:-1], device=logits.device)
     loss = rows.loss(
-        weights,
-        residual=residual,
+        chosen,
         vocab_size=vocab_size,
         num_columns=logits.size(-1),
         check_values=check_values,
@@ -161,7 +135,7 @@ def sparse_kd_loss(
     losses, terms = sparse_kd(logits.reshape(-1, logits.size(-1)), loss)
     losses, terms = rows.with_label(losses), rows.with_label(terms)
     if reduction == "none":
-        losses, terms = losses.reshape(labels.shape), terms.reshape(3, *labels.shape)
+        losses, terms = losses.reshape(labels.shape), terms.reshape(len(TERMS), *labels.shape)
     else:
         losses, terms = rows.reduced(losses.sum(), terms, reduction)
     return (losses, _named(terms)) if return_terms else losses
@@ -175,20 +149,13 @@ def linear_sparse_kd_loss(
     ids: torch.Tensor | None,
     probs: torch.Tensor | None,
     *,
-    ce_weight: float = ...,
-    kd_weight: float = ...,
     vocab_size: int | None = ...,
-    temperature: float = ...,
-    temperature_squared: bool = ...,
-    residual: Residual = ...,
-    smoothing: float = ...,
-    z_loss: float = ...,
-    token_weighting: TokenWeighting = ...,
     reduction: Literal["mean", "sum"] = ...,
     chunk_tokens: int = ...,
     check_values: bool = ...,
     implementation: Implementation = ...,
     return_terms: Literal[False] = ...,
+    **settings: Unpack[LossKeywords],
 ) -> torch.Tensor: ...
 
 
@@ -200,20 +167,13 @@ def linear_sparse_kd_loss(
     ids: torch.Tensor | None,
     probs: torch.Tensor | None,
     *,
-    ce_weight: float = ...,
-    kd_weight: float = ...,
     vocab_size: int | None = ...,
-    temperature: float = ...,
-    temperature_squared: bool = ...,
-    residual: Residual = ...,
-    smoothing: float = ...,
-    z_loss: float = ...,
-    token_weighting: TokenWeighting = ...,
     reduction: Literal["mean", "sum"] = ...,
     chunk_tokens: int = ...,
     check_values: bool = ...,
     implementation: Implementation = ...,
     return_terms: Literal[True],
+    **settings: Unpack[LossKeywords],
 ) -> tuple[torch.Tensor, Terms]: ...
 
 
@@ -224,20 +184,13 @@ def linear_sparse_kd_loss(
     ids: torch.Tensor | None,
     probs: torch.Tensor | None,
     *,
-    ce_weight: float = 0.0,
-    kd_weight: float = 1.0,
     vocab_size: int | None = None,
-    temperature: float = 1.0,
-    temperature_squared: bool = True,
-    residual: Residual = "drop",
-    smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    token_weighting: TokenWeighting = "none",
     reduction: Literal["mean", "sum"] = "mean",
     chunk_tokens: int = CHUNK_TOKENS,
     check_values: bool = True,
     implementation: Implementation = "auto",
     return_terms: bool = False,
+    **settings: Unpack[LossKeywords],
 ) -> torch.Tensor | tuple[torch.Tensor, Terms]:
     """`sparse_kd_loss` of the logits hidden @ head_weight.T, which are never whole; by hidden states and weight.
 
@@ -251,20 +204,13 @@ def linear_sparse_kd_loss(
         labels: see `sparse_kd_loss`, as all arguments that are not listed here.
         ids: int64[..., K], or None.
         probs: float32[..., K], or None.
-        ce_weight: weight of the cross-entropy.
-        kd_weight: weight of the KL.
         vocab_size: V; rows of the weight from V on are padding.
-        temperature: tau.
-        temperature_squared: multiply the KL by tau^2.
-        residual: what becomes of missing mass.
-        smoothing: a in [0, 1).
-        z_loss: weight of (log sum exp logits)^2.
-        token_weighting: of the KL.
         reduction: "mean" over the positions that have a label, or "sum".
         chunk_tokens: positions whose logits exist at a time.
         check_values: look at labels, ids and probabilities.
         implementation: "auto", "reference" or "cuda".
         return_terms: also return `ce`, `kl` and `z`.
+        **settings: the loss.
 
     Returns:
         The loss, float32[]; with `return_terms` also the terms by name.
@@ -285,19 +231,10 @@ def linear_sparse_kd_loss(
         shape=("C", hidden.size(-1)),
         device=hidden.device,
     )
-    weights = Weights(
-        ce_weight=ce_weight,
-        kd_weight=kd_weight,
-        temperature=temperature,
-        temperature_squared=temperature_squared,
-        smoothing=smoothing,
-        z_loss=z_loss,
-        token_weighting=token_weighting,
-    )
-    rows = _Rows.of(labels, ids, probs, weights, leading=hidden.shape[:-1], device=hidden.device)
+    chosen = _settings(settings)
+    rows = _Rows.of(labels, ids, probs, chosen, leading=hidden.shape[:-1], device=hidden.device)
     loss = rows.loss(
-        weights,
-        residual=residual,
+        chosen,
         vocab_size=vocab_size,
         num_columns=head_weight.size(0),
         check_values=check_values,
@@ -328,7 +265,7 @@ class _Rows:
         labels: torch.Tensor,
         ids: torch.Tensor | None,
         probs: torch.Tensor | None,
-        weights: Weights,
+        settings: LossSettings,
         *,
         leading: torch.Size,
         device: torch.device,
@@ -336,11 +273,11 @@ class _Rows:
         """Labels [...] and targets [..., K] of leading sizes [...]."""
         require_tensor("labels", labels, dtypes=(torch.int64,), shape=tuple(leading), device=device)
         if ids is None and probs is None:
-            if weights.kd_weight:
+            if settings.kd_weight:
                 raise LossInputError(
                     "there are no targets to learn from",
                     where="ids, probs",
-                    found=f"None, with kd_weight {weights.kd_weight}",
+                    found=f"None, with kd_weight {settings.kd_weight}",
                     expected="tensors [..., K], or kd_weight 0",
                 )
             return cls(labels=labels.reshape(-1), targets=None)
@@ -358,9 +295,8 @@ class _Rows:
 
     def loss(
         self,
-        weights: Weights,
+        settings: LossSettings,
         *,
-        residual: Residual,
         vocab_size: int | None,
         num_columns: int,
         check_values: bool,
@@ -378,8 +314,7 @@ class _Rows:
         loss = prepare_loss(
             self.labels,
             self.targets,
-            weights,
-            residual=residual,
+            settings,
             vocab_size=size,
             num_columns=num_columns,
             tensor_group=None,
@@ -404,8 +339,15 @@ class _Rows:
         return summed / count, totals / count
 
 
+def _settings(given: LossKeywords) -> LossSettings:
+    """The settings of a call: where nothing is said, distillation alone."""
+    keywords: LossKeywords = {"ce_weight": 0.0, "kd_weight": 1.0}
+    keywords.update(given)
+    return LossSettings(**keywords)
+
+
 def _named(terms: torch.Tensor) -> Terms:
-    return dict(zip(("ce", "kl", "z"), terms.unbind(0), strict=True))
+    return dict(zip(TERMS, terms.unbind(0), strict=True))
 
 
 def _require_reduction(reduction: str, possible: tuple[str, ...]) -> None:

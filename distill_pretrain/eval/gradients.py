@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from distill_pretrain.contracts import LogitsEngine, SparseTargets
-from distill_pretrain.kernels.sparse_kd.targets import Residual
+from distill_pretrain.kernels.sparse_kd.settings import LossSettings, Residual
 from distill_pretrain.losses.sparse_kd import sparse_kd_loss
 
 _FULL = None
@@ -183,11 +183,9 @@ def _sparse_kl(
         logits,
         labels,
         targets,
-        ce_weight=0.0,
-        kd_weight=1.0,
+        LossSettings(ce_weight=0.0, kd_weight=1.0, residual=residual),
         vocab_size=vocab_size,
         tensor_group=None,
-        residual=residual,
     )
     return loss
 

@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from distill_pretrain.errors import ConfigError
 from distill_pretrain.kernels.cuda.backend import Backend, Implementation, loading_problem
-from distill_pretrain.kernels.sparse_kd import launch
+from distill_pretrain.kernels.sparse_kd.launch import SOURCE
+from distill_pretrain.kernels.sparse_kd.problem import MAX_COLUMNS, MAX_ENTRIES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class LossBackend:
         Raises:
             ConfigError: the kernels are insisted on and do not take such rows.
         """
-        most = launch.MAX_ENTRIES, launch.MAX_COLUMNS
+        most = MAX_ENTRIES, MAX_COLUMNS
         if self.name == "reference" or (num_entries <= most[0] and num_columns <= most[1]):
             return self.name
         if self.is_insisted:
@@ -68,7 +69,7 @@ def choose_backend(
         )
     if implementation == "reference" or (implementation == "auto" and device.type != "cuda"):
         return LossBackend(name="reference")
-    problem = _first_of_all(loading_problem(launch.SOURCE, device), group)
+    problem = _first_of_all(loading_problem(SOURCE, device), group)
     is_insisted = implementation == "cuda"
     if problem is None:
         return LossBackend(name="cuda", is_insisted=is_insisted)
@@ -98,6 +99,6 @@ def _warn_of_size() -> None:
     """Warn once in a process, however many sizes there are: a batch's entries differ from the next's."""
     warnings.warn(
         "some of the loss runs in plain PyTorch, slower: its kernels take "
-        f"{launch.MAX_ENTRIES} target entries per token and {launch.MAX_COLUMNS} columns per rank",
+        f"{MAX_ENTRIES} target entries per token and {MAX_COLUMNS} columns per rank",
         stacklevel=3,
     )

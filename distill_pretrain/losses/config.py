@@ -8,7 +8,10 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from distill_pretrain.config import Section
-from distill_pretrain.losses.points import Points, Scheduled, extremes
+from distill_pretrain.kernels.sparse_kd.settings import LossSettings, Residual, TokenWeighting
+from distill_pretrain.losses.points import Points, Scheduled, extremes, value_at
+
+Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
 
 MOST_WEIGHT = 1e9
 """Of a term of the loss: squares of gradients must stay within fp32."""
@@ -28,25 +31,38 @@ class ObjectiveConfig(Section):
     """Weight of the distillation term; needs data.cache, or target: teacher. A number or points."""
     target: Literal["cache", "teacher"] = "cache"
     """`cache`: sparse targets of data.cache; `teacher`: section `teacher` runs in the job, over all ids (FullKD)."""
-    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = "forward_kl"
+    divergence: Divergence = "forward_kl"
     """KL(teacher || student), KL(student || teacher) or Jensen-Shannon; the last two only with target: teacher."""
     temperature: Scheduled = 1.0
     """tau of softmax(z / tau); cached t^(1/tau) keeps its mass (biased for sampled t). A number or points."""
     temperature_squared: bool = True
     """Multiply the distillation term by tau^2, so that its gradient keeps its size (Hinton et al. 2015)."""
-    residual: Literal["drop", "renormalise", "label", "ghost", "uniform"] = "drop"
+    residual: Residual = "drop"
     """Where a cached target's missing mass goes: nowhere, kept ids, true token, bucket of other ids, all ids evenly."""
     smoothing: Scheduled = 0.0
     """a in [0, 1): targets become (1 - a) t + a / vocabulary size. A number or points."""
     z_loss: float = Field(default=0.0, ge=0, le=MOST_WEIGHT)
     """Weight of (log sum exp z)^2 at every position with a label; reported as `z`."""
-    token_weighting: Literal["none", "teacher_confidence"] = "none"
+    token_weighting: TokenWeighting = "none"
     """`teacher_confidence`: a token's distillation term is multiplied by its target's largest probability."""
 
     kernel: Literal["auto", "reference", "cuda"] = "auto"
     """`auto`: CUDA kernels where they run; `reference`: plain PyTorch; `cuda`: kernels or an error. The same loss."""
     head: Literal["auto", "chunked", "full"] = "auto"
     """`chunked`: LM head and loss by 4096 tokens, less memory; `full`: logits of all; `auto`: chunked on a GPU."""
+
+    def at(self, step: int) -> LossSettings:
+        """The loss of optimizer step `step`; 1 is the first."""
+        return LossSettings(
+            ce_weight=value_at(self.ce_weight, step),
+            kd_weight=value_at(self.kd_weight, step),
+            temperature=value_at(self.temperature, step),
+            temperature_squared=self.temperature_squared,
+            residual=self.residual,
+            smoothing=value_at(self.smoothing, step),
+            z_loss=self.z_loss,
+            token_weighting=self.token_weighting,
+        )
 
     @property
     def peak_kd_weight(self) -> float:

@@ -8,20 +8,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
 from distill_pretrain.contracts import LogitsEngine, TokenBatch
 from distill_pretrain.errors import ConfigError, LossInputError
+from distill_pretrain.kernels.sparse_kd.settings import TERMS, LossSettings
 from distill_pretrain.losses.checks import require_columns, require_labels
-from distill_pretrain.losses.terms import Objective, Weights, column_slice
-
-Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
+from distill_pretrain.losses.config import Divergence, ObjectiveConfig
+from distill_pretrain.losses.terms import Objective, column_slice
 
 CHUNK_ELEMENTS = 1 << 22
 """Elements of each temporary [R, n]; at any time there are about ten."""
+
+
+class _Context(Protocol):
+    """What autograd keeps between the passes."""
+
+    saved_tensors: tuple[torch.Tensor, ...]
+    logits_dtype: torch.dtype
+
+    def save_for_backward(self, *tensors: torch.Tensor) -> None: ...
 
 
 class _DenseKD(torch.autograd.Function):
@@ -29,19 +38,19 @@ class _DenseKD(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Context,
         logits: torch.Tensor,
         labels: torch.Tensor,
         teacher_logits: Callable[[int], torch.Tensor],
         divergence: Divergence,
-        weights: Weights,
+        settings: LossSettings,
         vocab_size: int,
         tensor_group: dist.ProcessGroup | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         columns = column_slice(logits, vocab_size, tensor_group)
         num_columns = columns.stop - columns.start
         grad = torch.zeros(logits.shape, dtype=torch.float32, device=logits.device)
-        terms = grad.new_zeros(4, *labels.shape)
+        terms = grad.new_zeros(1 + len(TERMS), *labels.shape)
         rows = max(1, CHUNK_ELEMENTS // max(1, logits.size(-1)))
         for sequence in range(logits.size(1)):
             teacher = teacher_logits(sequence)
@@ -55,7 +64,7 @@ class _DenseKD(torch.autograd.Function):
                     labels[span, sequence],
                     first_column=columns.start,
                     vocab_size=vocab_size,
-                    weights=weights,
+                    settings=settings,
                     tensor_group=tensor_group,
                 )
                 grad[span, sequence, :num_columns] = chunk.gradient(divergence)
@@ -65,7 +74,9 @@ class _DenseKD(torch.autograd.Function):
         return terms[0].clone(), terms[1:].clone()
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
+    def backward(
+        ctx: _Context, grad_loss: torch.Tensor, _: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         # In place: autograd's version counter refuses a second backward.
         return (grad.mul_(grad_loss.unsqueeze(-1)).to(ctx.logits_dtype), *[None] * 6)
@@ -86,13 +97,13 @@ class _Chunk:
         *,
         first_column: int,
         vocab_size: int,
-        weights: Weights,
+        settings: LossSettings,
         tensor_group: dist.ProcessGroup | None,
     ) -> None:
-        self.weights = weights
+        self.settings = settings
         self.group = tensor_group
         self.labels = labels
-        tau, share = weights.temperature, weights.smoothing
+        tau, share = settings.temperature, settings.smoothing
         self.has_label = labels >= 0
         column = labels - first_column
         self.owned = self.has_label & (column >= 0) & (column < student.size(-1))
@@ -122,8 +133,8 @@ class _Chunk:
         self.log_t = shifted_teacher / tau - teacher_sum.log().unsqueeze(-1)
         if share:
             self.log_t = torch.log(self.log_t.exp() * (1.0 - share) + share / vocab_size)
-        scale = torch.full_like(self.maxima, weights.kd_scale)
-        if weights.token_weighting == "teacher_confidence":
+        scale = torch.full_like(self.maxima, settings.kd_scale)
+        if settings.token_weighting == "teacher_confidence":
             scale = (
                 scale / teacher_plain_sum
             )  # the largest probability of softmax(x) is exp(0) / sum
@@ -133,17 +144,17 @@ class _Chunk:
         """fp32[R, n]: of the loss by this rank's real columns."""
         values, slope = _DIVERGENCES[divergence](self.log_q, self.log_t, self._row_sum)
         values = torch.where(self.has_label, values, 0.0)
-        weights = self.weights
+        settings = self.settings
         log_sum = self.sum_exp.log()
         ce = torch.where(self.has_label, log_sum - self.picked, 0.0)
         lse = torch.where(self.has_label, log_sum + self.maxima, 0.0)
-        loss = weights.ce_weight * ce + self.scale * values + weights.z_loss * lse.square()
+        loss = settings.ce_weight * ce + self.scale * values + settings.z_loss * lse.square()
         self.terms = torch.stack((loss, ce, values, lse.square()))
 
-        at_label = self.has_label.float() * weights.ce_weight
-        at_one = (at_label + 2.0 * weights.z_loss * lse) / self.sum_exp
+        at_label = self.has_label.float() * settings.ce_weight
+        at_one = (at_label + 2.0 * settings.z_loss * lse) / self.sum_exp
         grad = self.shifted.exp().mul_(at_one.unsqueeze(-1))
-        grad += slope.mul_((self.scale / weights.temperature).unsqueeze(-1))
+        grad += slope.mul_((self.scale / settings.temperature).unsqueeze(-1))
         if grad.size(-1):
             at_column = torch.where(self.owned, -at_label, 0.0).unsqueeze(-1)
             grad.scatter_add_(-1, self.column, at_column)
@@ -154,7 +165,7 @@ class _Chunk:
         """[R, n] -> fp32[R], over all ranks."""
         return self._reduced(values.sum(-1), dist.ReduceOp.SUM)
 
-    def _reduced(self, values: torch.Tensor, operation: Any) -> torch.Tensor:
+    def _reduced(self, values: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> torch.Tensor:
         if self.group is not None:
             dist.all_reduce(values, op=operation, group=self.group)
         return values
@@ -224,7 +235,7 @@ def dense_kd_loss(
     teacher_logits: Callable[[int], torch.Tensor],
     *,
     divergence: Divergence,
-    weights: Weights,
+    settings: LossSettings,
     vocab_size: int,
     tensor_group: dist.ProcessGroup | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -238,7 +249,7 @@ def dense_kd_loss(
         labels: int64[L, B], negative where there is none.
         teacher_logits: gives [L, V], all columns, of one of the B sequences.
         divergence: what is minimised.
-        weights: of the terms.
+        settings: the loss; `residual` plays no part, as no mass is missing.
         vocab_size: V; columns from V on carry no mass and get no gradient.
         tensor_group: ranks that hold the other columns; None when this rank holds them all.
 
@@ -268,13 +279,25 @@ def dense_kd_loss(
     require_columns(logits.size(-1), vocab_size, tensor_group)
     require_labels(labels, vocab_size)
     return _dense_kd_loss(
-        logits, labels, teacher_logits, divergence, weights, vocab_size, tensor_group
+        logits, labels, teacher_logits, divergence, settings, vocab_size, tensor_group
     )
 
 
-def _dense_kd_loss(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute `dense_kd_loss` of checked arguments, given in the order of its signature."""
-    loss, terms = _DenseKD.apply(*arguments)
+def _dense_kd_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    teacher_logits: Callable[[int], torch.Tensor],
+    divergence: Divergence,
+    settings: LossSettings,
+    vocab_size: int,
+    tensor_group: dist.ProcessGroup | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute `dense_kd_loss` of checked arguments."""
+    loss: torch.Tensor
+    terms: torch.Tensor
+    loss, terms = _DenseKD.apply(  # type: ignore[no-untyped-call]
+        logits, labels, teacher_logits, divergence, settings, vocab_size, tensor_group
+    )
     return loss, terms.detach()
 
 
@@ -283,25 +306,22 @@ class TeacherObjective(Objective):
 
     Args:
         teacher: scores whole sequences; V columns.
-        divergence: what is minimised.
+        config: of the loss.
         vocab_size: V.
         tensor_group: ranks that hold the other columns; None when this rank holds them all.
-        weights: fields of `WeightSchedule`.
     """
 
     def __init__(
         self,
         teacher: LogitsEngine,
+        config: ObjectiveConfig,
         *,
-        divergence: Divergence,
         vocab_size: int,
         tensor_group: dist.ProcessGroup | None,
-        **weights: Any,
     ) -> None:
-        super().__init__(vocab_size=vocab_size, tensor_group=tensor_group, **weights)
+        super().__init__(config, vocab_size=vocab_size, tensor_group=tensor_group)
         assert teacher.vocab_size == vocab_size, (teacher.vocab_size, vocab_size)
         self.teacher = teacher
-        self.divergence = divergence
 
     def __call__(self, logits: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
         """Sums of the terms over the tokens of one micro-batch; see `Objective`."""
@@ -309,8 +329,8 @@ class TeacherObjective(Objective):
             logits,
             batch.labels.transpose(0, 1),
             lambda sequence: self.teacher.logits(batch.tokens[sequence : sequence + 1])[0],
-            self.divergence,
-            self.weights,
+            self.config.divergence,
+            self.settings,
             self.vocab_size,
             self.tensor_group,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BeforeValidator
 
@@ -28,7 +28,7 @@ def extremes(points: Points) -> tuple[float, float]:
     return min(values), max(values)
 
 
-def _number(value: Any) -> float:
+def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError
     number = float(value)
@@ -37,7 +37,7 @@ def _number(value: Any) -> float:
     return number
 
 
-def parse_points(value: Any) -> Points:
+def parse_points(value: object) -> Points:
     """A recipe's value as `Points`.
 
     Raises:

@@ -5,8 +5,6 @@ Shapes: T tokens, K kept entries, V real vocabulary, V_pad padded vocabulary.
 
 from __future__ import annotations
 
-from typing import Any, get_args
-
 import torch
 import torch.distributed as dist
 
@@ -15,17 +13,14 @@ from distill_pretrain.errors import ConfigError, LossInputError
 from distill_pretrain.kernels.chunked_head.op import chunked_head
 from distill_pretrain.kernels.cuda.backend import Implementation
 from distill_pretrain.kernels.sparse_kd import reference
+from distill_pretrain.kernels.sparse_kd.loss import Loss
 from distill_pretrain.kernels.sparse_kd.op import sparse_kd
-from distill_pretrain.kernels.sparse_kd.stages import Loss
-from distill_pretrain.kernels.sparse_kd.targets import Residual, confidence, prepare_targets
+from distill_pretrain.kernels.sparse_kd.settings import LossSettings
+from distill_pretrain.kernels.sparse_kd.targets import confidence, prepare_targets
 from distill_pretrain.losses.backend import LossBackend, choose_backend
 from distill_pretrain.losses.checks import require_columns, require_labels, require_targets
-from distill_pretrain.losses.terms import (
-    Objective,
-    TokenWeighting,
-    Weights,
-    sequence_first,
-)
+from distill_pretrain.losses.config import ObjectiveConfig
+from distill_pretrain.losses.terms import Objective, sequence_first
 from distill_pretrain.processes.process import local_device
 
 
@@ -33,17 +28,10 @@ def sparse_kd_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,
     targets: SparseTargets | None,
+    settings: LossSettings,
     *,
-    ce_weight: float,
-    kd_weight: float,
     vocab_size: int,
     tensor_group: dist.ProcessGroup | None,
-    temperature: float = 1.0,
-    temperature_squared: bool = True,
-    residual: Residual = "drop",
-    smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    token_weighting: TokenWeighting = "none",
     implementation: Implementation | LossBackend = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Per-token loss and its terms; the formulas are in kernels/sparse_kd/README.md.
@@ -56,16 +44,9 @@ def sparse_kd_loss(
         labels: int64[T], negative where there is none.
         targets: ids int64[T, K], distinct within a row but for the padding -1, probs fp32[T, K]; None trains
             on the labels alone.
-        ce_weight: weight of the cross-entropy.
-        kd_weight: weight of the KL.
+        settings: the loss.
         vocab_size: V; columns from V on carry no mass and get no gradient.
         tensor_group: ranks that hold the other columns; None when this rank holds them all.
-        temperature: tau, of student and targets in the KL.
-        temperature_squared: multiply the KL by tau^2 in the loss.
-        residual: what becomes of the mass that a target lacks.
-        smoothing: a; targets become (1 - a) t + a / V.
-        z_loss: weight of (log sum exp z)^2 where there is a label.
-        token_weighting: "teacher_confidence" multiplies a token's KL, in the loss, by its largest stored probability.
         implementation: "reference" keeps to plain PyTorch, "cuda" to the kernels, "auto" takes the kernels where they
             run on every rank, which on GPUs it asks at every call: `choose_backend` tells it once for all.
 
@@ -74,27 +55,17 @@ def sparse_kd_loss(
         and (log sum exp z)^2, unweighted and not differentiable.
 
     Raises:
-        ConfigError: a setting is none, or K is above the kernel's limit.
+        ConfigError: K is above the kernel's limit.
         LossInputError: logits, labels or targets have the wrong shape, a label or an id is outside the vocabulary, an
             id is twice in a row, or a probability is none.
     """
-    weights = Weights(
-        ce_weight=ce_weight,
-        kd_weight=kd_weight,
-        temperature=temperature,
-        temperature_squared=temperature_squared,
-        smoothing=smoothing,
-        z_loss=z_loss,
-        token_weighting=token_weighting,
-    )
     _require_inputs(logits, labels, targets, vocab_size, tensor_group)
     if not isinstance(implementation, LossBackend):
         implementation = choose_backend(implementation, logits.device, tensor_group)
     loss = prepare_loss(
         labels,
         targets,
-        weights,
-        residual=residual,
+        settings,
         vocab_size=vocab_size,
         num_columns=logits.size(-1),
         tensor_group=tensor_group,
@@ -127,9 +98,8 @@ def _require_inputs(
 def prepare_loss(
     labels: torch.Tensor,
     targets: SparseTargets | None,
-    weights: Weights,
+    settings: LossSettings,
     *,
-    residual: Residual,
     vocab_size: int,
     num_columns: int,
     tensor_group: dist.ProcessGroup | None,
@@ -138,29 +108,15 @@ def prepare_loss(
     """What the kernels compute, without a look at any value; arguments as of `sparse_kd_loss`.
 
     Raises:
-        ConfigError: there is no such residual mode, or K is above the kernel's limit.
+        ConfigError: K is above the kernel's limit.
     """
-    if residual not in get_args(Residual):
-        raise ConfigError(
-            "the loss has no such setting",
-            where="residual",
-            found=residual,
-            expected=", ".join(get_args(Residual)),
-        )
     prepared = scale = None
     if targets is not None:
         require_entries_fit(targets.ids.size(-1), where="the targets of a micro-batch")
-        prepared = prepare_targets(
-            targets,
-            labels,
-            vocab_size=vocab_size,
-            temperature=weights.temperature,
-            residual=residual,
-            smoothing=weights.smoothing,
-        )
-        scale = torch.full(labels.shape, weights.kd_scale, device=labels.device)
-        if weights.token_weighting == "teacher_confidence":
-            scale = weights.kd_scale * confidence(targets)
+        prepared = prepare_targets(targets, labels, settings, vocab_size=vocab_size)
+        scale = torch.full(labels.shape, settings.kd_scale, device=labels.device)
+        if settings.token_weighting == "teacher_confidence":
+            scale = settings.kd_scale * confidence(targets)
     group = None
     if tensor_group is not None and dist.get_world_size(tensor_group) > 1:
         group = tensor_group.group_name
@@ -170,9 +126,7 @@ def prepare_loss(
         targets=prepared,
         kd_scale=scale,
         vocab_size=vocab_size,
-        ce_weight=weights.ce_weight,
-        z_loss=weights.z_loss,
-        temperature=weights.temperature,
+        settings=settings,
         group=group,
         backend=backend.fitting(num_entries=num_entries, num_columns=num_columns),
     )
@@ -182,13 +136,11 @@ class DistillationObjective(Objective):
     """Cross-entropy + KL from cached targets, summed over a micro-batch: what the model's last stage computes.
 
     Args:
+        config: of the loss. Its `kernel` is decided on here and once, with the other ranks of `tensor_group`, which
+            build theirs at the same time.
         vocab_size: V.
         tensor_group: ranks that hold the other columns; None when this rank holds them all.
-        residual: what becomes of the mass that a target lacks.
-        implementation: "reference" keeps to plain PyTorch, "cuda" to the kernels. Decided here and once, with the other
-            ranks of `tensor_group`, which build theirs at the same time.
         chunk_tokens: ask for hidden states, and make the logits of so many tokens at a time; None asks for logits.
-        weights: fields of `WeightSchedule`.
 
     Raises:
         ConfigError: "cuda" is asked for and some rank of `tensor_group` cannot run the kernels.
@@ -196,17 +148,14 @@ class DistillationObjective(Objective):
 
     def __init__(
         self,
+        config: ObjectiveConfig,
         *,
         vocab_size: int,
         tensor_group: dist.ProcessGroup | None,
-        residual: Residual = "drop",
-        implementation: Implementation = "auto",
         chunk_tokens: int | None = None,
-        **weights: Any,
     ) -> None:
-        super().__init__(vocab_size=vocab_size, tensor_group=tensor_group, **weights)
-        self.residual = residual
-        self.backend = choose_backend(implementation, local_device(), tensor_group)
+        super().__init__(config, vocab_size=vocab_size, tensor_group=tensor_group)
+        self.backend = choose_backend(config.kernel, local_device(), tensor_group)
         self.chunk_tokens = chunk_tokens
         self.takes_hidden = chunk_tokens is not None
 
@@ -238,8 +187,7 @@ class DistillationObjective(Objective):
         return prepare_loss(
             sequence_first(batch.labels),
             targets,
-            self.weights,
-            residual=self.residual,
+            self.settings,
             vocab_size=self.vocab_size,
             num_columns=num_columns,
             tensor_group=self.tensor_group,

@@ -71,7 +71,8 @@ class HostBlock:
         self._maxima = maxima
         self._cumulative = integer_weights(self._logits, self._scratch, maxima)
         np.cumsum(self._cumulative, axis=1, out=self._cumulative)
-        return self._cumulative[:, -1].copy()
+        totals: Int64Array = self._cumulative[:, -1].copy()
+        return totals
 
     def drawn(
         self, draws: Draws, rows: slice, below: Int64Array, totals: Int64Array
@@ -98,7 +99,8 @@ class HostBlock:
 
     @property
     def _width(self) -> int:
-        return self._logits.shape[1]
+        width: int = self._logits.shape[1]
+        return width
 
 
 def multinomial_points(draws: Uint64Array, totals: Int64Array, num_draws: int) -> Int64Array:

@@ -114,24 +114,15 @@ def make_objective(
     tensor_group: dist.ProcessGroup,
 ) -> Objective:
     """The loss of a recipe; a teacher, where it has one, is asked on the last pipeline stage alone."""
-    common: dict[str, Any] = {
-        "ce_weight": objective.ce_weight,
-        "kd_weight": objective.kd_weight,
-        "temperature": objective.temperature,
-        "temperature_squared": objective.temperature_squared,
-        "smoothing": objective.smoothing,
-        "z_loss": objective.z_loss,
-        "token_weighting": objective.token_weighting,
-        "vocab_size": vocab_size,
-        "tensor_group": tensor_group,
-    }
     if teacher is not None:
-        return TeacherObjective(teacher, divergence=objective.divergence, **common)
+        return TeacherObjective(
+            teacher, objective, vocab_size=vocab_size, tensor_group=tensor_group
+        )
     return DistillationObjective(
-        residual=objective.residual,
-        implementation=objective.kernel,
+        objective,
+        vocab_size=vocab_size,
+        tensor_group=tensor_group,
         chunk_tokens=objective.chunk_tokens(on_gpu=local_device().type == "cuda"),
-        **common,
     )
 
 

@@ -11,6 +11,9 @@ import torch
 from distill_pretrain.contracts import SparseTargets
 from distill_pretrain.kernels.cuda.launcher import Launcher
 from distill_pretrain.kernels.sparse_kd import launch
+from distill_pretrain.kernels.sparse_kd.loss import Loss
+from distill_pretrain.kernels.sparse_kd.problem import Problem
+from distill_pretrain.kernels.sparse_kd.settings import LossSettings
 from distill_pretrain.kernels.sparse_kd.targets import RowTargets, prepare_targets
 
 FORMS = {
@@ -45,7 +48,7 @@ GAP_VALUE = 77.0
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Logits with the vocabulary's padding, and everything else that `launch.Problem` needs."""
+    """Logits with the vocabulary's padding, and everything else that `Problem` needs."""
 
     logits: torch.Tensor
     labels: torch.Tensor
@@ -91,14 +94,14 @@ def make_case(
     probs = probs / probs.sum(-1, keepdim=True).clamp(min=1e-9) * 0.7
     targets = SparseTargets(ids=ids, probs=probs)
     residual, smoothing = FORMS[form]
-    prepared = prepare_targets(
-        targets,
-        labels,
-        vocab_size=vocab_size,
+    settings = LossSettings(
+        ce_weight=0.0,
+        kd_weight=1.0,
         temperature=temperature,
         residual=residual,
         smoothing=smoothing,
     )
+    prepared = prepare_targets(targets, labels, settings, vocab_size=vocab_size)
     logits[0] = float("nan")  # a row without label and targets takes no part
     if prepared.floor is None:
         logits[1:, 5::17] = float("-inf")
@@ -248,18 +251,23 @@ def in_buffer(values: torch.Tensor, *, gap: int, start: int) -> tuple[torch.Tens
     return buffer, view
 
 
-def problem_of(case: Case, logits: torch.Tensor, rank: int) -> launch.Problem:
-    return launch.Problem(
-        logits=logits,
+def problem_of(case: Case, logits: torch.Tensor, rank: int) -> Problem:
+    settings = LossSettings(
+        ce_weight=case.ce_weight,
+        kd_weight=1.0,
+        z_loss=case.z_loss,
+        temperature=case.temperature,
+    )
+    loss = Loss(
         labels=case.labels,
         targets=case.targets,
         kd_scale=case.kd_scale,
         vocab_size=case.vocab_size,
-        ce_weight=case.ce_weight,
-        z_loss=case.z_loss,
-        temperature=case.temperature,
-        rank=rank,
+        settings=settings,
+        group=None,
+        backend="cuda",
     )
+    return Problem(logits=logits, loss=loss, rank=rank)
 
 
 def check(result: Result, expected: Expected, *, loss_error: float = 1e-5) -> None:

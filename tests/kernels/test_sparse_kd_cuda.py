@@ -9,6 +9,7 @@ import torch
 
 from distill_pretrain.errors import ConfigError
 from distill_pretrain.kernels.sparse_kd import launch
+from distill_pretrain.kernels.sparse_kd.problem import MAX_COLUMNS, Problem
 from distill_pretrain.kernels.sparse_kd.targets import RowTargets
 from tests.kernels.sparse_kd_cases import (
     FORMS,
@@ -188,14 +189,8 @@ def test_an_incoming_gradient_may_be_one_number_for_all_rows(launcher):
 
 def test_no_rows_are_no_launch(launcher):
     case = make_case("drop", 1.0, torch.bfloat16)
-    problem = launch.Problem(
-        logits=case.logits[:0],
-        labels=case.labels[:0],
-        targets=RowTargets(ids=case.targets.ids[:0], probs=case.targets.probs[:0]),
-        kd_scale=case.kd_scale[:0],
-        vocab_size=203,
-        ce_weight=1.0,
-    )
+    none = problem_of(case, case.logits, 0).loss.rows(slice(0))
+    problem = Problem(logits=case.logits[:0], loss=none)
     statistics, picks = launch.row_statistics(launcher, problem)
     combined = launch.combine(launcher, problem, statistics[None])
     launch.gradient_(launcher, problem, picks, combined.scalars, combined.subtracted)
@@ -207,7 +202,7 @@ def test_what_the_kernels_do_not_take_is_refused(launcher):
     many = RowTargets(ids=torch.full((6, 513), -1), probs=torch.zeros(6, 513))
     with pytest.raises(ConfigError, match=r"entries per token.*found: 513; expected: at most 512"):
         problem_of(replace(case, targets=many), case.logits, 0)
-    wide = torch.empty(6, launch.MAX_COLUMNS + 1, dtype=torch.bfloat16)
+    wide = torch.empty(6, MAX_COLUMNS + 1, dtype=torch.bfloat16)
     with pytest.raises(ConfigError, match="vocabulary columns per rank"):
         problem_of(case, wide, 0)
     with pytest.raises(ValueError, match="labels"):

@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from distill_pretrain.kernels.sparse_kd import launch, reference, stages
 from distill_pretrain.kernels.sparse_kd.op import sparse_kd
+from distill_pretrain.kernels.sparse_kd.settings import LossSettings
 from distill_pretrain.losses.backend import LossBackend
 from distill_pretrain.losses.sparse_kd import prepare_loss
-from distill_pretrain.losses.terms import Weights
 from tests.losses.cases import make_case
 from tests.support.emulation import emulated
 from tests.support.live_memory import LiveMemory
@@ -27,13 +27,12 @@ SETTINGS = {
 }
 
 
-def make_loss(labels, targets, *, residual="drop", vocab_size=VOCAB_SIZE, **weights):
-    weights = {"ce_weight": 0.3, "kd_weight": 0.7, **weights}
+def make_loss(labels, targets, *, vocab_size=VOCAB_SIZE, **settings):
+    chosen = LossSettings(**{"ce_weight": 0.3, "kd_weight": 0.7, **settings})
     return prepare_loss(
         labels,
-        targets if weights["kd_weight"] else None,
-        Weights(**weights),
-        residual=residual,
+        targets if chosen.kd_weight else None,
+        chosen,
         vocab_size=vocab_size,
         tensor_group=None,
         num_columns=PADDED,
@@ -54,8 +53,8 @@ def arguments(logits, loss):
         else [targets.ids, targets.probs, targets.floor, targets.bucket]
     )
     return (
-        *(logits, loss.labels, *parts, loss.kd_scale, loss.vocab_size, loss.ce_weight),
-        *(loss.z_loss, loss.temperature, loss.group, loss.backend),
+        *(logits, loss.labels, *parts, loss.kd_scale, loss.vocab_size),
+        *(loss.settings.numbers, loss.group, loss.backend),
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from distill_pretrain.contracts import SparseTargets, TokenBatch
 from distill_pretrain.errors import ConfigError
 from distill_pretrain.kernels.sparse_kd import launch, stages
+from distill_pretrain.kernels.sparse_kd.settings import LossSettings
 from distill_pretrain.losses import backend as loss_backend
 from distill_pretrain.losses import sparse_kd
 from distill_pretrain.losses.backend import LossBackend, choose_backend
@@ -21,7 +22,8 @@ from tests.support.distributed import run_distributed
 from tests.support.emulation import emulated
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-ARGUMENTS = {"ce_weight": 0.3, "kd_weight": 0.7, "vocab_size": 37}
+WEIGHTS = {"ce_weight": 0.3, "kd_weight": 0.7}
+SETTINGS, CONFIG = LossSettings(**WEIGHTS), ObjectiveConfig(**WEIGHTS)
 
 
 def say_of_kernels(monkeypatch, problem):
@@ -53,7 +55,9 @@ def test_a_gpu_without_kernels_is_a_warning_or_where_they_are_insisted_on_an_err
 
 def test_kernels_are_insisted_on_without_a_gpu_too():
     with pytest.raises(ConfigError, match=r"found: cuda; the CUDA kernels need a CUDA device"):
-        DistillationObjective(implementation="cuda", tensor_group=None, **ARGUMENTS)
+        DistillationObjective(
+            ObjectiveConfig(kernel="cuda", **WEIGHTS), vocab_size=37, tensor_group=None
+        )
     with pytest.raises(ValueError, match="kernel: cuda is for cached targets"):
         ObjectiveConfig(target="teacher", kd_weight=1.0, kernel="cuda")
 
@@ -69,7 +73,7 @@ def test_an_objective_keeps_its_backend(monkeypatch):
     monkeypatch.setattr(stages, "launcher_for", lambda *_: launched.append(1) or launcher)
     monkeypatch.setattr(sparse_kd, "local_device", lambda: GPU)
     say_of_kernels(monkeypatch, None)
-    by_kernels = DistillationObjective(tensor_group=None, **ARGUMENTS)
+    by_kernels = DistillationObjective(CONFIG, vocab_size=37, tensor_group=None)
     # What is asked later finds no kernels; nobody asks.
     say_of_kernels(monkeypatch, "gone")
     terms = by_kernels(logits.clone()[:, None].requires_grad_(), batch)
@@ -78,7 +82,7 @@ def test_an_objective_keeps_its_backend(monkeypatch):
     terms[0].backward()
     assert len(launched) > forward
     monkeypatch.undo()
-    plain = DistillationObjective(tensor_group=None, **ARGUMENTS)
+    plain = DistillationObjective(CONFIG, vocab_size=37, tensor_group=None)
     torch.testing.assert_close(terms, plain(logits[:, None], batch), rtol=1e-5, atol=1e-5)
 
 
@@ -111,10 +115,16 @@ def choices_of_ranks_of_which_one_has_no_kernels() -> list[list[object]]:
         chosen = choose_backend("auto", GPU, group)
         warned = [str(warning.message) for warning in caught]
         logits, labels, targets = make_case(0)
-        expected, _ = sparse_kd_loss(logits, labels, targets, tensor_group=None, **ARGUMENTS)
+        expected, _ = sparse_kd_loss(
+            logits, labels, targets, SETTINGS, vocab_size=37, tensor_group=None
+        )
         mine = logits.chunk(size, dim=1)[rank]
-        split = {"tensor_group": group, "implementation": chosen, **ARGUMENTS}
-        loss, _ = sparse_kd_loss(mine, labels, targets, **split)
+        loss, _ = sparse_kd_loss(
+            *(mine, labels, targets, SETTINGS),
+            vocab_size=37,
+            tensor_group=group,
+            implementation=chosen,
+        )
         try:
             choose_backend("cuda", GPU, group)
             ended = "chosen"

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from distill_pretrain.contracts import SparseTargets, TokenBatch
+from distill_pretrain.kernels.sparse_kd.settings import LossSettings
 from distill_pretrain.losses import dense_kd
+from distill_pretrain.losses.config import ObjectiveConfig
 from distill_pretrain.losses.dense_kd import TeacherObjective, dense_kd_loss
 from distill_pretrain.losses.sparse_kd import DistillationObjective
-from distill_pretrain.losses.terms import Weights
 from distill_pretrain.processes.process import process_group
 from tests.support.distributed import run_distributed
 
@@ -32,12 +33,12 @@ def make_case(seed, padded=PADDED):
     return logits, teacher, labels
 
 
-def dense_terms(logits, teacher, labels, divergence, weights):
+def dense_terms(logits, teacher, labels, divergence, settings):
     """Loss and divergence per position, float64[L, B], by their definitions."""
     z, x = logits[..., :V].double(), teacher.transpose(0, 1).double()
-    q = torch.softmax(z / weights.temperature, -1)
-    t = torch.softmax(x / weights.temperature, -1)
-    t = (1 - weights.smoothing) * t + weights.smoothing / V
+    q = torch.softmax(z / settings.temperature, -1)
+    t = torch.softmax(x / settings.temperature, -1)
+    t = (1 - settings.smoothing) * t + settings.smoothing / V
     m = (q + t) / 2
     value = {
         "forward_kl": (t * (t / q).log()).sum(-1),
@@ -46,23 +47,23 @@ def dense_terms(logits, teacher, labels, divergence, weights):
     }[divergence]
     lse = torch.logsumexp(z, -1)
     ce = lse - z.gather(-1, labels.clamp(min=0).unsqueeze(-1))[..., 0]
-    scale = weights.kd_weight
-    if weights.temperature_squared:
-        scale *= weights.temperature**2
-    if weights.token_weighting == "teacher_confidence":
+    scale = settings.kd_weight
+    if settings.temperature_squared:
+        scale *= settings.temperature**2
+    if settings.token_weighting == "teacher_confidence":
         scale = scale * torch.softmax(x, -1).amax(-1)
-    loss = weights.ce_weight * ce + scale * value + weights.z_loss * lse**2
+    loss = settings.ce_weight * ce + scale * value + settings.z_loss * lse**2
     return loss * (labels >= 0), value * (labels >= 0)
 
 
-def run(logits, teacher, labels, divergence, weights, group=None):
+def run(logits, teacher, labels, divergence, settings, group=None):
     z = logits.clone().requires_grad_()
     loss, terms = dense_kd_loss(
         z,
         labels,
         lambda sequence: teacher[sequence],
         divergence=divergence,
-        weights=weights,
+        settings=settings,
         vocab_size=V,
         tensor_group=group,
     )
@@ -75,13 +76,13 @@ def run(logits, teacher, labels, divergence, weights, group=None):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_loss_and_gradient_equal_the_float64_definition(divergence, settings, monkeypatch):
     monkeypatch.setattr(dense_kd, "CHUNK_ELEMENTS", 4 * PADDED)  # several chunks per sequence
-    weights = Weights(**{"ce_weight": 0.3, "kd_weight": 0.7} | settings)
+    settings = LossSettings(**{"ce_weight": 0.3, "kd_weight": 0.7} | settings)
     for seed in range(3):
         logits, teacher, labels = make_case(seed)
         exact = logits.double().requires_grad_()
-        expected, value = dense_terms(exact, teacher, labels, divergence, weights)
+        expected, value = dense_terms(exact, teacher, labels, divergence, settings)
         (expected * torch.linspace(0.5, 1.5, L * B).reshape(L, B)).sum().backward()
-        loss, terms, grad = run(logits, teacher, labels, divergence, weights)
+        loss, terms, grad = run(logits, teacher, labels, divergence, settings)
         torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=5e-6)
         torch.testing.assert_close(terms[1].double(), value.detach(), rtol=1e-5, atol=5e-6)
         torch.testing.assert_close(grad.double(), exact.grad, rtol=1e-5, atol=3e-6)
@@ -91,8 +92,8 @@ def test_loss_and_gradient_equal_the_float64_definition(divergence, settings, mo
 def test_padding_columns_and_ignored_labels_get_no_gradient(divergence):
     logits, teacher, labels = make_case(0)
     logits[..., V:] = 1e4
-    weights = Weights(ce_weight=0.5, kd_weight=0.5, z_loss=0.1)
-    loss, terms, grad = run(logits, teacher, labels, divergence, weights)
+    settings = LossSettings(ce_weight=0.5, kd_weight=0.5, z_loss=0.1)
+    loss, terms, grad = run(logits, teacher, labels, divergence, settings)
     assert torch.isfinite(loss).all() and torch.isfinite(grad).all()
     assert grad[..., V:].abs().max() == 0
     assert grad[labels < 0].abs().max() == 0
@@ -104,7 +105,7 @@ def test_a_perfect_student_has_no_divergence_and_no_gradient():
     logits = torch.nn.functional.pad(teacher.transpose(0, 1) + 7.0, (0, PADDED - V))
     for divergence in DIVERGENCES:
         _, terms, grad = run(
-            logits, teacher, labels, divergence, Weights(ce_weight=0.0, kd_weight=1.0)
+            logits, teacher, labels, divergence, LossSettings(ce_weight=0.0, kd_weight=1.0)
         )
         assert terms[1].abs().max() < 2e-6 and grad.abs().max() < 1e-6
 
@@ -117,7 +118,7 @@ def test_a_second_backward_is_refused():
         labels,
         lambda sequence: teacher[sequence],
         divergence="forward_kl",
-        weights=Weights(ce_weight=1.0, kd_weight=1.0),
+        settings=LossSettings(ce_weight=1.0, kd_weight=1.0),
         vocab_size=V,
         tensor_group=None,
     )
@@ -147,15 +148,10 @@ def test_the_objective_equals_that_of_targets_on_the_whole_vocabulary(settings):
     probs = teacher.logits(tokens).softmax(-1)
     probs[labels.T < 0] = 0.0  # as in a cache: no label, no target
     ids = torch.arange(V).expand(B, L, V).masked_fill((labels.T < 0)[..., None], -1)
-    common = {
-        "ce_weight": ((1, 0.0), (11, 1.0)),
-        "kd_weight": 0.7,
-        "vocab_size": V,
-        "tensor_group": None,
-        **settings,
-    }
-    online = TeacherObjective(teacher, divergence="forward_kl", **common)
-    cached = DistillationObjective(**common)
+    config = {"ce_weight": ((1, 0.0), (11, 1.0)), "kd_weight": 0.7, **settings}
+    common = {"vocab_size": V, "tensor_group": None}
+    online = TeacherObjective(teacher, ObjectiveConfig(**config, target="teacher"), **common)
+    cached = DistillationObjective(ObjectiveConfig(**config), **common)
     sums, grads = [], []
     for objective, targets in ((online, None), (cached, SparseTargets(ids=ids, probs=probs))):
         objective.begin_step(6)
@@ -186,10 +182,10 @@ def sliced_losses() -> list[float]:
             for number, settings in enumerate(SETTINGS):
                 # At padded = 96 the last rank owns padding columns only.
                 logits, teacher, labels = make_case(number, padded=(48, 96)[number % 2])
-                weights = Weights(**{"ce_weight": 0.3, "kd_weight": 0.7} | settings)
-                expected, _, whole = run(logits, teacher, labels, divergence, weights)
+                settings = LossSettings(**{"ce_weight": 0.3, "kd_weight": 0.7} | settings)
+                expected, _, whole = run(logits, teacher, labels, divergence, settings)
                 mine = logits.chunk(size, dim=-1)[rank]
-                loss, _, grad = run(mine, teacher, labels, divergence, weights, group)
+                loss, _, grad = run(mine, teacher, labels, divergence, settings, group)
                 loss_error = (loss - expected).abs().max()
                 grad_error = (grad - whole.chunk(size, dim=-1)[rank]).abs().max()
                 worst = torch.maximum(worst, torch.stack((loss_error, grad_error)).double())

@@ -10,9 +10,9 @@ import torch
 from distill_pretrain.contracts import SparseTargets
 from distill_pretrain.kernels.chunked_head.op import chunked_head
 from distill_pretrain.kernels.sparse_kd import launch, reference, stages
+from distill_pretrain.kernels.sparse_kd.settings import LossSettings
 from distill_pretrain.losses.backend import LossBackend
 from distill_pretrain.losses.sparse_kd import prepare_loss, sparse_kd_loss
-from distill_pretrain.losses.terms import Weights
 from distill_pretrain.processes.process import process_group
 from tests.support.distributed import run_distributed
 from tests.support.emulation import emulated
@@ -73,19 +73,23 @@ def expected(scale, temperature, smoothing):
     return losses.detach(), z.grad
 
 
-def arguments(temperature, smoothing):
-    return {"ce_weight": 1.0, "kd_weight": 0.7, "temperature": temperature, "smoothing": smoothing}
+def settings_of(temperature, smoothing):
+    return LossSettings(
+        ce_weight=1.0,
+        kd_weight=0.7,
+        temperature=temperature,
+        smoothing=smoothing,
+        residual="ghost",
+    )
 
 
 def result(scale, temperature, smoothing, backend, group=None, rank=0, size=1):
     logits, labels, targets = rows(scale)
     z = logits.chunk(size, dim=1)[rank].clone().requires_grad_()
     loss, _ = sparse_kd_loss(
-        *(z * 1, labels, targets),
-        **arguments(temperature, smoothing),
+        *(z * 1, labels, targets, settings_of(temperature, smoothing)),
         vocab_size=V,
         tensor_group=group,
-        residual="ghost",
         implementation=LossBackend(name=backend),
     )
     loss.sum().backward()
@@ -98,8 +102,7 @@ def from_hidden(scale, temperature, smoothing, backend):
     loss = prepare_loss(
         labels,
         targets,
-        Weights(**arguments(temperature, smoothing)),
-        residual="ghost",
+        settings_of(temperature, smoothing),
         vocab_size=V,
         num_columns=PADDED,
         tensor_group=None,
@@ -177,10 +180,9 @@ def test_a_bucket_of_which_the_student_excludes_every_id_is_infinite(backend):
     probs = torch.tensor([[0.2, 0.3, 0.2], [0.2, 0.3, 0.5]])  # the second gives the others nothing
     loss, _ = sparse_kd_loss(
         *(logits * 1, torch.tensor([-100, -100]), SparseTargets(ids=ids, probs=probs)),
-        **arguments(1.0, 0.0),
+        settings_of(1.0, 0.0),
         vocab_size=V,
         tensor_group=None,
-        residual="ghost",
         implementation=LossBackend(name=backend),
     )
     loss.sum().backward()

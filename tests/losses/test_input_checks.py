@@ -13,11 +13,11 @@ from distill_pretrain.errors import ConfigError, LossInputError
 from distill_pretrain.kernels.chunked_head.op import chunked_head
 from distill_pretrain.kernels.sparse_kd import launch, stages
 from distill_pretrain.kernels.sparse_kd.op import sparse_kd
+from distill_pretrain.kernels.sparse_kd.settings import LossSettings
 from distill_pretrain.losses import dense_kd
 from distill_pretrain.losses.backend import LossBackend
 from distill_pretrain.losses.dense_kd import dense_kd_loss
 from distill_pretrain.losses.sparse_kd import prepare_loss, sparse_kd_loss
-from distill_pretrain.losses.terms import Weights
 from distill_pretrain.processes.process import process_group
 from tests.losses.cases import make_case
 from tests.support.distributed import run_distributed
@@ -29,8 +29,11 @@ BEYOND = (V, PADDED - 1, PADDED, 1 << 31, (1 << 32) + 3)
 
 
 def loss_of(logits, labels, targets, **settings):
-    arguments = {"ce_weight": 0.3, "kd_weight": 0.7, "vocab_size": V, "tensor_group": None}
-    return sparse_kd_loss(logits, labels, targets, **arguments | settings)
+    others = ("vocab_size", "tensor_group", "implementation")
+    arguments = {name: settings.pop(name) for name in others if name in settings}
+    chosen = LossSettings(**{"ce_weight": 0.3, "kd_weight": 0.7} | settings)
+    arguments = {"vocab_size": V, "tensor_group": None} | arguments
+    return sparse_kd_loss(logits, labels, targets, chosen, **arguments)
 
 
 @pytest.fixture(params=["reference", "cuda"])
@@ -138,7 +141,7 @@ def dense_loss_of(logits, labels, *, vocab_size=V, teacher=None, divergence="for
         labels[:, None],
         lambda sequence: rows,
         divergence=divergence,
-        weights=Weights(ce_weight=0.3, kd_weight=0.7),
+        settings=LossSettings(ce_weight=0.3, kd_weight=0.7),
         vocab_size=vocab_size,
         tensor_group=None,
     )
@@ -158,8 +161,7 @@ def unchecked(labels, targets, backend, group=None):
     return prepare_loss(
         labels,
         targets,
-        Weights(ce_weight=0.3, kd_weight=0.7),
-        residual="ghost",
+        LossSettings(ce_weight=0.3, kd_weight=0.7, residual="ghost"),
         vocab_size=V,
         num_columns=PADDED,
         tensor_group=group,
@@ -220,10 +222,10 @@ def test_the_chunked_head_makes_such_labels_nan_too(backend, fits, monkeypatch):
 def test_a_teacher_in_the_job_makes_such_labels_nan_too():
     logits, labels, _ = make_case(0)
     labels[5] = PADDED - 1
-    weights = Weights(ce_weight=0.3, kd_weight=0.7)
+    settings = LossSettings(ce_weight=0.3, kd_weight=0.7)
     loss, _ = dense_kd._dense_kd_loss(
         *(logits[:, None], labels[:, None], lambda _: torch.zeros(23, V), "forward_kl"),
-        *(weights, V, None),
+        *(settings, V, None),
     )
     assert loss.flatten().isnan().nonzero().flatten().tolist() == [5]
 
@@ -245,7 +247,7 @@ def split_rows() -> list[bool]:
         mine = logits.chunk(size, dim=1)[rank]
         loss, _ = dense_kd._dense_kd_loss(
             *(mine[:, None], labels[:, None], lambda _: torch.zeros(23, V), "forward_kl"),
-            *(Weights(ce_weight=0.3, kd_weight=0.7), V, group),
+            *(LossSettings(ce_weight=0.3, kd_weight=0.7), V, group),
         )
         found.append(loss.flatten().isnan().nonzero().flatten().tolist() == [5])
         # A rank's columns are fewer than the vocabulary; all of them together are not.

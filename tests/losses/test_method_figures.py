@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from distill_pretrain.contracts import RaggedTargets, SparseTargets
+from distill_pretrain.kernels.sparse_kd.settings import LossSettings
 from distill_pretrain.losses.sparse_kd import sparse_kd_loss
 from distill_pretrain.sampling import sample_targets
 
@@ -151,8 +152,7 @@ def train(mixture: Mixture, sampler: str, num_draws: int = 0) -> Student:
             model(points),
             labels,
             targets,
-            ce_weight=0.0,
-            kd_weight=1.0,
+            LossSettings(ce_weight=0.0, kd_weight=1.0),
             vocab_size=CLASSES,
             tensor_group=None,
         )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from distill_pretrain.losses.config import ObjectiveConfig
 from distill_pretrain.losses.points import extremes, parse_points, value_at
-from distill_pretrain.losses.terms import WeightSchedule
 
 
 def test_points_are_joined_by_lines_and_constant_outside():
@@ -40,14 +40,14 @@ def test_other_values_are_refused(value):
 
 
 def test_every_weight_follows_its_own_points():
-    schedule = WeightSchedule(
+    config = ObjectiveConfig(
         ce_weight=((1, 0.0), (11, 1.0)),
         kd_weight=((1, 1.0), (11, 0.0)),
         temperature=((1, 1.0), (11, 3.0)),
         smoothing=((1, 0.0), (11, 0.2)),
         z_loss=0.1,
     )
-    weights = schedule.at(6)
-    found = (weights.ce_weight, weights.kd_weight, weights.temperature, weights.smoothing)
+    settings = config.at(6)
+    found = (settings.ce_weight, settings.kd_weight, settings.temperature, settings.smoothing)
     assert found == pytest.approx((0.5, 0.5, 2.0, 0.1))
-    assert weights.kd_scale == pytest.approx(0.5 * 4.0)
+    assert settings.kd_scale == pytest.approx(0.5 * 4.0)

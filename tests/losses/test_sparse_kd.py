@@ -7,7 +7,9 @@ import torch
 
 from distill_pretrain.contracts import SparseTargets
 from distill_pretrain.kernels.sparse_kd import launch, stages
+from distill_pretrain.kernels.sparse_kd.settings import LossSettings
 from distill_pretrain.losses.backend import LossBackend
+from distill_pretrain.losses.config import ObjectiveConfig
 from distill_pretrain.losses.sparse_kd import DistillationObjective, sparse_kd_loss
 from distill_pretrain.processes.process import process_group
 from tests.losses.cases import make_case
@@ -44,11 +46,7 @@ def test_loss_and_gradient_equal_the_float64_reference(ce_weight, kd_weight, mas
 
         z = logits.clone().requires_grad_()
         loss, terms = sparse_kd_loss(
-            z,
-            labels,
-            targets,
-            ce_weight=ce_weight,
-            kd_weight=kd_weight,
+            *(z, labels, targets, LossSettings(ce_weight=ce_weight, kd_weight=kd_weight)),
             vocab_size=37,
             tensor_group=None,
         )
@@ -68,7 +66,9 @@ def test_padding_columns_carry_no_mass_and_get_no_gradient():
     for z in (logits, poisoned):
         z = z.clone().requires_grad_()
         loss, _ = sparse_kd_loss(
-            z, labels, targets, ce_weight=0.5, kd_weight=0.5, vocab_size=37, tensor_group=None
+            *(z, labels, targets, LossSettings(ce_weight=0.5, kd_weight=0.5)),
+            vocab_size=37,
+            tensor_group=None,
         )
         loss.sum().backward()
         assert z.grad[:, 37:].abs().max() == 0
@@ -82,7 +82,9 @@ def test_a_token_without_label_and_targets_contributes_nothing():
     labels[0] = -100  # row 0 has no targets either
     z = logits.clone().requires_grad_()
     loss, terms = sparse_kd_loss(
-        z, labels, targets, ce_weight=0.5, kd_weight=0.5, vocab_size=37, tensor_group=None
+        *(z, labels, targets, LossSettings(ce_weight=0.5, kd_weight=0.5)),
+        vocab_size=37,
+        tensor_group=None,
     )
     loss.sum().backward()
     assert loss[0] == 0 and terms[:, 0].abs().max() == 0 and z.grad[0].abs().max() == 0
@@ -95,7 +97,9 @@ def test_bf16_gradient_is_the_fp32_gradient_rounded_once():
     for z in (low.clone(), low.float()):
         z.requires_grad_()
         loss, _ = sparse_kd_loss(
-            z, labels, targets, ce_weight=0.3, kd_weight=0.7, vocab_size=37, tensor_group=None
+            *(z, labels, targets, LossSettings(ce_weight=0.3, kd_weight=0.7)),
+            vocab_size=37,
+            tensor_group=None,
         )
         loss.sum().backward()
         grads.append(z.grad)
@@ -114,7 +118,9 @@ def test_large_logits_do_not_overflow_and_minus_infinity_gets_no_gradient():
     targets = SparseTargets(ids=ids, probs=targets.probs.masked_fill(ids < 0, 0.0))
     z = logits.clone().requires_grad_()
     loss, _ = sparse_kd_loss(
-        z, labels, targets, ce_weight=0.5, kd_weight=0.5, vocab_size=37, tensor_group=None
+        *(z, labels, targets, LossSettings(ce_weight=0.5, kd_weight=0.5)),
+        vocab_size=37,
+        tensor_group=None,
     )
     loss.sum().backward()
     finite = logits.double().clamp(min=-1e9)
@@ -129,7 +135,9 @@ def test_a_target_of_probability_0_by_the_student_is_infinitely_far():
     row, entry = (targets.probs > 0).nonzero()[0].tolist()
     logits[row, targets.ids[row, entry]] = float("-inf")
     _, terms = sparse_kd_loss(
-        logits, labels, targets, ce_weight=0.0, kd_weight=1.0, vocab_size=37, tensor_group=None
+        *(logits, labels, targets, LossSettings(ce_weight=0.0, kd_weight=1.0)),
+        vocab_size=37,
+        tensor_group=None,
     )
     assert terms[1, row] == float("inf")
 
@@ -138,7 +146,9 @@ def test_a_second_backward_is_refused():
     logits, labels, targets = make_case(5)
     z = logits.clone().requires_grad_()
     loss, _ = sparse_kd_loss(
-        z, labels, targets, ce_weight=1.0, kd_weight=1.0, vocab_size=37, tensor_group=None
+        *(z, labels, targets, LossSettings(ce_weight=1.0, kd_weight=1.0)),
+        vocab_size=37,
+        tensor_group=None,
     )
     loss.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -149,9 +159,8 @@ def test_objective_sums_over_tokens():
     from distill_pretrain.contracts import TokenBatch
 
     logits, labels, targets = make_case(6)
-    objective = DistillationObjective(
-        ce_weight=0.3, kd_weight=0.7, vocab_size=37, tensor_group=None
-    )
+    config = ObjectiveConfig(ce_weight=0.3, kd_weight=0.7)
+    objective = DistillationObjective(config, vocab_size=37, tensor_group=None)
     # The model's logits are [L, B, V], a batch is [B, L]; here B = 1.
     batch = TokenBatch(
         tokens=labels[None],
@@ -176,18 +185,20 @@ def sliced_losses() -> dict[str, float]:
         # At padded = 96 the last rank owns padding columns only.
         for seed, padded in ((0, 48), (1, 48), (2, 96)):
             logits, labels, targets = make_case(seed, padded=padded, mass="truncated")
-            arguments = {"ce_weight": 0.3, "kd_weight": 0.7, "vocab_size": 37}
+            settings = LossSettings(ce_weight=0.3, kd_weight=0.7)
             whole = logits.clone().requires_grad_()
-            expected, _ = sparse_kd_loss(whole, labels, targets, tensor_group=None, **arguments)
+            expected, _ = sparse_kd_loss(
+                whole, labels, targets, settings, vocab_size=37, tensor_group=None
+            )
             expected.sum().backward()
             for name in ("reference", "cuda"):
                 mine = logits.chunk(size, dim=1)[rank].clone().requires_grad_()
-                split = {
-                    "tensor_group": group,
-                    "implementation": LossBackend(name=name),
-                    **arguments,
-                }
-                loss, _ = sparse_kd_loss(mine, labels, targets, **split)
+                loss, _ = sparse_kd_loss(
+                    *(mine, labels, targets, settings),
+                    vocab_size=37,
+                    tensor_group=group,
+                    implementation=LossBackend(name=name),
+                )
                 loss.sum().backward()
                 loss_error = (loss - expected).abs().max().detach().double()
                 grad_error = (mine.grad - whole.grad.chunk(size, dim=1)[rank]).abs().max().double()

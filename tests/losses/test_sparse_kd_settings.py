@@ -11,6 +11,7 @@ import torch
 from distill_pretrain.contracts import SparseTargets
 from distill_pretrain.errors import ConfigError
 from distill_pretrain.kernels.sparse_kd import reference
+from distill_pretrain.kernels.sparse_kd.settings import LossSettings
 from distill_pretrain.losses.sparse_kd import sparse_kd_loss
 from distill_pretrain.processes.process import process_group
 from tests.losses.cases import make_case
@@ -92,7 +93,7 @@ def name(settings):
 def run(logits, labels, targets, settings, **more):
     z = logits.clone().requires_grad_()
     arguments = {"vocab_size": VOCAB_SIZE, "tensor_group": None, **more}
-    loss, terms = sparse_kd_loss(z, labels, targets, **settings, **arguments)
+    loss, terms = sparse_kd_loss(z, labels, targets, LossSettings(**settings), **arguments)
     weights = torch.linspace(0.5, 1.5, len(labels))
     (loss * weights).sum().backward()
     return loss.detach(), terms, z.grad

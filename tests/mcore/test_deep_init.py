@@ -16,6 +16,7 @@ from distill_pretrain.checkpoint.record import Checkpoint
 from distill_pretrain.checkpoint.store import require_same_run
 from distill_pretrain.contracts import TokenBatch
 from distill_pretrain.errors import CheckpointError
+from distill_pretrain.losses.config import ObjectiveConfig
 from distill_pretrain.losses.sparse_kd import DistillationObjective
 from distill_pretrain.mcore.init.deep import (
     initial_stds,
@@ -64,7 +65,7 @@ def build(model: ModelConfig, parallel: ParallelConfig, groups: Any, **settings:
         vocab_size=VOCAB_SIZE,
         seq_len=POSITIONS,
         loss_function=DistillationObjective(
-            ce_weight=1.0, kd_weight=0.0, vocab_size=VOCAB_SIZE, tensor_group=groups.tensor
+            ObjectiveConfig(), vocab_size=VOCAB_SIZE, tensor_group=groups.tensor
         ),
         **settings,
     )

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from distill_pretrain.contracts import SparseTargets, TokenBatch
+from distill_pretrain.losses.config import ObjectiveConfig
 from distill_pretrain.losses.sparse_kd import DistillationObjective
 from distill_pretrain.mcore.model.config import ModelConfig, OptimizerConfig, ParallelConfig
 from distill_pretrain.mcore.model.layout import replica_size
@@ -130,8 +131,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         memory = LiveMemory()
         with memory:
             loss = DistillationObjective(
-                ce_weight=0.5,
-                kd_weight=0.5,
+                ObjectiveConfig(ce_weight=0.5, kd_weight=0.5),
                 vocab_size=job.vocab_size,
                 tensor_group=groups.tensor,
                 chunk_tokens=job.chunk_tokens,

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from distill_pretrain.contracts import IGNORED_LABEL, RaggedTargets
 from distill_pretrain.data.batches import BatchSource, StudentBatches
+from distill_pretrain.losses.config import ObjectiveConfig
 from distill_pretrain.losses.sparse_kd import DistillationObjective
 from distill_pretrain.mcore.model.config import ModelConfig, OptimizerConfig, ParallelConfig
 from distill_pretrain.mcore.model.layout import check_layout
@@ -152,8 +153,7 @@ def make_job(
         micro_batch_size=MICRO_BATCH,
         num_micro_batches=batches.num_micro_batches,
         loss_function=DistillationObjective(
-            ce_weight=0.3 if kd else 1.0,
-            kd_weight=0.7 if kd else 0.0,
+            ObjectiveConfig(ce_weight=0.3 if kd else 1.0, kd_weight=0.7 if kd else 0.0),
             vocab_size=VOCAB_SIZE,
             tensor_group=groups.tensor,
             chunk_tokens=chunk_tokens,

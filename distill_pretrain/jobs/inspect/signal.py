@@ -197,6 +197,7 @@ def _measure(
     checkpoint: Checkpoint | None,
 ) -> Signal:
     from distill_pretrain.checkpoint.identity import trained_model
+    from distill_pretrain.losses.config import ObjectiveConfig
     from distill_pretrain.losses.sparse_kd import DistillationObjective
     from distill_pretrain.mcore.runtime.parallel import model_parallel
 
@@ -226,8 +227,7 @@ def _measure(
             precision="fp32",
             seed=seed if checkpoint is None else None,
             loss_function=DistillationObjective(
-                ce_weight=1.0,
-                kd_weight=0.0,
+                ObjectiveConfig(ce_weight=1.0, kd_weight=0.0),
                 vocab_size=sequences.vocab_size,
                 tensor_group=groups.tensor,
             ),

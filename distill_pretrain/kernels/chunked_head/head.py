@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-from distill_pretrain.kernels.sparse_kd.stages import Loss, forward, loss_and_gradient_
+from distill_pretrain.kernels.sparse_kd.loss import Loss
+from distill_pretrain.kernels.sparse_kd.settings import TERMS
+from distill_pretrain.kernels.sparse_kd.stages import forward, loss_and_gradient_
 
 BLOCK_ELEMENTS = 1 << 24
 """Size of the fp32 copies where a product with fp32 sums has to be made from them."""
@@ -56,7 +58,7 @@ def head_and_loss(
     size = math.ceil(num_tokens / max(1, math.ceil(num_tokens / chunk_tokens)))
     logits = hidden.new_empty(size, len(weight))
     losses = hidden.new_empty(num_tokens, dtype=torch.float32)
-    terms = hidden.new_empty(3, num_tokens, dtype=torch.float32)
+    terms = hidden.new_empty(len(TERMS), num_tokens, dtype=torch.float32)
     grad_hidden = torch.empty_like(hidden) if with_gradients else hidden.new_empty(0)
     grad_weight = hidden.new_empty(0)
     if with_gradients:
@@ -83,7 +85,9 @@ def _add_product_(total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Ten
     else:
         columns = max(1, BLOCK_ELEMENTS // max(1, len(gradient)))
         exact = hidden.float()
-        for some, part in zip(total.split(columns), gradient.split(columns, dim=1), strict=True):
+        for some, part in zip(
+            torch.split(total, columns), torch.split(gradient, columns, dim=1), strict=True
+        ):
             some.addmm_(part.t().float(), exact)
 
 

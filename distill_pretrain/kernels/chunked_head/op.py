@@ -6,13 +6,14 @@ sum over tokens, not for losses that are weighted afterwards.
 
 from __future__ import annotations
 
-from typing import Any
+import typing
 
 import torch
 
 from distill_pretrain.kernels.chunked_head.head import head_and_loss
-from distill_pretrain.kernels.sparse_kd.op import flattened, unflattened
-from distill_pretrain.kernels.sparse_kd.stages import Loss
+from distill_pretrain.kernels.sparse_kd.loss import Loss
+from distill_pretrain.kernels.sparse_kd.op import Argument, Context, flattened, unflattened
+from distill_pretrain.kernels.sparse_kd.settings import TERMS
 
 
 def chunked_head(
@@ -48,9 +49,7 @@ def _chunked_head(
     bucket: torch.Tensor | None,
     kd_scale: torch.Tensor | None,
     vocab_size: int,
-    ce_weight: float,
-    z_loss: float,
-    temperature: float,
+    numbers: typing.Sequence[float],
     group: str | None,
     backend: str,
     chunk_tokens: int,
@@ -58,7 +57,7 @@ def _chunked_head(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     loss = unflattened(
         *(labels, ids, probs, floor, bucket, kd_scale),
-        *(vocab_size, ce_weight, z_loss, temperature, group, backend),
+        *(vocab_size, numbers, group, backend),
     )
     losses, terms, grad_hidden, grad_weight = head_and_loss(
         hidden, weight, loss, chunk_tokens=chunk_tokens, with_gradients=with_gradients
@@ -67,24 +66,26 @@ def _chunked_head(
 
 
 @_chunked_head.register_fake
-def _(hidden: torch.Tensor, weight: torch.Tensor, *settings: Any) -> Any:
+def _(hidden: torch.Tensor, weight: torch.Tensor, *settings: Argument) -> tuple[torch.Tensor, ...]:
     *_, with_gradients = settings
     return (
         hidden.new_empty((), dtype=torch.float32),
-        hidden.new_empty((3, hidden.size(0)), dtype=torch.float32),
+        hidden.new_empty((len(TERMS), hidden.size(0)), dtype=torch.float32),
         torch.empty_like(hidden) if with_gradients else hidden.new_empty(0),
         torch.empty_like(weight) if with_gradients else weight.new_empty(0),
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+def _save(ctx: Context, inputs: tuple[Argument, ...], output: tuple[torch.Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[2:])
     ctx.num_others = len(inputs) - 2
 
 
-def _backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
+def _backward(
+    ctx: Context, grad_loss: torch.Tensor | None, *_: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError("the loss is differentiable once: call backward without create_graph")
     # In place: autograd's version counter refuses a second backward.

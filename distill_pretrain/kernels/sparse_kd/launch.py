@@ -8,21 +8,20 @@ Shapes: T rows, K entries, n = V_pad/tp local columns, V real vocabulary.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from dataclasses import dataclass
 
 import torch
 
-from distill_pretrain.errors import ConfigError
 from distill_pretrain.kernels.cuda.launcher import KernelSource, Launcher
-from distill_pretrain.kernels.sparse_kd.targets import RowTargets
-
-MAX_ENTRIES = 512
-"""Most entries K of a row."""
-
-MAX_COLUMNS = 1 << 19
-"""Most columns n of a rank: a bit for each is kept in shared memory where targets have a bucket."""
+from distill_pretrain.kernels.sparse_kd.problem import (
+    DTYPES,
+    SCALARS,
+    Arguments,
+    Problem,
+    require_vector,
+)
+from distill_pretrain.kernels.sparse_kd.settings import TERMS
 
 MAX_CLUSTER = 8
 FUSED_BYTES = 64
@@ -33,11 +32,8 @@ WARP = 32
 STATISTICS = 9
 """Floats that the ranks exchange per row."""
 
-SCALARS = 8
 PARTIAL_BYTES, ENTRY_BYTES, STATISTICS_BYTES, SCALARS_BYTES = 32, 8, 4 * STATISTICS, 4 * SCALARS
 VECTOR_BYTES = 16
-
-DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 SOURCE = KernelSource(
     folder="sparse_kd",
@@ -79,87 +75,12 @@ BLOCKS = Blocks()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Problem:
-    """What the loss is of. Rank r of the vocabulary's ranks has columns [r n, (r + 1) n).
-
-    Attributes:
-        logits: bf16, fp16 or fp32 [T, n], columns adjacent, rows at any stride.
-        labels: int64[T], negative for none.
-        targets: ids int64 or int32 [T, K] padded with -1, an id twice counting as one; None for K = 0.
-        kd_scale: fp32[T], weight of the KL with tau^2 and token weight in it; unused without targets.
-        vocab_size: V; columns from V on carry no mass and get zero gradient.
-        ce_weight: weight of the cross-entropy.
-        z_loss: weight of lse^2.
-        temperature: tau.
-        rank: of this slice of the vocabulary.
-
-    Raises:
-        ConfigError: K or n is above the kernels' limit.
-        ValueError: a tensor's shape or dtype is another, or the targets have both a floor and a bucket.
-    """
-
-    logits: torch.Tensor
-    labels: torch.Tensor
-    targets: RowTargets | None
-    kd_scale: torch.Tensor | None
-    vocab_size: int
-    ce_weight: float
-    z_loss: float = 0.0
-    temperature: float = 1.0
-    rank: int = 0
-
-    def __post_init__(self) -> None:
-        rows = (self.num_rows,)
-        _require(self.logits.dtype in DTYPES, "logits", self.logits)
-        _require(self.logits.size(1) > 0 and self.logits.stride(1) == 1, "logits", self.logits)
-        _require_vector("labels", self.labels, rows, torch.int64)
-        if self.targets is not None:
-            shape = (self.num_rows, self.num_entries)
-            ids = self.targets.ids
-            _require(ids.shape == shape and ids.dtype in (torch.int64, torch.int32), "ids", ids)
-            _require_vector("probs", self.targets.probs, shape, torch.float32)
-            for name in ("floor", "bucket"):
-                values = getattr(self.targets, name)
-                if values is not None:
-                    _require_vector(name, values, rows, torch.float32)
-            if self.targets.floor is not None and self.targets.bucket is not None:
-                raise ValueError("targets with a floor and a bucket")
-            if self.kd_scale is None:
-                raise ValueError("targets without a kd_scale")
-            _require_vector("kd_scale", self.kd_scale, rows, torch.float32)
-        _require_at_most(MAX_ENTRIES, self.num_entries, "target entries per token")
-        _require_at_most(MAX_COLUMNS, self.logits.size(1), "vocabulary columns per rank")
-
-    @property
-    def num_rows(self) -> int:
-        """T."""
-        return self.logits.size(0)
-
-    @property
-    def num_entries(self) -> int:
-        """K."""
-        return 0 if self.targets is None else self.targets.ids.size(1)
-
-    @property
-    def is_general(self) -> bool:
-        """Whether the kernels that know temperature, floor and bucket are needed."""
-        targets = self.targets
-        with_targets = targets is not None and not (targets.floor is None is targets.bucket)
-        return self.temperature != 1.0 or with_targets
-
-    @property
-    def has_bucket(self) -> bool:
-        """Whether targets give mass to all other ids as a whole."""
-        return self.targets is not None and self.targets.bucket is not None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Combined:
     """The loss, and what the gradient needs of it.
 
     Attributes:
         losses: fp32[T], weighted.
-        terms: fp32[3, T]: cross-entropy, KL, lse^2, unweighted.
+        terms: fp32[3, T]: those of `settings.TERMS`, unweighted.
         scalars: fp32[T, 8].
         subtracted: fp32[T, 1+K].
     """
@@ -187,7 +108,7 @@ def row_statistics(
     _launch(
         launcher,
         _kernel("row_statistics", problem),
-        _arguments(problem, statistics=statistics, picks=picks),
+        Arguments.of(problem, statistics=statistics, picks=picks),
         grid=(problem.num_rows, 1),
         block=blocks.statistics,
         shared_bytes=shared,
@@ -207,17 +128,17 @@ def combine(
         blocks: threads.
     """
     num_ranks = statistics.size(0)
-    _require_vector(
+    require_vector(
         "statistics", statistics, (num_ranks, problem.num_rows, STATISTICS), torch.float32
     )
     combined = Combined(
         losses=_floats(problem, problem.num_rows),
-        terms=_floats(problem, 3, problem.num_rows),
+        terms=_floats(problem, len(TERMS), problem.num_rows),
         scalars=_floats(problem, problem.num_rows, SCALARS),
         subtracted=_floats(problem, problem.num_rows, 1 + problem.num_entries),
     )
     warps = blocks.combine // WARP
-    arguments = _arguments(problem, statistics=statistics, **vars(combined))
+    arguments = Arguments.of(problem, statistics=statistics, **vars(combined))
     arguments.num_ranks = num_ranks
     _launch(
         launcher,
@@ -251,8 +172,8 @@ def gradient_(
         grad_losses: fp32[T] at any stride, the incoming gradient; None for one.
         blocks: threads.
     """
-    arguments = _arguments(problem, picks=picks, scalars=scalars, subtracted=subtracted)
-    _set_incoming(arguments, grad_losses)
+    arguments = Arguments.of(problem, picks=picks, scalars=scalars, subtracted=subtracted)
+    arguments.set_incoming(grad_losses)
     arguments.vectors_per_block = blocks.gradient * blocks.gradient_vectors
     values = VECTOR_BYTES // problem.logits.element_size()
     vectors = math.ceil((_most_offset(problem.logits) + problem.logits.size(1)) / values)
@@ -288,9 +209,12 @@ def fused_(
     if shape is None or problem.rank != 0:
         raise ValueError(f"rows of {problem.logits.size(1)} columns do not fit the fused kernel")
     cluster, threads = shape
-    losses, terms = _floats(problem, problem.num_rows), _floats(problem, 3, problem.num_rows)
-    arguments = _arguments(problem, losses=losses, terms=terms)
-    _set_incoming(arguments, grad_losses)
+    losses, terms = (
+        _floats(problem, problem.num_rows),
+        _floats(problem, len(TERMS), problem.num_rows),
+    )
+    arguments = Arguments.of(problem, losses=losses, terms=terms)
+    arguments.set_incoming(grad_losses)
     shared = problem.num_entries * ENTRY_BYTES + MAX_CLUSTER * STATISTICS_BYTES
     shared += WARP * PARTIAL_BYTES + SCALARS_BYTES + (3 * problem.num_entries + 2) * 4
     if problem.has_bucket:
@@ -323,73 +247,7 @@ def _fused_shape(problem: Problem, blocks: Blocks) -> tuple[int, int] | None:
     return (cluster, threads) if threads <= 1024 else None
 
 
-class _Arguments(ctypes.Structure):
-    """Mirrors `Arguments` of sparse_kd.cuh."""
-
-    _fields_ = [
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                *("logits", "labels", "ids", "probs", "floors", "buckets", "kd_scales"),
-                *("grad_losses", "statistics", "picks", "scalars", "subtracted", "losses", "terms"),
-            )
-        ),
-        *((name, ctypes.c_int64) for name in ("row_stride", "grad_stride")),
-        *(
-            (name, ctypes.c_int32)
-            for name in (
-                *("num_rows", "num_columns", "num_entries", "num_ranks", "rank", "vocab_size"),
-                *("ids_are_wide", "vectors_per_block"),
-            )
-        ),
-        *((name, ctypes.c_float) for name in ("ce_weight", "z_loss", "temperature")),
-    ]
-
-    def point(self, name: str, tensor: torch.Tensor | None) -> None:
-        """Set a pointer; the arguments keep the tensor alive."""
-        if tensor is not None:
-            setattr(self, name, tensor.data_ptr())
-            self.__dict__.setdefault("tensors", []).append(tensor)
-
-
-def _arguments(problem: Problem, **buffers: torch.Tensor) -> _Arguments:
-    logits, targets = problem.logits, problem.targets
-    arguments = _Arguments(
-        row_stride=logits.stride(0),
-        num_rows=problem.num_rows,
-        num_columns=logits.size(1),
-        num_entries=problem.num_entries,
-        num_ranks=1,
-        rank=problem.rank,
-        vocab_size=problem.vocab_size,
-        ce_weight=problem.ce_weight,
-        z_loss=problem.z_loss,
-        temperature=problem.temperature,
-    )
-    arguments.point("logits", logits)
-    arguments.point("labels", problem.labels.contiguous())
-    if targets is not None:
-        assert problem.kd_scale is not None
-        arguments.ids_are_wide = targets.ids.dtype == torch.int64
-        arguments.point("ids", targets.ids.contiguous())
-        arguments.point("probs", targets.probs.contiguous())
-        arguments.point("kd_scales", problem.kd_scale.contiguous())
-        arguments.point("floors", None if targets.floor is None else targets.floor.contiguous())
-        arguments.point("buckets", None if targets.bucket is None else targets.bucket.contiguous())
-    for name, buffer in buffers.items():
-        arguments.point(name, buffer.contiguous())
-    return arguments
-
-
-def _set_incoming(arguments: _Arguments, grad_losses: torch.Tensor | None) -> None:
-    if grad_losses is None:
-        return
-    _require_vector("grad_losses", grad_losses, (arguments.num_rows,), torch.float32)
-    arguments.point("grad_losses", grad_losses)
-    arguments.grad_stride = grad_losses.stride(0)
-
-
-def _launch(launcher: Launcher, kernel: str, arguments: _Arguments, **shape: object) -> None:
+def _launch(launcher: Launcher, kernel: str, arguments: Arguments, **shape: object) -> None:
     if arguments.num_rows > 0:
         launcher.launch(kernel, arguments, **shape)  # type: ignore[arg-type]
 
@@ -412,25 +270,3 @@ def _most_offset(logits: torch.Tensor) -> int:
     size = logits.element_size()
     is_aligned = logits.data_ptr() % VECTOR_BYTES == 0 == logits.stride(0) * size % VECTOR_BYTES
     return 0 if is_aligned else VECTOR_BYTES // size - 1
-
-
-def _require(holds: bool, name: str, tensor: torch.Tensor) -> None:
-    if not holds:
-        found = f"{tensor.dtype} {tuple(tensor.shape)} at strides {tensor.stride()}"
-        raise ValueError(f"sparse_kd kernels do not take {name} {found}")
-
-
-def _require_vector(
-    name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype
-) -> None:
-    _require(tensor.shape == shape and tensor.dtype == dtype, name, tensor)
-
-
-def _require_at_most(limit: int, found: int, what: str) -> None:
-    if found > limit:
-        raise ConfigError(
-            f"more {what} than the CUDA kernels of the loss take",
-            found=found,
-            expected=f"at most {limit}",
-            remedy="use the reference implementation of the loss",
-        )

@@ -5,24 +5,48 @@
 
 from __future__ import annotations
 
-from typing import Any
+import typing
+from typing import Protocol, cast
 
 import torch
 
+from distill_pretrain.kernels.cuda.backend import Backend
 from distill_pretrain.kernels.sparse_kd import stages
+from distill_pretrain.kernels.sparse_kd.loss import Loss
+from distill_pretrain.kernels.sparse_kd.settings import TERMS, LossSettings
 from distill_pretrain.kernels.sparse_kd.targets import RowTargets
 
 _NUM_TENSORS = 7
 
+Argument = torch.Tensor | int | str | typing.Sequence[float] | None
+"""Of an operation of torch."""
 
-def sparse_kd(logits: torch.Tensor, loss: stages.Loss) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss of logits [T, n] by every setting of `stages.Loss`.
+
+class Context(Protocol):
+    """What autograd keeps between the passes of an operation."""
+
+    saved_tensors: tuple[torch.Tensor, ...]
+    settings: tuple[Argument, ...]
+    num_others: int
+
+    def save_for_backward(self, *tensors: Argument) -> None:
+        """Keep tensors."""
+
+    def mark_non_differentiable(self, *tensors: torch.Tensor) -> None:
+        """Outputs without a gradient."""
+
+    def set_materialize_grads(self, value: bool) -> None:
+        """Whether missing gradients become zeros."""
+
+
+def sparse_kd(logits: torch.Tensor, loss: Loss) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of logits [T, n] by every setting of `Loss`.
 
     The backward pass writes the gradient over the logits, so a second one is refused, as is one of anything else that
     kept them.
 
     Returns:
-        losses fp32[T], and terms fp32[3, T]: cross-entropy, KL and lse^2, unweighted and without a gradient.
+        losses fp32[T], and terms fp32[3, T]: those of `settings.TERMS`, unweighted and without a gradient.
     """
     losses, terms, *_ = _sparse_kd(logits, *flattened(loss))
     return losses, terms.detach()
@@ -38,26 +62,26 @@ def _sparse_kd(
     bucket: torch.Tensor | None,
     kd_scale: torch.Tensor | None,
     vocab_size: int,
-    ce_weight: float,
-    z_loss: float,
-    temperature: float,
+    numbers: typing.Sequence[float],
     group: str | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     loss = unflattened(
         *(labels, ids, probs, floor, bucket, kd_scale),
-        *(vocab_size, ce_weight, z_loss, temperature, group, backend),
+        *(vocab_size, numbers, group, backend),
     )
     losses, terms, saved = stages.forward(logits, loss)
     return losses, terms, *saved
 
 
 @_sparse_kd.register_fake
-def _(logits: torch.Tensor, labels: torch.Tensor, ids: torch.Tensor | None, *_: Any) -> Any:
+def _(
+    logits: torch.Tensor, labels: torch.Tensor, ids: torch.Tensor | None, *_: Argument
+) -> tuple[torch.Tensor, ...]:
     num_rows, num_picks = logits.size(0), 1 + (0 if ids is None else ids.size(1))
     shapes = (
         (num_rows,),
-        (3, num_rows),
+        (len(TERMS), num_rows),
         (num_rows, stages.ROW_NUMBERS),
         (num_rows, num_picks),
         (num_rows, num_picks),
@@ -79,15 +103,13 @@ def _sparse_kd_gradient_(
     saved_of_targets: torch.Tensor,
     grad_losses: torch.Tensor,
     vocab_size: int,
-    ce_weight: float,
-    z_loss: float,
-    temperature: float,
+    numbers: typing.Sequence[float],
     group: str | None,
     backend: str,
 ) -> None:
     loss = unflattened(
         *(labels, ids, probs, floor, bucket, kd_scale),
-        *(vocab_size, ce_weight, z_loss, temperature, group, backend),
+        *(vocab_size, numbers, group, backend),
     )
     # The backend of the forward pass came with the settings: it alone knows what it saved.
     saved = stages.SAVED[loss.backend](saved_of_rows, saved_of_picks, saved_of_targets)
@@ -95,11 +117,11 @@ def _sparse_kd_gradient_(
 
 
 @_sparse_kd_gradient_.register_fake
-def _(*_: Any) -> None:
+def _(*_: Argument) -> None:
     return None
 
 
-def flattened(loss: stages.Loss) -> tuple[Any, ...]:
+def flattened(loss: Loss) -> tuple[Argument, ...]:
     """A loss as the arguments of an operation: torch takes tensors and numbers alone."""
     targets = loss.targets
     return (
@@ -111,9 +133,7 @@ def flattened(loss: stages.Loss) -> tuple[Any, ...]:
         ),
         loss.kd_scale,
         loss.vocab_size,
-        loss.ce_weight,
-        loss.z_loss,
-        loss.temperature,
+        loss.settings.numbers,
         loss.group,
         loss.backend,
     )
@@ -127,31 +147,27 @@ def unflattened(
     bucket: torch.Tensor | None,
     kd_scale: torch.Tensor | None,
     vocab_size: int,
-    ce_weight: float,
-    z_loss: float,
-    temperature: float,
+    numbers: typing.Sequence[float],
     group: str | None,
-    backend: Any,
-) -> stages.Loss:
+    backend: str,
+) -> Loss:
     """The loss that was `flattened`."""
     targets = None
     if ids is not None:
         assert probs is not None
         targets = RowTargets(ids=ids, probs=probs, floor=floor, bucket=bucket)
-    return stages.Loss(
+    return Loss(
         labels=labels,
         targets=targets,
         kd_scale=kd_scale,
         vocab_size=vocab_size,
-        ce_weight=ce_weight,
-        z_loss=z_loss,
-        temperature=temperature,
+        settings=LossSettings.of_numbers(numbers),
         group=group,
-        backend=backend,
+        backend=cast(Backend, backend),
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+def _save(ctx: Context, inputs: tuple[Argument, ...], output: tuple[torch.Tensor, ...]) -> None:
     _, *for_gradient = output[1:]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -159,7 +175,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -
     ctx.settings = inputs[_NUM_TENSORS:]
 
 
-def _backward(ctx: Any, grad_losses: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
+def _backward(
+    ctx: Context, grad_losses: torch.Tensor | None, *_: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError("the loss is differentiable once: call backward without create_graph")
     # Autograd's version counter refuses a second backward here.

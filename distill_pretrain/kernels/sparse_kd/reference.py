@@ -14,6 +14,7 @@ from functools import cached_property
 
 import torch
 
+from distill_pretrain.kernels.sparse_kd.loss import Loss
 from distill_pretrain.kernels.sparse_kd.targets import RowTargets
 
 MAX_ENTRIES = 65536
@@ -176,26 +177,21 @@ def row_sums(
 
 
 def label_terms(
-    sums: torch.Tensor, maxima: torch.Tensor, labels: torch.Tensor, *, vocab_size: int
+    sums: torch.Tensor, maxima: torch.Tensor, loss: Loss
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy lse - z_y, and lse, of each row with a label, fp32[T] each; 0 without one.
 
     The cross-entropy of a label at or beyond the vocabulary is NaN, as in the kernels.
     """
-    has_label = labels >= 0
+    has_label = loss.labels >= 0
     log_sum = sums[:, 0].log()
     ce = torch.where(has_label, log_sum - sums[:, 4], 0.0)
-    ce = ce.masked_fill(labels >= vocab_size, math.nan)
-    return ce, torch.where(has_label, log_sum + maxima, 0.0)
+    ce = ce.masked_fill(loss.labels >= loss.vocab_size, math.nan)
+    return ce, torch.where(has_label, log_sum + maxima[0], 0.0)
 
 
 def sparse_kl(
-    sums: torch.Tensor,
-    maxima: torch.Tensor,
-    targets: RowTargets,
-    *,
-    temperature: float,
-    vocab_size: int,
+    sums: torch.Tensor, maxima: torch.Tensor, targets: RowTargets, loss: Loss
 ) -> torch.Tensor:
     """KL(target || student at temperature tau) per token, fp32[T], from the packed sums and maxima over all ranks.
 
@@ -204,6 +200,7 @@ def sparse_kl(
     an id is at or beyond the vocabulary, as in the kernels.
     """
     floor, probs = targets.floor, targets.probs
+    temperature, vocab_size = loss.settings.temperature, loss.vocab_size
     log_sum = sums[:, 1].log()
     at_kept = probs
     if floor is not None:
@@ -225,35 +222,43 @@ def sparse_kl(
     return kl.masked_fill((targets.ids >= vocab_size).any(-1), math.nan)
 
 
+def loss_and_terms(
+    sums: torch.Tensor, maxima: torch.Tensor, loss: Loss
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The weighted loss fp32[T], the unweighted `settings.TERMS` fp32[3, T], and lse fp32[T].
+
+    Args:
+        sums: packed, over all ranks.
+        maxima: fp32[1 or 2, T], over all ranks.
+        loss: of the rows.
+    """
+    settings, targets = loss.settings, loss.targets
+    ce, lse = label_terms(sums, maxima, loss)
+    losses = settings.ce_weight * ce
+    kl = torch.zeros_like(ce)
+    if targets is not None:
+        assert loss.kd_scale is not None
+        kl = sparse_kl(sums, maxima, targets, loss)
+        losses = losses + loss.kd_scale * kl
+    if settings.z_loss:
+        losses = losses + settings.z_loss * lse.square()
+    return losses, torch.stack((ce, kl, lse.square())), lse
+
+
 def row_scalars(
-    sums: torch.Tensor,
-    maxima: torch.Tensor,
-    labels: torch.Tensor,
-    lse: torch.Tensor,
-    targets: RowTargets | None,
-    *,
-    ce_weight: float,
-    kd_weight: torch.Tensor | float,
-    z_loss: float,
-    temperature: float,
-    vocab_size: int,
+    sums: torch.Tensor, maxima: torch.Tensor, lse: torch.Tensor, loss: Loss
 ) -> RowScalars:
     """The gradient's coefficients.
 
     Args:
         sums: packed, over all ranks.
         maxima: fp32[1 or 2, T], over all ranks.
-        labels: int64[T].
         lse: fp32[T], 0 without a label.
-        targets: of the KL, or None.
-        ce_weight: weight of the cross-entropy.
-        kd_weight: weight of the KL, a number or fp32[T].
-        z_loss: weight of lse^2.
-        temperature: tau.
-        vocab_size: V.
+        loss: of the rows.
     """
-    at_label = (labels >= 0).float() * ce_weight
-    at_one = at_label + 2.0 * z_loss * lse if z_loss else at_label
+    settings, targets = loss.settings, loss.targets
+    at_label = (loss.labels >= 0).float() * settings.ce_weight
+    at_one = at_label + 2.0 * settings.z_loss * lse if settings.z_loss else at_label
     if targets is None:
         return RowScalars(
             at_one=at_one,
@@ -263,14 +268,15 @@ def row_scalars(
             at_label=at_label,
             at_target=None,
         )
-    weight = torch.as_tensor(kd_weight, device=sums.device).expand_as(at_label) / temperature
+    assert loss.kd_scale is not None
+    weight = loss.kd_scale / settings.temperature
     mass, floor, at_tau_kept = targets.probs.sum(-1), None, None
     if targets.floor is not None:
-        mass = mass + vocab_size * targets.floor
+        mass = mass + loss.vocab_size * targets.floor
         floor = weight * targets.floor
     at_tau = weight * mass
     if targets.bucket is not None:
-        lowered = _lowered(maxima, temperature)
+        lowered = _lowered(maxima, settings.temperature)
         at_tau_kept = weight * (mass + targets.bucket)
         # Where there are other columns, one of them is exp(0) of the sum.
         odds = (sums[:, 1] - sums[:, 2] * lowered) / sums[:, 2].clamp(min=1.0)

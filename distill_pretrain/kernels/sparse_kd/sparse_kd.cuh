@@ -19,7 +19,7 @@ constexpr int TILE = 4;  // vectors that a thread has in flight, or keeps
 constexpr int FUSED_THREADS = 1024;
 constexpr int THREADS = 512;
 
-// Shapes: T rows, K entries. All arrays are contiguous but the logits. Mirrored in launch.py.
+// Shapes: T rows, K entries. All arrays are contiguous but the logits. Mirrored in problem.py.
 struct Arguments {
     void* logits;              // [T, columns] at row_stride; the gradient is written over them
     const i64* labels;         // [T], negative for none

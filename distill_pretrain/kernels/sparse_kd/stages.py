@@ -5,7 +5,6 @@ Shapes: T tokens, K kept entries, n = V_pad/tp local vocabulary columns, V real 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -14,61 +13,11 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 from distill_pretrain.kernels.cuda.backend import Backend, launcher_for
 from distill_pretrain.kernels.sparse_kd import launch, reference
-from distill_pretrain.kernels.sparse_kd.targets import RowTargets
+from distill_pretrain.kernels.sparse_kd.loss import Loss
+from distill_pretrain.kernels.sparse_kd.problem import SCALARS, Problem
 
-ROW_NUMBERS = launch.SCALARS
+ROW_NUMBERS = SCALARS
 """Floats per row that the forward pass leaves for the gradient, whatever computed it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loss:
-    """What is computed from logits; the formulas are in README.md.
-
-    Attributes:
-        labels: int64[T], negative where there is none.
-        targets: of the KL; None for K = 0.
-        kd_scale: fp32[T], weight of the KL; given with targets.
-        vocab_size: V.
-        ce_weight: weight of the cross-entropy.
-        z_loss: weight of lse^2.
-        temperature: tau.
-        group: name of the process group over which the columns are split in rank order; None for whole rows.
-        backend: what computes it, forward and backward; the same on all ranks of the group, whose collectives depend
-            on it.
-    """
-
-    labels: torch.Tensor
-    targets: RowTargets | None
-    kd_scale: torch.Tensor | None
-    vocab_size: int
-    ce_weight: float
-    z_loss: float
-    temperature: float
-    group: str | None
-    backend: Backend
-
-    @property
-    def num_entries(self) -> int:
-        """K."""
-        return 0 if self.targets is None else self.targets.ids.size(-1)
-
-    def rows(self, rows: slice) -> Loss:
-        """The loss of some of the tokens."""
-
-        def part(values: torch.Tensor | None) -> torch.Tensor | None:
-            return None if values is None else values[rows]
-
-        targets = self.targets
-        if targets is not None:
-            targets = RowTargets(
-                ids=targets.ids[rows],
-                probs=targets.probs[rows],
-                floor=part(targets.floor),
-                bucket=part(targets.bucket),
-            )
-        return replace(
-            self, labels=self.labels[rows], targets=targets, kd_scale=part(self.kd_scale)
-        )
 
 
 class KernelSaved(NamedTuple):
@@ -110,7 +59,7 @@ class Forward(NamedTuple):
 
     Attributes:
         losses: fp32[T], weighted.
-        terms: fp32[3, T]: cross-entropy, KL, lse^2, unweighted.
+        terms: fp32[3, T]: those of `settings.TERMS`, unweighted.
         saved: for `gradient_`.
     """
 
@@ -195,18 +144,8 @@ def _gathered(statistics: torch.Tensor, group: str | None) -> torch.Tensor:
     return every.view(size, num_rows, width)
 
 
-def _problem(logits: torch.Tensor, loss: Loss) -> launch.Problem:
-    return launch.Problem(
-        logits=logits,
-        labels=loss.labels,
-        targets=loss.targets,
-        kd_scale=loss.kd_scale,
-        vocab_size=loss.vocab_size,
-        ce_weight=loss.ce_weight,
-        z_loss=loss.z_loss,
-        temperature=loss.temperature,
-        rank=_rank(loss.group),
-    )
+def _problem(logits: torch.Tensor, loss: Loss) -> Problem:
+    return Problem(logits=logits, loss=loss, rank=_rank(loss.group))
 
 
 def _real_columns(logits: torch.Tensor, loss: Loss) -> tuple[int, int]:
@@ -217,36 +156,23 @@ def _real_columns(logits: torch.Tensor, loss: Loss) -> tuple[int, int]:
 
 def _reference_forward(logits: torch.Tensor, loss: Loss) -> Forward:
     first, num_columns = _real_columns(logits, loss)
-    targets = loss.targets
     real = logits[:, :num_columns]
-    maxima = reference.row_maxima(real, targets, first_column=first)
+    maxima = reference.row_maxima(real, loss.targets, first_column=first)
     _all_reduce(maxima, dist.ReduceOp.MAX, loss.group)
     sums, picked, probs = reference.row_sums(
         real,
         maxima,
         loss.labels,
-        targets,
+        loss.targets,
         first_column=first,
-        temperature=loss.temperature,
+        temperature=loss.settings.temperature,
     )
     _all_reduce(sums, dist.ReduceOp.SUM, loss.group)
-    ce, lse = reference.label_terms(sums, maxima[0], loss.labels, vocab_size=loss.vocab_size)
-    losses = loss.ce_weight * ce
-    if targets is None:
-        kl = torch.zeros_like(ce)
-    else:
-        assert loss.kd_scale is not None
-        kl = reference.sparse_kl(
-            sums, maxima, targets, temperature=loss.temperature, vocab_size=loss.vocab_size
-        )
-        losses = losses + loss.kd_scale * kl
-    if loss.z_loss:
-        losses = losses + loss.z_loss * lse.square()
+    losses, terms, lse = reference.loss_and_terms(sums, maxima, loss)
     # The gradient needs the first three sums, and lse to which the others added.
     numbers = sums.new_zeros(len(sums), ROW_NUMBERS)
     numbers[:, :3], numbers[:, 3], numbers[:, -len(maxima) :] = sums[:, :3], lse, maxima.t()
-    saved = ReferenceSaved(numbers, picked, probs)
-    return Forward(losses, torch.stack((ce, kl, lse.square())), saved)
+    return Forward(losses, terms, ReferenceSaved(numbers, picked, probs))
 
 
 def _reference_gradient_(
@@ -256,18 +182,7 @@ def _reference_gradient_(
     sums, lse = saved.numbers[:, :3], saved.numbers[:, 3]
     has_bucket = loss.targets is not None and loss.targets.bucket is not None
     maxima = saved.numbers[:, -2:].t() if has_bucket else saved.numbers[:, -1:].t()
-    scalars = reference.row_scalars(
-        sums,
-        maxima,
-        loss.labels,
-        lse,
-        loss.targets,
-        ce_weight=loss.ce_weight,
-        kd_weight=0.0 if loss.kd_scale is None else loss.kd_scale,
-        z_loss=loss.z_loss,
-        temperature=loss.temperature,
-        vocab_size=loss.vocab_size,
-    )
+    scalars = reference.row_scalars(sums, maxima, lse, loss)
     reference.gradient_(
         logits[:, :num_columns],
         maxima,
@@ -279,6 +194,6 @@ def _reference_gradient_(
         scalars,
         grad_losses,
         first_column=first,
-        temperature=loss.temperature,
+        temperature=loss.settings.temperature,
     )
     logits[:, num_columns:] = 0

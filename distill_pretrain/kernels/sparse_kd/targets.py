@@ -8,13 +8,11 @@ Shapes: T tokens, K kept entries, V real vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from distill_pretrain.contracts import NO_ENTRY, SparseTargets
-
-Residual = Literal["drop", "renormalise", "label", "ghost", "uniform"]
+from distill_pretrain.kernels.sparse_kd.settings import LossSettings
 
 MASS_ROUNDING = 1e-6
 """A row whose mass is this close to 1 lacks nothing: sums of fp32 probabilities are no more exact."""
@@ -46,22 +44,20 @@ class RowTargets:
 def prepare_targets(
     targets: SparseTargets,
     labels: torch.Tensor,
+    settings: LossSettings,
     *,
     vocab_size: int,
-    temperature: float = 1.0,
-    residual: Residual = "drop",
-    smoothing: float = 0.0,
 ) -> RowTargets:
     """Apply temperature, then the residual mode, then smoothing. A row without mass stays without a target.
 
     Args:
         targets: ids int64[T, K] padded with -1, probs fp32[T, K].
         labels: int64[T]; negative means no label.
+        settings: the temperature tau, by which t_i becomes t_i^(1/tau), rescaled to the row's mass; what becomes of
+            the residual R = 1 - sum_i t_i; the smoothing a, by which the target becomes (1 - a) t + a / V.
         vocab_size: V.
-        temperature: tau; t_i becomes t_i^(1/tau), rescaled to the row's mass.
-        residual: what becomes of R = 1 - sum_i t_i.
-        smoothing: a; the target becomes (1 - a) t + a / V.
     """
+    temperature, residual, smoothing = settings.temperature, settings.residual, settings.smoothing
     ids, probs = targets.ids, targets.probs
     mass = probs.sum(-1)
     if temperature != 1.0:
