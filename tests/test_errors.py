@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from distill_pretrain.errors import DistillPretrainError, MissingDependency
-from distill_pretrain.sampling import BadLogits
+from distill_pretrain.sampling.weights import BadLogits
 
 
 def all_errors() -> list[type[DistillPretrainError]]:

@@ -6,7 +6,7 @@ Shapes: `...` any leading sizes, T positions in all, V vocabulary, K the most en
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +16,10 @@ from distill_pretrain.api.checks import FLOAT_DTYPES, require_tensor, section
 from distill_pretrain.contracts import RaggedTargets, Replica, SparseTargets
 from distill_pretrain.data import batches
 from distill_pretrain.errors import LossInputError
-from distill_pretrain.sampling import Sampler, sample_columns
-from distill_pretrain.sampling.samplers import MAX_VOCAB
+from distill_pretrain.sampling.kinds import SamplerName
+from distill_pretrain.sampling.samplers import MAX_VOCAB, Sampler, sample_columns
 from distill_pretrain.teacher.config import TargetSetConfig
 from distill_pretrain.teacher.sampling_backend import columns_reader
-
-SamplerName = Literal["systematic", "multinomial", "topk", "topp"]
 
 
 def sample_targets(

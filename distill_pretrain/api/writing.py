@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 
 from distill_pretrain.api.checks import section
-from distill_pretrain.api.targets import SamplerName
 from distill_pretrain.cache.plan import CachePlan
 from distill_pretrain.cache.writer import CacheWriter
 from distill_pretrain.contracts import LogitsChunk, Replica
@@ -25,6 +24,7 @@ from distill_pretrain.corpus.sequence_plan import SequencePlan
 from distill_pretrain.corpus.tokens_record import TokensRecord
 from distill_pretrain.data.sources import SequenceData
 from distill_pretrain.errors import ConfigError, TeacherError, require_whole
+from distill_pretrain.sampling.kinds import SamplerName
 from distill_pretrain.teacher.capture import (
     CaptureWatch,
     capture_shards,

@@ -13,17 +13,16 @@ from distill_pretrain.cache.codec.registry import CODECS, CodecName, codec_numbe
 from distill_pretrain.contracts import TargetKind
 from distill_pretrain.errors import CacheCorrupt, CacheError
 from distill_pretrain.files.atomic import canonical_json
+from distill_pretrain.sampling.kinds import SAMPLERS
 
 FORMAT_NAME = "distill-pretrain-cache"
 FORMAT_VERSION = 1
 
 _SAMPLER_KEYS = {"name": str, "num_draws": int, "temperature": float, "seed": int, "rng": str}
-# Plans of the other samplers keep the bytes they had before there was a `topp`.
+# A sampler has its own settings and no other's: plans keep the bytes they had before another sampler came.
 _KEYS_OF_SAMPLER: dict[str, dict[str, type]] = {
-    "systematic": _SAMPLER_KEYS,
-    "multinomial": _SAMPLER_KEYS,
-    "topk": _SAMPLER_KEYS,
-    "topp": {**_SAMPLER_KEYS, "top_p": float},
+    name: {**_SAMPLER_KEYS, **dict.fromkeys(kind.own_settings, float)}
+    for name, kind in SAMPLERS.items()
 }
 _CODEC_NAMES: tuple[CodecName, ...] = ("raw", "hc")
 MOST_SEQUENCES = 1 << 40
@@ -49,7 +48,7 @@ class CachePlan:
         seq_len: positions per sequence.
         num_sequences: the first so many sequences of the sequence plan. The extent of a cache can
             grow, so it is no part of plan.json, of the plan id or of what a shard's bytes say.
-        sampler: {"name", "num_draws", "temperature": 1.0, "seed", "rng"}, and "top_p" for "topp".
+        sampler: {"name", "num_draws", "temperature": 1.0, "seed", "rng"}, and the sampler's own settings.
         teacher: the engine's identity (JSON-able).
         micro_batch_size: sequences per teacher forward pass.
         block_tokens: most positions per block, at most 65536.

@@ -15,6 +15,7 @@ from typing import Any
 
 from distill_pretrain.errors import ConfigError, DistillPretrainError
 from distill_pretrain.planning.figures import Basis
+from distill_pretrain.sampling.kinds import SAMPLERS
 
 HEADER_AND_FOOTER = 256 + 40
 BLOCK_BYTES = 32 + 3.5 + 8 + 32
@@ -29,7 +30,6 @@ PAPER_IDS = (0.98, 0.64)
 """Unique ids of N draws on the paper's 3B teacher: 0.98 N^0.64 (arXiv 2503.16870, read off a figure)."""
 HC_BYTES_PER_ENTRY = {"counts": 1.3, "logprobs": 2.5}
 """Without a pilot: 0.9 to 1.1 and 2.3 to 2.5 were measured on small teachers, V = 2,048 and 32,768 (docs/results)."""
-COUNTS = ("systematic", "multinomial")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,11 @@ class Targets:
     sampler: str
     num_draws: int
     top_p: float | None = None
+
+    @property
+    def values(self) -> str:
+        """What an entry's value is: counts or log-probabilities."""
+        return SAMPLERS[self.sampler].values
 
     def __str__(self) -> str:
         return f"{self.sampler} {self.num_draws}" + (f" at {self.top_p}" if self.top_p else "")
@@ -116,7 +121,7 @@ class Pilot:
         payload = size - HEADER_AND_FOOTER * len(shards) - BLOCK_BYTES * blocks
         per_entry = (payload - HC_BLOCK_BYTES * blocks) / max(1, entries)
         if not plan.has_tables:
-            per_entry = HC_BYTES_PER_ENTRY[value_kind(kind.sampler)]
+            per_entry = HC_BYTES_PER_ENTRY[kind.values]
         density = Density(
             entries=entries / tokens,
             hc_bytes=per_entry,
@@ -172,7 +177,7 @@ class Pilot:
             )
         nearest = min(same, key=lambda k: abs(math.log(k.num_draws / wanted.num_draws)))
         known, ratio = self.densities[nearest], wanted.num_draws / nearest.num_draws
-        exponent = PAPER_IDS[1] if wanted.sampler in COUNTS else 1.0
+        exponent = PAPER_IDS[1] if wanted.values == "counts" else 1.0
         return Density(
             entries=min(known.entries * ratio**exponent, wanted.num_draws, self.vocab_size),
             hc_bytes=known.hc_bytes,
@@ -181,23 +186,18 @@ class Pilot:
         )
 
 
-def value_kind(sampler: str) -> str:
-    """What an entry's value is: counts or log-probabilities."""
-    return "counts" if sampler in COUNTS else "logprobs"
-
-
 def density_without_pilot(targets: Targets) -> Density:
     """From the paper's curve; a flatter teacher stores two to three times as many ids."""
     factor, exponent = PAPER_IDS
-    sampled = targets.sampler in COUNTS
+    sampled = targets.values == "counts"
     entries = factor * targets.num_draws**exponent if sampled else float(targets.num_draws)
     return Density(
         entries=max(1.0, entries),
-        hc_bytes=HC_BYTES_PER_ENTRY[value_kind(targets.sampler)],
+        hc_bytes=HC_BYTES_PER_ENTRY[targets.values],
         basis="assumption",
         how="no pilot: "
         + ("0.98 N^0.64 ids (the paper's 3B teacher)" if sampled else "k ids")
-        + f", {HC_BYTES_PER_ENTRY[value_kind(targets.sampler)]} B each; flat teachers store two to three times as many",
+        + f", {HC_BYTES_PER_ENTRY[targets.values]} B each; flat teachers store two to three times as many",
     )
 
 
@@ -235,14 +235,14 @@ class CacheGeometry:
 
 def tables_bytes(geometry: CacheGeometry, targets: Targets) -> int:
     """Size of codec-*.bin (FORMAT.md): rank map and code lengths."""
-    contexts = 151 if value_kind(targets.sampler) == "counts" else 116
+    contexts = 151 if targets.values == "counts" else 116
     return 24 + 4 * geometry.vocab_size + 81 * contexts + 4 if geometry.codec == "hc" else 0
 
 
 def raw_entry_bytes(vocab_size: int, targets: Targets) -> int:
     """Bytes of an entry of the raw codecs (FORMAT.md)."""
     id_bits = max(1, (vocab_size - 1).bit_length())
-    if value_kind(targets.sampler) == "counts":
+    if targets.values == "counts":
         return -(-(id_bits + (targets.num_draws - 1).bit_length()) // 8)
     return -(-id_bits // 8) + 2
 

@@ -14,9 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from distill_pretrain.contracts import DrawnEntries, LikeliestEntries, RowMoments
+from distill_pretrain.sampling.kinds import SAMPLERS
 from distill_pretrain.sampling.philox import Uint64Array, draws64
-
-_STREAMS = {"multinomial": 0, "systematic": 1}
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
@@ -27,7 +26,7 @@ class Draws:
     """The random numbers of a sampler at some positions.
 
     Attributes:
-        name: "multinomial" or "systematic".
+        name: one of SAMPLERS that draws.
         num_draws: N.
         seed: key, in [0, 2**64).
         positions: uint64[P], the sequence plan's sequence * seq_len + offset.
@@ -38,11 +37,18 @@ class Draws:
     seed: int
     positions: Uint64Array
 
+    @property
+    def stream(self) -> int:
+        """Philox stream of the sampler."""
+        stream = SAMPLERS[self.name].stream
+        assert stream is not None, self.name
+        return stream
+
     @cached_property
     def words(self) -> Uint64Array:
-        """uint64[P, N], or [P, 1] for "systematic"; made at once: Philox in numpy pays per call, not per word."""
-        per_position = 1 if self.name == "systematic" else self.num_draws
-        return draws64(self.seed, _STREAMS[self.name], self.positions, per_position)
+        """uint64[P, N], or [P, 1] where one is drawn; made at once: Philox in numpy pays per call, not per word."""
+        per_position = 1 if SAMPLERS[self.name].draws_once else self.num_draws
+        return draws64(self.seed, self.stream, self.positions, per_position)
 
 
 class Block(Protocol):

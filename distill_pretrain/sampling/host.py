@@ -5,20 +5,17 @@ Legend: T positions, V columns, N draws, E entries in all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from distill_pretrain.contracts import DrawnEntries, LikeliestEntries, RowMoments
 from distill_pretrain.sampling.columns import Draws
-from distill_pretrain.sampling.philox import Uint64Array, umul64hi
+from distill_pretrain.sampling.drawing import DRAWN
 from distill_pretrain.sampling.weights import Scratch, integer_weights, largest
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
-PointsOf = Callable[[Uint64Array, Int64Array, int], Int64Array]
 
 
 def host_columns(logits: torch.Tensor) -> HostColumns:
@@ -78,7 +75,7 @@ class HostBlock:
         self, draws: Draws, rows: slice, below: Int64Array, totals: Int64Array
     ) -> DrawnEntries:
         """Entries of this rank."""
-        points = POINTS[draws.name](draws.words[rows], totals, draws.num_draws)
+        points = DRAWN[draws.name].points(draws.words[rows], totals, draws.num_draws)
         return _run_lengths(_locate(self._cumulative, points - below[:, None]), self._width)
 
     def likeliest(self, k: int) -> LikeliestEntries:
@@ -101,46 +98,6 @@ class HostBlock:
     def _width(self) -> int:
         width: int = self._logits.shape[1]
         return width
-
-
-def multinomial_points(draws: Uint64Array, totals: Int64Array, num_draws: int) -> Int64Array:
-    """int64[T, N]: independent points r = floor(x * W / 2**64) in [0, W).
-
-    Args:
-        draws: uint64[T, N], x, uniform.
-        totals: int64[T], W.
-        num_draws: N.
-    """
-    assert draws.shape == (len(totals), num_draws), draws.shape
-    return umul64hi(draws, totals.astype(np.uint64)[:, None]).astype(np.int64)
-
-
-def systematic_points(draws: Uint64Array, totals: Int64Array, num_draws: int) -> Int64Array:
-    """int64[T, N] ascending: r_k = floor((k * W + h) / N), one h in [0, W) per position.
-
-    Over all (k, h) the number k * W + h takes every value in [0, N * W) once, so floor(. / N) hits
-    every integer of [0, W) exactly N times: E[count_i] = N * w_i / W with no rounding. For one h,
-    count_i is the number of multiples of W in a half-open interval of length N * w_i: the floor or
-    the ceiling of N * w_i / W. (h itself is floor(u * W / 2**64): P(h < a) is within 2**-64.)
-
-    k * W + h can exceed 64 bits; with W = q * N + rem it is k * q + floor((k * rem + h) / N).
-
-    Args:
-        draws: uint64[T, 1], u, uniform.
-        totals: int64[T], W < 2**62.
-        num_draws: N <= 2**16.
-    """
-    h = umul64hi(draws, totals.astype(np.uint64)[:, None]).astype(np.int64)
-    quotient, remainder = np.divmod(totals[:, None], num_draws)
-    k = np.arange(num_draws, dtype=np.int64)
-    points: Int64Array = k * quotient + (k * remainder + h) // num_draws
-    return points
-
-
-POINTS: dict[str, PointsOf] = {
-    "multinomial": multinomial_points,
-    "systematic": systematic_points,
-}
 
 
 def _rows(logits: Float32Array, rows: Int64Array) -> Float32Array:

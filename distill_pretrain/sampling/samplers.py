@@ -1,4 +1,4 @@
-"""Sparse targets from teacher logits: `systematic`, `multinomial`, `topk` and `topp`.
+"""Sparse targets from teacher logits, by the samplers of `kinds.SAMPLERS`.
 
 Legend: T positions, V vocabulary, N draws (the k of top-k, the cap of top-p), E entries in all.
 """
@@ -16,10 +16,10 @@ from distill_pretrain.contracts import RaggedTargets, TargetKind
 from distill_pretrain.sampling.columns import Block, Columns, Draws, Split
 from distill_pretrain.sampling.figures import LOOK_EVERY, DistributionFigures
 from distill_pretrain.sampling.host import HostColumns, likeliest
+from distill_pretrain.sampling.kinds import SAMPLERS
 from distill_pretrain.sampling.philox import Uint64Array, umul64hi
 from distill_pretrain.sampling.weights import BadLogits, log_sums, usable_maxima
 
-SAMPLERS = ("systematic", "multinomial", "topk", "topp")
 MAX_VOCAB = 1 << 20
 # The int64 cumulative weights of a chunk of rows should stay in a 1 MiB L2 cache.
 _CHUNK_ELEMENTS = 65536
@@ -34,8 +34,8 @@ class Sampler:
 
     Attributes:
         name: one of SAMPLERS.
-        num_draws: N >= 1; for "topk" the k, for "topp" the most entries of a row.
-        seed: key of the draws, in [0, 2**64); unused by "topk" and "topp".
+        num_draws: N >= 1; of a sampler that draws nothing the most entries of a row.
+        seed: key of the draws, in [0, 2**64); unused where nothing is drawn.
         top_p: mass at which "topp" stops, 0 < top_p < 1; None for the others.
     """
 
@@ -47,13 +47,13 @@ class Sampler:
     def __post_init__(self) -> None:
         assert self.name in SAMPLERS, self.name
         assert self.num_draws >= 1 and 0 <= self.seed < 1 << 64, (self.num_draws, self.seed)
-        assert (self.top_p is not None) == (self.name == "topp"), (self.name, self.top_p)
+        assert (self.top_p is not None) == ("top_p" in SAMPLERS[self.name].own_settings), self
         assert self.top_p is None or 0 < self.top_p < 1, self.top_p
 
     @property
     def kind(self) -> TargetKind:
         """What an entry's value is."""
-        return "logprobs" if self.name in ("topk", "topp") else "counts"
+        return SAMPLERS[self.name].values
 
 
 def sample_targets(

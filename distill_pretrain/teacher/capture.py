@@ -29,7 +29,7 @@ from distill_pretrain.cache.plan import CachePlan
 from distill_pretrain.cache.shard_writer import ShardWriter
 from distill_pretrain.cache.writer import CacheWriter
 from distill_pretrain.data.sources import SequenceData
-from distill_pretrain.sampling import RNG_NAME
+from distill_pretrain.sampling.philox import RNG_NAME
 from distill_pretrain.teacher.config import CaptureConfig, TargetSetConfig
 from distill_pretrain.teacher.crew import Crew
 from distill_pretrain.teacher.gate import BatchFigures, SanityGate

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from distill_pretrain.config import Section
 from distill_pretrain.errors import ConfigError
+from distill_pretrain.sampling.kinds import SAMPLERS, SUMMARY, SamplerName
 
 DEFAULT_MICRO_BATCH_SIZE = 8
 _SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -109,8 +110,7 @@ class TeacherConfig(Section):
 class TargetsConfig(Section):
     """How a position's distribution becomes sparse targets."""
 
-    sampler: Literal["systematic", "multinomial", "topk", "topp"] = "systematic"
-    """`systematic` (unbiased, least variance), `multinomial` (the paper's), `topk`, `topp` (biased)."""
+    sampler: SamplerName = Field(default="systematic", description=SUMMARY)
     num_draws: int = Field(default=50, ge=1, le=1024)
     """N: draws per position; for `topk` the k, for `topp` the most ids of a position."""
     top_p: float | None = Field(default=None, gt=0, lt=1)
@@ -118,9 +118,12 @@ class TargetsConfig(Section):
 
     @model_validator(mode="after")
     def _top_p_belongs_to_topp(self) -> TargetsConfig:
-        if self.sampler == "topp" and self.top_p is None:
-            raise ValueError("top_p is not given; sampler topp needs it, such as top_p=0.9")
-        if self.sampler != "topp" and self.top_p is not None:
+        is_needed = "top_p" in SAMPLERS[self.sampler].own_settings
+        if is_needed and self.top_p is None:
+            raise ValueError(
+                f"top_p is not given; sampler {self.sampler} needs it, such as top_p=0.9"
+            )
+        if not is_needed and self.top_p is not None:
             raise ValueError(
                 f"top_p={self.top_p} says nothing to sampler {self.sampler}; leave it out, or set sampler=topp"
             )

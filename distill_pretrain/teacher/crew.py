@@ -11,7 +11,7 @@ from distill_pretrain.cache.plan import CachePlan
 from distill_pretrain.contracts import TeacherEngine
 from distill_pretrain.data.sources import SequenceData
 from distill_pretrain.errors import DistillPretrainError, TeacherError
-from distill_pretrain.sampling import host_columns
+from distill_pretrain.sampling.host import host_columns
 from distill_pretrain.teacher.sampling_backend import ReadColumns
 from distill_pretrain.teacher.scoring import SampledBatch, score
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from distill_pretrain.cache.plan import CachePlan
 from distill_pretrain.data.kept_mass import KeptShare
+from distill_pretrain.sampling.kinds import SAMPLERS
 from distill_pretrain.teacher.scoring import SampledBatch
 
 ENOUGH_POSITIONS = 8192
@@ -60,7 +61,8 @@ class _Sums(KeptShare):
         )
         if not self.is_low:
             return said
+        own = "".join(f" or {setting}" for setting in SAMPLERS[sampler].own_settings)
         return (
             f"warning: {said}, and students learn that bias; remedy: raise num_draws"
-            f"{' or top_p' if sampler == 'topp' else ''}, or sample (capture.sampler=systematic), which has no bias"
+            f"{own}, or sample (capture.sampler=systematic), which has no bias"
         )

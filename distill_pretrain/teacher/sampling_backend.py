@@ -14,7 +14,8 @@ from distill_pretrain.errors import ConfigError
 from distill_pretrain.kernels.cuda.backend import KernelsUnavailable, launcher_for
 from distill_pretrain.kernels.cuda.launcher import Launcher
 from distill_pretrain.kernels.teacher_sampling import SOURCE, DeviceColumns
-from distill_pretrain.sampling import Columns, host_columns
+from distill_pretrain.sampling.columns import Columns
+from distill_pretrain.sampling.host import host_columns
 
 SamplingImplementation = Literal["auto", "numpy", "cuda"]
 

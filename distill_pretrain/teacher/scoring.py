@@ -24,14 +24,11 @@ from distill_pretrain.contracts import (
 )
 from distill_pretrain.data.sources import SequenceData
 from distill_pretrain.errors import TeacherError
-from distill_pretrain.sampling import (
-    BadLogits,
-    DistributionFigures,
-    Sampler,
-    host_columns,
-    sample_columns,
-    sample_sets_parallel,
-)
+from distill_pretrain.sampling.figures import DistributionFigures
+from distill_pretrain.sampling.host import host_columns
+from distill_pretrain.sampling.samplers import Sampler, sample_columns
+from distill_pretrain.sampling.vocab_parallel import sample_sets_parallel
+from distill_pretrain.sampling.weights import BadLogits
 from distill_pretrain.teacher.sampling_backend import ReadColumns
 
 _CHUNKS_WAITING = 2

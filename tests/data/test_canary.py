@@ -10,7 +10,7 @@ import pytest
 from distill_pretrain.contracts import IGNORED_LABEL, RaggedTargets
 from distill_pretrain.data.canary import Canary, check_canary, measure_canary, run_canary
 from distill_pretrain.errors import CacheMismatch, TeacherError
-from distill_pretrain.sampling import sample_targets
+from distill_pretrain.sampling.samplers import sample_targets
 
 VOCAB = 64
 SEQ_LEN = 48

@@ -14,17 +14,12 @@ from distill_pretrain.contracts import RaggedTargets
 from distill_pretrain.kernels.cuda.backend import launcher_for
 from distill_pretrain.kernels.cuda.launcher import Launcher
 from distill_pretrain.kernels.teacher_sampling import MAX_DRAWS, SOURCE, DeviceColumns
-from distill_pretrain.sampling import (
-    BadLogits,
-    DistributionFigures,
-    Sampler,
-    sample_columns,
-    sample_sets,
-)
 from distill_pretrain.sampling.columns import Draws
-from distill_pretrain.sampling.host import POINTS, HostColumns
-from distill_pretrain.sampling.samplers import sample_split
-from distill_pretrain.sampling.weights import integer_weights
+from distill_pretrain.sampling.drawing import DRAWN
+from distill_pretrain.sampling.figures import DistributionFigures
+from distill_pretrain.sampling.host import HostColumns
+from distill_pretrain.sampling.samplers import Sampler, sample_columns, sample_sets, sample_split
+from distill_pretrain.sampling.weights import BadLogits, integer_weights
 from tests.support.emulation import emulated
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -165,7 +160,7 @@ def test_points_at_the_very_ends_of_columns_are_found(launcher):
     wanted = np.concatenate([ends - 1, ends, ends + 1])
     draws = Draws("multinomial", 1, SEED, positions_of(len(wanted)))
     totals = np.full(len(wanted), cumulative[-1])
-    below = POINTS["multinomial"](draws.words, totals, 1)[:, 0] - wanted
+    below = DRAWN["multinomial"].points(draws.words, totals, 1)[:, 0] - wanted
     rows = logits.expand(len(wanted), 2000)
     drawn = []
     for columns in (DeviceColumns(rows, launcher, threads=64), HostColumns(rows.numpy())):
@@ -222,7 +217,7 @@ def test_draws_from_a_true_vocabulary_are_unbiased(launcher, name):
     logits[0, rng.integers(0, QWEN_VOCAB, 300)] += 8
     cumulative = integer_weights(logits).cumsum(1)[0]
     words = Draws(name, draws, SEED, positions_of(num_positions)).words
-    points = POINTS[name](words, np.full(num_positions, cumulative[-1]), draws)
+    points = DRAWN[name].points(words, np.full(num_positions, cumulative[-1]), draws)
     ids = np.searchsorted(cumulative, points, side="right")
     counts = np.bincount(ids.reshape(-1), minlength=QWEN_VOCAB)
 

@@ -12,7 +12,7 @@ import torch
 from distill_pretrain.contracts import RaggedTargets, SparseTargets
 from distill_pretrain.kernels.sparse_kd.settings import LossSettings
 from distill_pretrain.losses.sparse_kd import sparse_kd_loss
-from distill_pretrain.sampling import sample_targets
+from distill_pretrain.sampling.samplers import sample_targets
 
 VOCAB = 100_000
 K = 20

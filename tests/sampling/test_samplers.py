@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from distill_pretrain.contracts import RaggedTargets
-from distill_pretrain.sampling import SAMPLERS, BadLogits, Sampler, sample_sets, sample_targets
-from distill_pretrain.sampling.host import _locate, systematic_points
-from distill_pretrain.sampling.weights import integer_weights
+from distill_pretrain.sampling.drawing import systematic_points
+from distill_pretrain.sampling.host import _locate
+from distill_pretrain.sampling.kinds import SAMPLERS
+from distill_pretrain.sampling.samplers import Sampler, sample_sets, sample_targets
+from distill_pretrain.sampling.weights import BadLogits, integer_weights
 
 
 def settings_of(sampler: str, num_draws: int, seed: int = 5) -> dict[str, object]:

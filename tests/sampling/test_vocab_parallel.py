@@ -13,13 +13,10 @@ import torch.distributed as dist
 from distill_pretrain.contracts import RaggedTargets
 from distill_pretrain.errors import TeacherError
 from distill_pretrain.processes.process import process_group
-from distill_pretrain.sampling import (
-    BadLogits,
-    DistributionFigures,
-    Sampler,
-    sample_sets,
-    sample_sets_parallel,
-)
+from distill_pretrain.sampling.figures import DistributionFigures
+from distill_pretrain.sampling.samplers import Sampler, sample_sets
+from distill_pretrain.sampling.vocab_parallel import sample_sets_parallel
+from distill_pretrain.sampling.weights import BadLogits
 from tests.support.distributed import run_distributed
 
 ROWS, VOCAB = 70, 600

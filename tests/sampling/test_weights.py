@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from distill_pretrain.errors import TeacherError
-from distill_pretrain.sampling import BadLogits
-from distill_pretrain.sampling.weights import Scratch, integer_weights
+from distill_pretrain.sampling.weights import BadLogits, Scratch, integer_weights
 
 POLYNOMIAL = (
     "0x1.e243bep-14",

@@ -15,7 +15,7 @@ from distill_pretrain.cache.manifest import Manifest
 from distill_pretrain.contracts import LogitsChunk, Replica
 from distill_pretrain.data.config import DataConfig
 from distill_pretrain.data.sources import open_sequences
-from distill_pretrain.sampling import host_columns
+from distill_pretrain.sampling.host import host_columns
 from distill_pretrain.teacher.capture import (
     CaptureWatch,
     capture_shards,

@@ -22,7 +22,7 @@ from distill_pretrain.data.config import DataConfig
 from distill_pretrain.data.sources import SequenceData, open_sequences
 from distill_pretrain.errors import CacheCorrupt, CacheError, ConfigError, TeacherError
 from distill_pretrain.kernels.teacher_sampling import SOURCE
-from distill_pretrain.sampling import host_columns
+from distill_pretrain.sampling.host import host_columns
 from distill_pretrain.teacher.capture import (
     CaptureWatch,
     capture_shards,

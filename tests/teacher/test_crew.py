@@ -17,7 +17,7 @@ from distill_pretrain.errors import CacheError, ConfigError, TeacherError
 from distill_pretrain.kernels.cuda.backend import KernelsUnavailable
 from distill_pretrain.kernels.teacher_sampling import SOURCE
 from distill_pretrain.processes.process import process_group
-from distill_pretrain.sampling import host_columns
+from distill_pretrain.sampling.host import host_columns
 from distill_pretrain.teacher import capture as job
 from distill_pretrain.teacher import sampling_backend
 from distill_pretrain.teacher.sampling_backend import ReadColumns, device_reader

@@ -13,10 +13,10 @@ from distill_pretrain.contracts import LogitsChunk, Replica
 from distill_pretrain.data.config import DataConfig
 from distill_pretrain.data.sources import SequenceData, open_sequences
 from distill_pretrain.errors import TeacherError
-from distill_pretrain.sampling import Sampler, sample_targets
+from distill_pretrain.sampling.samplers import Sampler, sample_targets
+from distill_pretrain.teacher.estimator_sums import SamplerFigures
 from distill_pretrain.teacher.estimators import (
     EstimatorStudy,
-    SamplerFigures,
     moved_by_batch_shape,
     softmax64,
     study_estimators,

@@ -11,7 +11,7 @@ import pytest
 
 from distill_pretrain.contracts import IGNORED_LABEL
 from distill_pretrain.errors import TeacherError
-from distill_pretrain.sampling import Sampler, sample_sets
+from distill_pretrain.sampling.samplers import Sampler, sample_sets
 from distill_pretrain.teacher.gate import BatchFigures, SanityGate
 from distill_pretrain.teacher.scoring import SampledBatch
 

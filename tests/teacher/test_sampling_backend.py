@@ -16,7 +16,7 @@ from distill_pretrain.errors import ConfigError
 from distill_pretrain.kernels.cuda.backend import KernelsUnavailable
 from distill_pretrain.kernels.cuda.launcher import Launcher
 from distill_pretrain.kernels.teacher_sampling import SOURCE, DeviceColumns
-from distill_pretrain.sampling import host_columns
+from distill_pretrain.sampling.host import host_columns
 from distill_pretrain.teacher import sampling_backend
 from distill_pretrain.teacher.capture import make_plans
 from distill_pretrain.teacher.config import CaptureConfig

@@ -14,7 +14,8 @@ from distill_pretrain.cache.codec.hc.build import build_tables
 from distill_pretrain.cache.codec.hc.tables import HcTables
 from distill_pretrain.cache.codec.registry import CodecName, codec_number
 from distill_pretrain.contracts import IGNORED_LABEL, RaggedTargets
-from distill_pretrain.sampling import RNG_NAME, sample_targets
+from distill_pretrain.sampling.philox import RNG_NAME
+from distill_pretrain.sampling.samplers import sample_targets
 
 
 @dataclass(frozen=True)

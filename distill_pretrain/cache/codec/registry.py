@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple, Protocol
 
 from distill_pretrain.contracts import RaggedTargets, TargetKind
+from distill_pretrain.sampling.kinds import SAMPLERS
 
 CodecName = Literal["raw", "hc"]
 
@@ -26,8 +27,8 @@ CODECS: dict[int, CodecEntry] = {
 
 def codec_number(name: CodecName, sampler: str) -> int:
     """Number of the codec that stores what a sampler yields."""
-    kind = "logprobs" if sampler in ("topk", "topp") else "counts"
-    return next(number for number, entry in CODECS.items() if entry == (name, kind))
+    wanted = CodecEntry(name, SAMPLERS[sampler].values)
+    return next(number for number, entry in CODECS.items() if entry == wanted)
 
 
 class BlockCodec(Protocol):

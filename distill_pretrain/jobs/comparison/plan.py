@@ -16,13 +16,13 @@ from distill_pretrain.errors import ConfigError
 from distill_pretrain.jobs.recipe import Recipe
 from distill_pretrain.losses.config import ObjectiveConfig
 from distill_pretrain.reports.comparison.config import (
-    TRUNCATED,
     CellConfig,
     CompareConfig,
     default_cells,
     default_sets,
 )
 from distill_pretrain.reports.comparison.results import CellSpec
+from distill_pretrain.sampling.kinds import TRUNCATED
 
 TEACHER_SECTIONS = ("data", "model", "parallel", "optimizer", "objective", "train")
 

@@ -16,13 +16,13 @@ from distill_pretrain.jobs.recipe import Recipe
 from distill_pretrain.processes.env import launch_world_size
 
 if TYPE_CHECKING:
-    from distill_pretrain.sampling import Sampler
-    from distill_pretrain.teacher.estimators import EstimatorStudy, SamplerFigures
+    from distill_pretrain.sampling.samplers import Sampler
+    from distill_pretrain.teacher.estimator_sums import SamplerFigures
+    from distill_pretrain.teacher.estimators import EstimatorStudy
 
 MOST_DRAWS = 1024
 BATCH_SHAPES = (1, 3, 16)
 BATCH_SHAPE_SEQUENCES = 16
-UNBIASED = ("multinomial", "systematic")
 
 
 def show_estimators(
@@ -115,11 +115,13 @@ def _check(options: dict[str, Any]) -> None:
 
 
 def _samplers(draws: tuple[int, ...], top_p: tuple[float, ...], seed: int) -> list[Sampler]:
-    from distill_pretrain.sampling import Sampler
+    from distill_pretrain.sampling.kinds import SAMPLERS
+    from distill_pretrain.sampling.samplers import Sampler
 
     by_draws = [
         Sampler(name=name, num_draws=n, seed=seed)
-        for name in (*UNBIASED, "topk")
+        for name, kind in SAMPLERS.items()
+        if not kind.own_settings
         for n in sorted(set(draws))
     ]
     cap = max(draws)

@@ -20,7 +20,8 @@ BLOCK_COLUMNS = 256
 MAX_DRAWS = 8192
 """Their columns lie in shared memory."""
 THREADS = 256
-_STREAMS = {"multinomial": 0, "systematic": 1}
+_STREAMS = (0, 1)
+"""Streams of the samplers that the kernels know: multinomial and systematic."""
 
 Array = npt.NDArray[Any]
 
@@ -44,7 +45,7 @@ class Draws(Protocol):
     """See `sampling.columns.Draws`."""
 
     @property
-    def name(self) -> str:
+    def stream(self) -> int:
         """Of the sampler."""
         ...
 
@@ -139,7 +140,7 @@ class DeviceBlock:
         totals: npt.NDArray[np.int64],
     ) -> DrawnEntries:
         """Those of the draws that fall on this rank's columns; see `sampling.columns.Block`."""
-        assert 1 <= draws.num_draws <= MAX_DRAWS, draws.num_draws
+        assert 1 <= draws.num_draws <= MAX_DRAWS and draws.stream in _STREAMS, draws
         positions = self._sent(draws.positions[rows].view(np.int64))
         sent_below, sent_totals = self._sent(below), self._sent(totals)
         lengths = self._new((len(positions),), torch.int32)
@@ -156,7 +157,7 @@ class DeviceBlock:
             columns=columns.data_ptr(),
             counts=counts.data_ptr(),
             seed=draws.seed,
-            stream=_STREAMS[draws.name],
+            stream=draws.stream,
             draws=draws.num_draws,
             slots=slots,
         )

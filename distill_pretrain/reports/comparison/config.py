@@ -10,9 +10,8 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from distill_pretrain.config import Section
+from distill_pretrain.sampling.kinds import TRUNCATED
 
-TRUNCATED = ("topk", "topp")
-"""Samplers that store the head of the distribution and miss the rest of its mass."""
 RESIDUAL_FIXES = ("drop", "label", "ghost", "uniform")
 """What to do with the missing mass, other than the paper's Top-K, which renormalises."""
 DEFAULT_TOPK = (3, 12, 50)

@@ -18,6 +18,7 @@ from distill_pretrain.cache.reader import CacheReader
 from distill_pretrain.eval.heldout import TEACHER
 from distill_pretrain.reports.curves import TrainingCurve
 from distill_pretrain.reports.results import EvalResults
+from distill_pretrain.sampling.kinds import UNBIASED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +182,7 @@ class Comparison:
     @property
     def sampled(self) -> list[CellResults]:
         """Plain cells of unbiased samples, by ascending unique ids."""
-        found = [*self.family("multinomial"), *self.family("systematic")]
+        found = [cell for sampler in UNBIASED for cell in self.family(sampler)]
         return sorted(found, key=lambda cell: cell.unique_ids or 0.0)
 
     def fixes(self) -> dict[str, list[CellResults]]:
