@@ -16,7 +16,7 @@ from distill_pretrain.losses.points import extremes
 
 def column_slice(
     logits: torch.Tensor, vocab_size: int, tensor_group: dist.ProcessGroup | None
-) -> slice:
+) -> slice[int]:
     """Global ids of this rank's real columns; an empty slice where it holds padding alone."""
     rank = dist.get_rank(tensor_group) if tensor_group is not None else 0
     first = rank * logits.size(-1)

@@ -42,7 +42,7 @@ class Loss:
         """K."""
         return 0 if self.targets is None else self.targets.ids.size(-1)
 
-    def rows(self, rows: slice) -> Loss:
+    def rows(self, rows: slice[int]) -> Loss:
         """The loss of some of the tokens."""
 
         def part(values: torch.Tensor | None) -> torch.Tensor | None:

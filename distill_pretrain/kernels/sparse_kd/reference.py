@@ -47,7 +47,7 @@ class Picks:
         """bool[T, M]: whether this rank owns the column."""
         return self.relative == self.columns
 
-    def of_rows(self, rows: slice) -> Picks:
+    def of_rows(self, rows: slice[int]) -> Picks:
         """Those of some rows."""
         return Picks(relative=self.relative[rows], columns=self.columns[rows])
 
@@ -392,7 +392,7 @@ def _lowered(maxima: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     return (_distance(maxima) / temperature).exp()
 
 
-def _row_chunks(rows: torch.Tensor) -> Iterator[slice]:
+def _row_chunks(rows: torch.Tensor) -> Iterator[slice[int]]:
     """Slices of [T, n] along T whose temporaries stay small."""
     size = max(1, CHUNK_ELEMENTS // max(1, rows.size(-1)))
     return (slice(first, first + size) for first in range(0, len(rows), size))
