@@ -63,7 +63,7 @@ def missing_ranges(plan: CachePlan, present: Iterable[int]) -> list[tuple[int, i
 
 
 def ranges_text(ranges: list[tuple[int, int]]) -> str:
-    """As messages list them: "0 to 511, 1024 to 1535"."""
+    """Write (first, last) pairs as messages list them: "0 to 511, 1024 to 1535"."""
     return ", ".join(f"{first} to {last}" for first, last in ranges)
 
 

@@ -340,7 +340,7 @@ def load_plan(storage: Storage) -> CachePlan:
 
 
 def load_plan_of_extent(storage: Storage) -> CachePlan:
-    """As `load_plan`, with the manifest's extent, or without one that of the shards' names, where that is larger."""
+    """Load the plan with the largest extent known: its own, the manifest's, or else that of the shards' names."""
     plan = load_plan(storage)
     try:
         known = Manifest.from_json_bytes(storage.read(MANIFEST_NAME), plan).plan.num_sequences

@@ -84,7 +84,7 @@ class ShardWriter(Closing):
         self.append_hashed(targets, token_hash(tokens))
 
     def append_hashed(self, targets: RaggedTargets, hashed: int) -> None:
-        """As `append`, for tokens of which only the `token_hash` is known."""
+        """Write the next block, as `append` does, for tokens of which only the `token_hash` is known."""
         block, size = self.next_block, self.place(self.next_block)[2]
         assert targets.entries_per_token.shape == (size,), (targets.entries_per_token.shape, size)
         frame = self._spec.frame_bytes(block, targets, hashed)

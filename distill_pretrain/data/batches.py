@@ -189,7 +189,7 @@ class StudentBatches:
 
     @property
     def bytes_read(self) -> int:
-        """Of the caches, by this rank, so far."""
+        """Bytes that this rank has read from the caches so far."""
         return sum(int(getattr(source.cache, "bytes_read", 0)) for source in self.sources)
 
     def sequences(

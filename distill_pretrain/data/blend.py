@@ -102,7 +102,9 @@ def _times(n: npt.NDArray[np.int64], share: int) -> npt.NDArray[np.int64]:
 
 
 def blend_splits(weights: Sequence[float]) -> tuple[int, ...]:
-    """At level j, source j's share of what the sources before it leave, as an integer over 2^32.
+    """Turn the weights of sources into the splits by which a blend walks down its sources.
+
+    Split j is source j's share of what the sources before it leave, as an integer over 2^32.
 
     Raises:
         ConfigError: a weight is so small beside the others that its source would never be visited.

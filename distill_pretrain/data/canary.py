@@ -269,7 +269,7 @@ def target_columns(targets: RaggedTargets, labels: npt.NDArray[np.int32]) -> Tar
 
 
 def _lead(mass: npt.NDArray[np.float64], other: int) -> float:
-    """By how many standard errors the aligned column exceeds another."""
+    """Return by how many standard errors the aligned column exceeds another."""
     mean, error = _mean_and_error(mass[:, _ALIGNED] - mass[:, other])
     if error == 0:
         return float(np.sign(mean)) * np.inf if mean else 0.0

@@ -48,7 +48,7 @@ def publish_bytes(path: Path, data: bytes) -> None:
 
 
 def publish_bytes_once(path: Path, data: bytes) -> bool:
-    """As `publish_bytes`, but never replaces a file: of several writers exactly one gets True.
+    """Write a file as `publish_bytes` does, but never replace one: of several writers exactly one gets True.
 
     On a file system without hard links the check and the rename are two steps, so callers compare
     what they find afterwards.

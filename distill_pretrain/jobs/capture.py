@@ -165,7 +165,7 @@ def _shown(log: CaptureLog) -> dict[str, str]:
 
 
 def _print(line: str) -> None:
-    """For the leader of a replica, which need not be the first process of the job."""
+    """Print at once, as the leader of a replica, which need not be the first process of the job."""
     print(line, flush=True)
 
 

@@ -117,7 +117,7 @@ def progress(
 
 
 def duration(seconds: float) -> str:
-    """Such as 2h05m, 3m07s or 9s."""
+    """Write seconds as people read them, such as 2h05m, 3m07s or 9s."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

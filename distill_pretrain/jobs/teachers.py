@@ -44,7 +44,7 @@ def load_teacher(teacher: TeacherConfig, sequences: SequenceData, tokens: Path) 
 
 
 def load_replica(teacher: TeacherConfig, sequences: SequenceData, tokens: Path) -> TeacherEngine:
-    """As `load_teacher`, for capture: this rank's share of a teacher that several processes may hold together.
+    """Load this rank's share of a teacher for a capture; several processes may hold one teacher together.
 
     It needs the groups of `teacher.engines.teacher_groups`.
     """

@@ -155,7 +155,7 @@ class Pilot:
         )
 
     def density(self, wanted: Targets) -> Density:
-        """Of a kind of targets that was measured, or scaled from the nearest N of the same sampler.
+        """Density of a kind of targets: as measured, or scaled from the nearest N of the same sampler.
 
         Raises:
             ConfigError: the pilot has no such sampler.
@@ -187,7 +187,7 @@ class Pilot:
 
 
 def density_without_pilot(targets: Targets) -> Density:
-    """From the paper's curve; a flatter teacher stores two to three times as many ids."""
+    """Assume the density of the paper's curve; a flatter teacher stores two to three times as many ids."""
     factor, exponent = PAPER_IDS
     sampled = targets.values == "counts"
     entries = factor * targets.num_draws**exponent if sampled else float(targets.num_draws)

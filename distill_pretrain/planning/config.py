@@ -19,7 +19,7 @@ class PlanConfig(Section):
     gpu_memory_gb: float = Field(default=80.0, gt=0, le=1e9)
     """Memory of a GPU, in units of 1e9 bytes."""
     gpu_reserve_gb: float = Field(default=6.0, ge=0, le=1e9)
-    """Of it, what CUDA, NCCL and fragmentation take (an assumption; measure it on your machines)."""
+    """The part of it that CUDA, NCCL and fragmentation take (an assumption; measure it on your machines)."""
     process_base_gb: float = Field(default=0.395, ge=0, le=1e9)
     """Host memory of a process of `train` without a model or CUDA, in units of 1e9 bytes (docs/results/memory)."""
     gpu_tflops: float = Field(default=989.0, ge=1e-6, le=1e9)

@@ -44,7 +44,7 @@ class Figure:
 
 
 def quantity(value: float | str, unit: str) -> str:
-    """Such as 36.5 GB, 1.2 M tokens or 12.3 GPU-hours."""
+    """Write a value with its unit, such as 36.5 GB, 1.2 M tokens or 12.3 GPU-hours."""
     if isinstance(value, str):
         return value
     if unit in ("B", "B/s", "tokens", "tokens/s", "parameters"):

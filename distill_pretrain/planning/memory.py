@@ -333,7 +333,7 @@ def _loss(job: StudentJob) -> tuple[int, int]:
 
 
 def _loss_temporaries(job: StudentJob, positions: int, columns: int) -> int:
-    """Of the loss over so many positions, in plain PyTorch."""
+    """Bytes of the temporaries of the loss over so many positions, in plain PyTorch."""
     copies = 2 if job.bytes_per_activation < 4 else 1
     chunk = 4 * min(LOSS_CHUNK_ELEMENTS, positions * columns) * copies
     return chunk + positions * 24 * (1 + job.entries)

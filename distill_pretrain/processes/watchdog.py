@@ -223,7 +223,10 @@ _current: Watchdog | None = None
 
 
 def alive() -> None:
-    """For work that takes long on one rank (a disk, above all): it goes on. Cheap, from any thread, watched or not."""
+    """Say that work which takes long on one rank goes on: a disk, above all.
+
+    The call is cheap, and allowed from any thread, whether or not a watchdog looks on.
+    """
     dog = _current
     if dog is not None:
         dog.alive()

@@ -63,7 +63,7 @@ class EvalResults:
         software: dict[str, str],
         date: str,
     ) -> EvalResults:
-        """From the scores that `heldout.evaluate` returns."""
+        """Collect the scores that `heldout.evaluate` returns."""
         first = next(iter(scores.values()))
         fields = [field for field in PAIRED_FIELDS if getattr(first, field) is not None]
         paired = {

@@ -59,7 +59,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def tick_label(value: float) -> str:
-    """Such as 25k, 1.5M, 0.002 or 3e-05."""
+    """Write a value beside an axis, such as 25k, 1.5M, 0.002 or 3e-05."""
     for scale, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= 10 * scale or (abs(value) >= scale and letter != "k"):
             return f"{value / scale:.4g}{letter}"

@@ -74,7 +74,7 @@ def draw_signal(measured: Signal, predicted: Signal, *, title: str) -> bytes:
 
 
 def _log_scale(panel: Axes, values: npt.NDArray[np.float64]) -> None:
-    """At least a factor of four around what is shown, so that a flat line looks flat."""
+    """Scale an axis by logarithms, over a factor of four at least, so that a flat line looks flat."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     panel.set_yscale("log")

@@ -242,7 +242,7 @@ def _fault_of(window: list[_Stretch], vocab_size: int) -> TeacherError | None:
     """What is wrong with the teacher, or None where nothing clearly is."""
 
     def mean(name: str) -> tuple[float, float]:
-        """Of a figure: its mean, and `CLEARLY` standard errors."""
+        """Mean of a figure, and `CLEARLY` standard errors of it."""
         values = np.array([getattr(stretch, name) for stretch in window])
         return float(values.mean()), CLEARLY * float(values.std(ddof=1)) / math.sqrt(len(values))
 

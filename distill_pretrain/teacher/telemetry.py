@@ -255,7 +255,7 @@ class CaptureLog:
 
 
 class _Sums:
-    """Of the batches since the last line."""
+    """Sums over the batches since the last line of the log."""
 
     def __init__(self) -> None:
         self.batches = self.sequences = self.positions = self.measured = self.size = 0

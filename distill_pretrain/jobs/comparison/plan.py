@@ -37,7 +37,7 @@ class StudentRun:
 
     @property
     def folder(self) -> Path:
-        """Its run folder."""
+        """The run folder of this student."""
         assert self.recipe.train
         return self.recipe.train.output_dir
 

@@ -260,7 +260,7 @@ def memory_figures(job: StudentJob, memory: RankMemory) -> list[Figure]:
 
 
 def layout_text(job: StudentJob) -> str:
-    """Such as tensor 2 + sequence, pipeline 4, distributed optimizer."""
+    """Describe a layout in words, such as: tensor 2 + sequence, pipeline 4, distributed optimizer."""
     parallel = job.parallel
     parts = [f"tensor {parallel.tensor}" + (" + sequence" if parallel.sequence_parallel else "")]
     if parallel.pipeline > 1:

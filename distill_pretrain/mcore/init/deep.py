@@ -153,7 +153,7 @@ def initial_stds(model: ModelConfig) -> Stds:
 
 
 def _widths(model: ModelConfig) -> tuple[int, int, int, int]:
-    """Of the stream, the queries, the keys (and the values), and the feed-forward block."""
+    """Widths of the stream, the queries, the keys (the values have the same), and the feed-forward block."""
     head = model.kv_channels or model.hidden_size // model.num_attention_heads
     groups = model.num_query_groups or model.num_attention_heads
     return (
@@ -217,13 +217,16 @@ def _deepnorm(model: ModelConfig) -> Stds:
 
 
 def _embedding_std(model: ModelConfig) -> float:
-    """That makes the sum of the embeddings, after dropout, of variance 1."""
+    """Standard deviation with which the sum of the embeddings has variance 1 after dropout."""
     tables = 1 if model.arch == "llama" else 2
     return math.sqrt((1 - model.dropout) / tables)
 
 
 def _final_gain(model: ModelConfig, word: float) -> float:
-    """Of the final norm, so that logits have variance 1: a tied head has the embedding's std, not 1 / sqrt(hidden)."""
+    """Gain of the final norm with which logits have variance 1.
+
+    A tied head has the embedding's standard deviation, not 1 / sqrt(hidden), and the gain makes up for it.
+    """
     return 1 / (word * math.sqrt(model.hidden_size)) if model.tie_embeddings else 1.0
 
 

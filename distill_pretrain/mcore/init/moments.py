@@ -48,17 +48,20 @@ class Moments:
 
 
 def linear(x: Moments, *, fan_in: int, std: float) -> Moments:
-    """Of W x: mean 0, variance fan_in std^2 E[x^2], correlation E[x x'] / E[x^2] (linear, component table)."""
+    """Moments of W x: mean 0, variance fan_in std^2 E[x^2], correlation E[x x'] / E[x^2].
+
+    Source: row "linear" of the paper's component table.
+    """
     return Moments(0.0, fan_in * std**2 * x.second, x.product / x.second)
 
 
 def linear_gradient(gradient: float, *, fan_out: int, std: float) -> float:
-    """Of W^T g: fan_out std^2 times the variance of g (linear, component table)."""
+    """Variance of W^T g: fan_out std^2 times that of g (row "linear" of the component table)."""
     return fan_out * std**2 * gradient
 
 
 def embedding(*, std: float, tables: int = 1, repeats: float = 0.0) -> Moments:
-    """Of the sum of a word vector and tables - 1 position vectors.
+    """Moments of the sum of a word vector and tables - 1 position vectors.
 
     Args:
         std: of every table's entries.
@@ -69,7 +72,11 @@ def embedding(*, std: float, tables: int = 1, repeats: float = 0.0) -> Moments:
 
 
 def dropout(x: Moments, p: float) -> Moments:
-    """Of x kept with probability 1 - p and divided by it: (s2 + p mu^2) / (1 - p), token covariance unchanged."""
+    """Moments of x after dropout: each element is kept with probability 1 - p and divided by it.
+
+    The variance becomes (s2 + p mu^2) / (1 - p); the covariance of two tokens stays as it is, since they are dropped
+    independently.
+    """
     variance = (x.variance + p * x.mean**2) / (1 - p)
     return Moments(x.mean, variance, x.variance * x.correlation / variance if variance else 0.0)
 
@@ -90,9 +97,10 @@ def norm_gradient(gradient: float, second: float) -> float:
 
 
 def softmax(x: Moments, length: int) -> Moments:
-    """Of one of `length` probabilities: mean 1/L, variance (e^((1-r) s2) - 1) / L^2 (softmax, component table).
+    """Moments of one of `length` probabilities of a softmax: mean 1/L, variance (e^((1-r) s2) - 1) / L^2.
 
-    r is the correlation of two logits of one row.
+    r is the correlation of two logits of one row: what they share cancels in a softmax, so only (1 - r) s2 spreads
+    them. Source: row "softmax" of the component table.
     """
     spread = math.exp((1 - x.correlation) * x.variance)
     return Moments(1 / length, (spread - 1) / length**2)
@@ -122,7 +130,7 @@ class Activation:
     slope_product: Callable[[float, Array], Array]
 
     def __call__(self, x: Moments) -> Moments:
-        """Of f(x) for x of mean 0."""
+        """Moments of f(x) for x of mean 0."""
         assert x.mean == 0.0
         mean = self.mean(x.variance)
         variance = self.second(x.variance) - mean**2
@@ -184,7 +192,7 @@ def _gelu() -> Activation:
 
 
 def _silu() -> Activation:
-    """Of x sigmoid(x), which has no closed form: Gauss-Hermite quadrature and Mehler's series."""
+    """The activation x sigmoid(x), by Gauss-Hermite quadrature and Mehler's series: it has no closed form."""
 
     def function(x: Array) -> Array:
         return x / (1 + np.exp(-x))
@@ -267,10 +275,12 @@ def feed_forward_gain(name: str, *, gated: bool, variance: float = 1.0) -> float
 def feed_forward(
     x: Moments, name: str, *, gated: bool, stds: tuple[float, float], sizes: tuple[int, int]
 ) -> Moments:
-    """Of a feed-forward block (FFN, block table; the gated one is derived here the same way).
+    """Moments of a feed-forward block's output (row "FFN" of the block table).
+
+    The paper has the plain block; the gated one is derived here in the same way.
 
     Args:
-        x: of its input, of mean 0.
+        x: moments of its input, of mean 0.
         name: activation.
         gated: SwiGLU rather than a plain MLP.
         stds: of the first and second matrix.
@@ -333,7 +343,7 @@ def shared_token_weight(positions: Array, logit_covariance: Array) -> Array:
 
 
 def attention_context(x: Moments, *, length: int, logit_variance: float) -> Moments:
-    """Of sum_j p_ij x_j under causal attention, averaged over `length` positions.
+    """Moments of attention's output sum_j p_ij x_j under a causal mask, averaged over `length` positions.
 
     The variance is rho times that of x, rho = r + (1 - r) s (s: `same_token_weight`): for s = 0 the paper's r
     (attention, block table). Two contexts share the tokens up to the earlier one.

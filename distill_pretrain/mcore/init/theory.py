@@ -201,10 +201,10 @@ class _Recursion:
         return back, float(self.d * width * squares)
 
     def _norm_back(self, gradient: Array, squares: Array, left: Array | None = None) -> Array:
-        """At a norm's input of these mean squares.
+        """Take a gradient back through a norm whose input has these mean squares.
 
         Args:
-            gradient: at its output.
+            gradient: at the norm's output.
             squares: float64[N].
             left: for a norm below another in a Post-LN stream, mean squares of stream plus branch for a stream of 1:
                 the norm above has removed its direction, all but the branch's share, already.
@@ -214,7 +214,7 @@ class _Recursion:
         return gradient * kept / np.multiply.outer(root, root)
 
     def _loss_gradient(self, x: Array) -> Array:
-        """By the stream's end: through p - y of the softmax, the head and, for Pre-LN, the final norm."""
+        """The loss's gradient at the stream's end: through p - y, the head and, for Pre-LN, the last norm."""
         tied = self.model.tie_embeddings
         std = (self.stds.word if tied else self.stds.head) * self.stds.final_gain
         spread = self.d * std**2
@@ -265,7 +265,10 @@ class _Attention:
         return (float(self.within(covariance).sum()) - trace) / max(1, length - 1) / trace
 
     def weights(self, unit: Array, logit_variance: float) -> _Weights:
-        """For rows of this token correlation; logits of one row differ less where its tokens are alike."""
+        """Attention's weights for rows of this token correlation.
+
+        Logits of one row differ less where its tokens are alike.
+        """
         apart = 1 - max(0.0, self.correlation(unit))
         spread = logit_variance * apart
         own = same_token_weight(self.counts, spread)

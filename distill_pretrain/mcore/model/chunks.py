@@ -55,7 +55,7 @@ class DistillGPT(GPTModel):
         return self.loss_function(logits, labels)
 
     def _postprocess(self, hidden_states: torch.Tensor, *, labels: Any, **settings: Any) -> Any:
-        """As megatron-core's; a loss that takes hidden states gets them in place of logits."""
+        """Do what megatron-core does here, but give hidden states in place of logits to a loss that takes them."""
         loss: Any = self.loss_function
         if not self.post_process or labels is None or not getattr(loss, "takes_hidden", False):
             return super()._postprocess(hidden_states=hidden_states, labels=labels, **settings)

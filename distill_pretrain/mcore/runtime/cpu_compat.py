@@ -113,7 +113,9 @@ def _replace(module: ModuleType, name: str, function: Callable[..., Any]) -> Non
 
 @contextlib.contextmanager
 def disabled_at_the_end() -> Iterator[None]:
-    """For a job in a process that goes on with something else: what `enable` does inside the block is undone after it.
+    """Undo at the end of the block what `enable` does inside it.
+
+    This is for a job in a process that goes on with something else.
 
     Where it was enabled before, it stays so. No model of the block can be used after it without a GPU.
     """

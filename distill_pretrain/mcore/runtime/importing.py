@@ -21,7 +21,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 @contextlib.contextmanager
 def importing_megatron() -> Iterator[None]:
-    """For the block that imports megatron-core.
+    """Keep megatron-core's import quiet and quick; the block imports it.
 
     Its own warnings there concern optional packages. It hands its fused functions to torch.compile as it is imported,
     which loads the whole compiler; where there is no CUDA they are not in use, and stay as they are.

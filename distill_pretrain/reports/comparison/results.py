@@ -69,7 +69,7 @@ class Mean:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Mean:
-        """From one value per seed."""
+        """Mean, spread and standard error of one value per seed."""
         spread = statistics.stdev(values) if len(values) > 1 else None
         error = None if spread is None else spread / math.sqrt(len(values))
         return cls(statistics.fmean(values), spread, error, len(values))
@@ -95,11 +95,11 @@ class CellResults:
 
     @property
     def name(self) -> str:
-        """Of the cell."""
+        """Name of the cell."""
         return self.spec.name
 
     def mean(self, field: str) -> Mean | None:
-        """Over the seeds; None where `eval` did not compute the figure."""
+        """Mean of a figure over the seeds; None where `eval` did not compute it."""
         values = [scores.get(field) for scores in self.scores.values()]
         known = [float(value) for value in values if value is not None]
         return Mean.of(known) if len(known) == len(values) else None

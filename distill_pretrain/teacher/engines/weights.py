@@ -272,7 +272,7 @@ def _require_quantizer(path: Path, quantization: Any) -> None:
 
 @contextmanager
 def quiet(*, keep_bar: bool = False) -> Iterator[None]:
-    """Without transformers' own reports, which repeat, or contradict, what is checked here."""
+    """Silence transformers' own reports in the block: they repeat, or contradict, what is checked here."""
     from transformers.utils import logging
 
     level, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
