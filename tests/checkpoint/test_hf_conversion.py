@@ -18,7 +18,7 @@ from distill_pretrain.checkpoint.hf.files import Tensor, WeightFiles, plan_files
 from distill_pretrain.checkpoint.hf.tensors import correspondence
 from distill_pretrain.errors import CheckpointError
 from distill_pretrain.mcore.model.config import ModelConfig, ParallelConfig
-from distill_pretrain.processes.process import process_group
+from distill_pretrain.processes.process import process_group, released_groups
 from tests.support.distributed import REPOSITORY, run_distributed
 
 transformers = pytest.importorskip("transformers")
@@ -181,7 +181,7 @@ def convert_all(root: str, out: str) -> dict[str, Any]:
         curves = train_alike()
         for layout, sizes in {**LAYOUTS, **MORE_LAYOUTS}.items():
             parallel = ParallelConfig(**sizes)
-            with model_parallel(parallel, seed=0):
+            with released_groups(), model_parallel(parallel, seed=0):
                 found[layout] = {
                     family: _convert(Path(root), family, parallel, Path(out, layout))
                     for family in families_of(layout)

@@ -28,7 +28,7 @@ from distill_pretrain.mcore.init.deep import (
 from distill_pretrain.mcore.init.moments import feed_forward_gain
 from distill_pretrain.mcore.init.theory import Signal, predict
 from distill_pretrain.mcore.model.config import ModelConfig, ParallelConfig
-from distill_pretrain.processes.process import process_group
+from distill_pretrain.processes.process import process_group, released_groups
 from tests.support.distributed import run_distributed
 from tests.support.layouts import LLAMA, make_job, take_step
 
@@ -224,7 +224,7 @@ def under_layouts() -> dict[str, Any]:
     found = {}
     with process_group():
         for name, layout in LAYOUTS.items():
-            with model_parallel(ParallelConfig(**layout), seed=1) as groups:
+            with released_groups(), model_parallel(ParallelConfig(**layout), seed=1) as groups:
                 found[name] = layout_figures(layout, groups)
     return found
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from distill_pretrain.mcore.model.config import ParallelConfig
-from distill_pretrain.processes.process import process_group
+from distill_pretrain.processes.process import process_group, released_groups
 from tests.support.checkpoints import save_student
 from tests.support.distributed import run_distributed
 from tests.support.layouts import LLAMA, make_job, take_step
@@ -29,7 +29,7 @@ def change_layout(folder: str) -> dict[str, Any]:
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     pipeline, tensor = ParallelConfig(pipeline=2), ParallelConfig(tensor=2)
     with process_group():
-        with model_parallel(pipeline, seed=1) as groups:
+        with released_groups(), model_parallel(pipeline, seed=1) as groups:
             student, batches = make_job(DROPOUT, pipeline, groups, kd=True, steps=8)
             take_step(student, batches, 0)
             save_student(student, Path(folder))
@@ -37,11 +37,11 @@ def change_layout(folder: str) -> dict[str, Any]:
             helpers = psutil.Process().children(recursive=True)
             found["helpers"] = [h.name() for h in helpers if h.pid not in before]
         dist.barrier()
-        with model_parallel(pipeline, seed=99) as groups:
+        with released_groups(), model_parallel(pipeline, seed=99) as groups:
             student, batches = make_job(DROPOUT, pipeline, groups, kd=True, steps=8)
             found["restored"] = load_student(student, Path(folder))
             found["resumed"] = take_step(student, batches, 1).terms.tolist()
-        with model_parallel(tensor, seed=1) as groups:
+        with released_groups(), model_parallel(tensor, seed=1) as groups:
             student, batches = make_job(DROPOUT, tensor, groups, kd=True, steps=8)
             found["restored elsewhere"] = load_student(student, Path(folder))
             for step in (1, 2):
@@ -83,7 +83,7 @@ def resume_distributed_optimizer(folder: str) -> dict[str, Any]:
     context = ParallelConfig(distributed_optimizer=True, context=2)
     tensor = ParallelConfig(distributed_optimizer=True, tensor=2)
     with process_group():
-        with model_parallel(data, seed=1) as groups:
+        with released_groups(), model_parallel(data, seed=1) as groups:
             student, batches = make_job(LLAMA, data, groups, kd=True, steps=8)
             for step in (0, 1):
                 take_step(student, batches, step)
@@ -98,7 +98,7 @@ def resume_distributed_optimizer(folder: str) -> dict[str, Any]:
             ("cp2", context, Path(folder)),
             ("tp2", tensor, of_context),
         ):
-            with model_parallel(layout, seed=1) as groups:
+            with released_groups(), model_parallel(layout, seed=1) as groups:
                 student, batches = make_job(LLAMA, layout, groups, kd=True, steps=8)
                 load_student(student, source)
                 if name == "cp2":

@@ -18,7 +18,7 @@ from distill_pretrain.contracts import IGNORED_LABEL
 from distill_pretrain.losses.sparse_kd import DistillationObjective
 from distill_pretrain.mcore.init.deep import residual_identity
 from distill_pretrain.mcore.model.config import ModelConfig, ParallelConfig
-from distill_pretrain.processes.process import process_group
+from distill_pretrain.processes.process import process_group, released_groups
 from tests.support import checkpoints
 from tests.support.checkpoints import save_student
 from tests.support.distributed import run_distributed
@@ -86,7 +86,7 @@ def two_steps(
     from distill_pretrain.mcore.student.state import load_student
 
     layout, model = ParallelConfig(tensor=tensor), {**SMALL_GPT2, "dropout": dropout}
-    with model_parallel(layout, seed=1) as groups:
+    with released_groups(), model_parallel(layout, seed=1) as groups:
         student, batches = make_job(
             model, layout, groups, kd=True, steps=8, precision=precision, optimizer=optimizer
         )
@@ -135,7 +135,7 @@ def refused(stage: int) -> dict[str, Any]:
     from distill_pretrain.mcore.runtime.parallel import model_parallel
 
     layout = ParallelConfig(tensor=2)
-    with model_parallel(layout, seed=1) as groups:
+    with released_groups(), model_parallel(layout, seed=1) as groups:
         student, batches = make_job(
             SMALL_LLAMA, layout, groups, kd=False, steps=8, optimizer=zero(stage)
         )
