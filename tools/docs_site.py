@@ -159,7 +159,7 @@ def error_messages() -> list[Message]:
             keys = {keyword.arg: _text(keyword.value) for keyword in node.keywords}
             what = _text(node.args[0])
             if re.sub(r"\{[^}]*\}", "", what).strip(" ;:"):
-                file = path.relative_to(ROOT).as_posix()
+                file = path.relative_to(PACKAGE).as_posix()
                 messages.append(
                     Message(kind, what, keys.get("expected", ""), keys.get("remedy", ""), file)
                 )
