@@ -6,8 +6,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/env.sh hf eval dev
-# Of the next version of mkdocs, which material's authors warn of; not about this site.
-export NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true CUDA_VISIBLE_DEVICES=""
+# The theme says at every start that it is maintained until 2027-05-05, and Zensical, which reads mkdocs.yml, after that.
+export NO_MKDOCS_2_WARNING=true CUDA_VISIBLE_DEVICES=""
 if [ "${1:-}" = --serve ]; then
     exec mkdocs serve
 fi

@@ -3,15 +3,15 @@
 #
 #   launch/package.sh              builds, checks, installs; `doctor` and the plain example (what .ci/run runs)
 #   launch/package.sh --full       besides: every example, and the quickstart's short form, without this repository
-#   OUTPUT=wheels launch/package.sh   keeps the two files there
-#   PYTHON=3.12 launch/package.sh     with another Python
+#   OUTPUT=dist_wheels launch/package.sh   leaves the two files there once they are sound
+#   PYTHON=3.12 launch/package.sh          with another Python
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/env.sh hf eval dev
 root=$PWD
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-built=${OUTPUT:-$work/built}
+built=$work/built
 export CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 unset PYTHONPATH
 
@@ -64,5 +64,10 @@ if [ "${1:-}" = --full ]; then
     torchrun --nproc-per-node=1 "$root/examples/megatron_loop.py" example
     cp -r "$root/launch" .
     VENV=none launch/quickstart.sh --short
+fi
+if [ -n "${OUTPUT:-}" ]; then
+    cd "$root"
+    mkdir -p "$OUTPUT"
+    cp "$built"/* "$OUTPUT"
 fi
 echo "== packages are sound: $(basename "$wheel")"
