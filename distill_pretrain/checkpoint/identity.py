@@ -60,6 +60,7 @@ _WORDS = {
     "precision": "train.precision",
     "seed": "train.seed",
     "seq_len": "data.seq_len",
+    "start_from": "train.start_from",
     "sequence_plan_id": "data.tokens, data.seed",
     "tokenizer_sha256": "tokenizer of data.tokens",
     "vocab_size": "data.vocab_size",
@@ -135,6 +136,7 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], where: obje
     not_set = "optimizer.decay_steps" in sides[1]["at_default"]
     for side in sides:
         del side["version"], side["at_default"]
+    _compare_starts(*sides)
     old, new = (dict(_leaves(side)) for side in sides)
     differing = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
     if "sequence_plan_id" not in differing and "sequence_plan_id" in old:
@@ -153,6 +155,22 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], where: obje
         f"{_in_words(key, decay_is_steps=not_set)}: checkpoint {_shown(old, key)}, this run {_shown(new, key)}"
         for key in sorted(differing)
     ]
+
+
+def _compare_starts(*sides: dict[str, Any]) -> None:
+    """Weights that two runs start from are the same wherever they lie; others are named by their place, too."""
+    starts = [side.pop("start_from", None) for side in sides]
+    hashes = [start.get("sha256") if isinstance(start, dict) else start for start in starts]
+    for side, start in zip(sides, starts, strict=True):
+        if start is not None and hashes[0] != hashes[1]:
+            side["start_from"] = start_in_words(start)
+
+
+def start_in_words(start: Any) -> str:
+    """The weights that a run started from, as its identity records them."""
+    if not isinstance(start, dict):
+        return f"{start}"
+    return f"{start.get('path')} (sha256 {str(start.get('sha256'))[:12]})"
 
 
 def _leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

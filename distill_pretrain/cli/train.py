@@ -15,7 +15,7 @@ Trains a model with megatron-core: on the text alone (a teacher, or a baseline),
 logits, from a teacher that runs in the same job, or on a mix of text and teacher, as the section `objective` says.
 
 Reads   data.tokens (.bin/.idx); when objective.kd_weight > 0, data.cache, or, with objective.target=teacher,
-        teacher.path
+        teacher.path; with train.start_from, the weights that a new run starts from
 Writes  train.output_dir: recipe.yaml, metrics.jsonl (one record per step), events.jsonl (starts, bad steps, saves),
         checkpoints/; with train.track also tensorboard/ or metrics.prom
 

@@ -113,8 +113,8 @@ def _say_teacher(
             "(teacher.tensor, pipeline, fsdp, zero); start a multiple"
         )
     try:
-        require_own_tokenizer(teacher, tokens)
-        require_plausible_width(teacher, sequences.vocab_size)
+        require_own_tokenizer(teacher.path, tokens)
+        require_plausible_width(teacher.path, sequences.vocab_size)
         config_file = teacher.path / "config.json"
         if teacher.kind != "megatron" or config_file.is_file():
             _check_folder(teacher, config_file, sequences, problems)

@@ -28,8 +28,8 @@ def load_teacher(teacher: TeacherConfig, sequences: SequenceData, tokens: Path) 
     """
     from distill_pretrain.teacher.engines import open_engine
 
-    require_own_tokenizer(teacher, tokens)
-    require_plausible_width(teacher, sequences.vocab_size)
+    require_own_tokenizer(teacher.path, tokens)
+    require_plausible_width(teacher.path, sequences.vocab_size)
     engine = open_engine(
         teacher.kind,
         teacher.path,
@@ -50,8 +50,8 @@ def load_replica(teacher: TeacherConfig, sequences: SequenceData, tokens: Path) 
     """
     from distill_pretrain.teacher.engines import open_teacher_engine
 
-    require_own_tokenizer(teacher, tokens)
-    require_plausible_width(teacher, sequences.vocab_size)
+    require_own_tokenizer(teacher.path, tokens)
+    require_plausible_width(teacher.path, sequences.vocab_size)
     engine = open_teacher_engine(
         teacher,
         vocab_size=sequences.vocab_size,
@@ -66,8 +66,11 @@ MOST_PADDING = 1024
 """Columns beyond the corpus's ids that padding may make up, and a tenth of those ids where that is more."""
 
 
+_NOUNS = {"teacher.path": "teacher", "train.start_from": "source"}
+
+
 def _name_padding(teacher: TeacherConfig, sequences: SequenceData) -> None:
-    width = model_width(teacher)
+    width = model_width(teacher.path)
     if width > sequences.vocab_size:
         say(
             f"the teacher's columns {sequences.vocab_size} to {width - 1} are padding: "
@@ -75,38 +78,48 @@ def _name_padding(teacher: TeacherConfig, sequences: SequenceData) -> None:
         )
 
 
-def model_width(teacher: TeacherConfig) -> int:
-    """Ids that the config.json beside a teacher's weights names; 0 where there is none."""
+def model_width(model: Path) -> int:
+    """Ids that the config.json beside a model's weights names; 0 where there is none."""
     try:
-        raw = json.loads((teacher.path / "config.json").read_bytes())
+        raw = json.loads((model / "config.json").read_bytes())
         width = (raw.get("text_config") or raw).get("vocab_size")
     except (OSError, ValueError, AttributeError):
         return 0
     return width if isinstance(width, int) else 0
 
 
-def require_plausible_width(teacher: TeacherConfig, vocab_size: int) -> None:
-    """Refuse a teacher with so many more ids than the corpus that they cannot be padding.
+def require_plausible_width(model: Path, vocab_size: int, *, key: str = "teacher.path") -> None:
+    """Refuse a model with so many more ids than the corpus that they cannot be padding.
+
+    Args:
+        model: its folder.
+        vocab_size: V of the corpus.
+        key: of the recipe, that names the folder.
 
     Raises:
         TokenizerMismatch: see above.
     """
     from distill_pretrain.errors import TokenizerMismatch
 
-    width = model_width(teacher)
+    width = model_width(model)
     if width - vocab_size > max(MOST_PADDING, vocab_size // 10):
         raise TokenizerMismatch(
-            "the teacher has far more ids than the corpus: they mean something else",
-            where=f"teacher.path {teacher.path}",
+            f"the {_NOUNS[key]} has far more ids than the corpus: they mean something else",
+            where=f"{key} {model}",
             found=f"{width:,} ids, {vocab_size:,} in the corpus",
             expected="as many, but for some columns of padding",
-            remedy="tokenize with tokenizer.kind=hf and tokenizer.path set to the teacher's folder; "
+            remedy=f"tokenize with tokenizer.kind=hf and tokenizer.path set to the {_NOUNS[key]}'s folder; "
             "of a corpus made so, set data.vocab_size to its tokenizer's size",
         )
 
 
-def require_own_tokenizer(teacher: TeacherConfig, tokens: Path) -> None:
-    """Refuse a corpus made with another Hugging Face tokenizer than the one beside the teacher's weights.
+def require_own_tokenizer(model: Path, tokens: Path, *, key: str = "teacher.path") -> None:
+    """Refuse a corpus made with another Hugging Face tokenizer than the one beside a model's weights.
+
+    Args:
+        model: its folder.
+        tokens: prefix of the corpus.
+        key: of the recipe, that names the folder.
 
     Raises:
         TokenizerMismatch: the two differ.
@@ -115,16 +128,15 @@ def require_own_tokenizer(teacher: TeacherConfig, tokens: Path) -> None:
     from distill_pretrain.corpus.tokens_record import TokensRecord
     from distill_pretrain.errors import TokenizerMismatch
 
-    model = teacher.path
     record = TokensRecord.beside(tokens)
     has_tokenizer = any((model / name).is_file() for name in HF_FILES)
     if record is None or record.tokenizer["kind"] != "hf" or not has_tokenizer:
         return
     if not is_same_tokenizer(record, tokens.parent, model):
         raise TokenizerMismatch(
-            "the corpus was made with another tokenizer than the teacher's",
-            where=f"teacher.path {model}, data.tokens {tokens}",
-            found="another model, normaliser, pre-tokenizer or end-of-document token beside the teacher",
+            f"the corpus was made with another tokenizer than the {_NOUNS[key]}'s",
+            where=f"{key} {model}, data.tokens {tokens}",
+            found=f"another model, normaliser, pre-tokenizer or end-of-document token beside the {_NOUNS[key]}",
             expected=f"tokenizer {record.tokenizer_digests[0][:12]}, recorded in tokens.json",
-            remedy="tokenize with tokenizer.kind=hf and tokenizer.path set to the teacher's folder",
+            remedy=f"tokenize with tokenizer.kind=hf and tokenizer.path set to the {_NOUNS[key]}'s folder",
         )

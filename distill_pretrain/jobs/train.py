@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from distill_pretrain.config import dump_recipe, require
 from distill_pretrain.jobs.console import say
 from distill_pretrain.jobs.recipe import Recipe
+from distill_pretrain.jobs.start import FROM_TEACHER, start_of
 from distill_pretrain.jobs.teachers import load_teacher
 
 if TYPE_CHECKING:
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
 
 def require_training(recipe: Recipe) -> None:
     """Raise ConfigError where sections that training needs are missing."""
-    online = recipe.objective.target == "teacher"
-    require(recipe, "train", "data", "model", "train", *(["teacher"] if online else []))
+    from_teacher = recipe.train is not None and recipe.train.start_from == FROM_TEACHER
+    needs_teacher = recipe.objective.target == "teacher" or from_teacher
+    require(recipe, "train", "data", "model", "train", *(["teacher"] if needs_teacher else []))
 
 
 def train_model(recipe: Recipe) -> bool:
@@ -57,4 +59,5 @@ def train_model(recipe: Recipe) -> bool:
         say=say,
         save_recipe=save_recipe,
         open_teacher=open_teacher if recipe.objective.target == "teacher" else None,
+        start=start_of(recipe),
     )

@@ -20,6 +20,7 @@ from distill_pretrain.jobs.plan.student import (
     student_job,
 )
 from distill_pretrain.jobs.recipe import Recipe
+from distill_pretrain.jobs.start import open_start, start_folder
 from distill_pretrain.planning.figures import quantity
 from distill_pretrain.planning.memory import StudentJob, fullest_rank
 from distill_pretrain.planning.parameters import num_parameters, rank_shapes
@@ -87,6 +88,7 @@ def _facts(recipe: Recipe, corpus: Corpus, job: StudentJob) -> Iterator[tuple[st
     memory = fullest_rank(job)
     for figure in memory_figures(job, memory):
         yield figure.name, f"{figure.shown} ({figure.basis})"
+    yield from _start(recipe)
     yield from _data(recipe)
 
 
@@ -140,6 +142,23 @@ def _data(recipe: Recipe) -> Iterator[tuple[str, str]]:
             f"{source.cache}: belongs to the corpus, {totals['entries_per_token']} entries and "
             f"{totals['bytes_per_token']} bytes per position",
         )
+
+
+def _start(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """The weights of train.start_from: opened and compared where they and the corpus are there."""
+    assert recipe.data
+    folder = start_folder(recipe)
+    if folder is None:
+        return
+    index = recipe.data.tokens.with_name(f"{recipe.data.tokens.name}.idx")
+    absent = [path for path in (folder, index) if not path.exists()]
+    if absent:
+        yield "starts from", f"{folder}: not checked, for want of {', '.join(map(str, absent))}"
+        return
+    from distill_pretrain.data.sources import open_sequences
+
+    weights = open_start(recipe, open_sequences(recipe.data))
+    yield "starts from", f"{folder}: {weights.description}, of the student's architecture"
 
 
 def _held_out(data: DataConfig, train: TrainConfig) -> Iterator[tuple[str, str]]:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from distill_pretrain.config import Section
+from distill_pretrain.config import Section, nameable
 
 
 class BadStepsConfig(Section):
@@ -38,6 +38,9 @@ class TrainConfig(Section):
     """Run folder: recipe.yaml, metrics.jsonl, checkpoints/."""
     steps: int = Field(ge=1, le=1 << 38)
     """Optimizer steps."""
+    start_from: str | None = None
+    """Initial weights: a Hugging Face folder, a run or a checkpoint, or `teacher`, the weights at teacher.path; null
+    draws them. Optimizer, schedule and data start anew. A run that has started does not read them again."""
     micro_batch_size: int = Field(default=1, ge=1, le=1 << 20)
     """Sequences per forward pass and data-parallel rank."""
     global_batch_size: int = Field(ge=1, le=1 << 24)
@@ -79,6 +82,8 @@ class TrainConfig(Section):
     again; null waits for the collective's own timeout."""
     threads: int = Field(default=0, ge=0, le=1024)
     """CPU threads per process; 0 divides the cores among the processes of a node."""
+
+    _start_can_be_named = field_validator("start_from")(nameable)
 
     @field_validator("profile")
     @classmethod

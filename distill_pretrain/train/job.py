@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from distill_pretrain.checkpoint.identity import VERSION, at_default, described
 from distill_pretrain.checkpoint.ownership import job_owning, require_shared_folder
+from distill_pretrain.checkpoint.start import Start
 from distill_pretrain.checkpoint.store import CheckpointStore, drop_unfinished
 from distill_pretrain.contracts import LogitsEngine
 from distill_pretrain.data.batches import StudentBatches
@@ -70,6 +71,7 @@ def run_identity(
     objective: ObjectiveConfig,
     train: TrainConfig,
     teacher: LogitsEngine | None = None,
+    start: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint must share with the run that goes on from it; see `checkpoint.identity`.
 
@@ -100,6 +102,8 @@ def run_identity(
     }
     if teacher is not None:
         identity["teacher"] = teacher.identity
+    if start is not None:
+        identity["start_from"] = start
     if len(sources) > 1:
         identity["blend"] = [source.identity for source in sources[1:]]
         identity["blend_splits"] = list(blend_splits([s.config.weight for s in sources]))
@@ -142,6 +146,7 @@ def train_student(
     say: Callable[[str], None],
     save_recipe: Callable[[], None],
     open_teacher: OpenTeacher | None = None,
+    start: Start | None = None,
 ) -> bool:
     """Train, or go on training, the model of a recipe; whether it was asked to stop before the last step.
 
@@ -155,6 +160,7 @@ def train_student(
         say: prints one line, on rank 0.
         save_recipe: writes the resolved recipe into the run folder; called once, on rank 0.
         open_teacher: loads the teacher; given where objective.target=teacher, and called on every rank.
+        start: of train.start_from.
     """
     assert (open_teacher is not None) == (objective.target == "teacher")
     check_layout(
@@ -184,16 +190,21 @@ def train_student(
         open_sources(data, kd_weight=cached_weight) as sources,
         open_held_out(data, train, sources[0].sequences) as held_out,
     ):
+        checkpoints = CheckpointStore(train.output_dir / "checkpoints")
+        started, weights = start.look(checkpoints, sources[0].sequences) if start else (None, None)
         teacher = _open_whole(open_teacher, sources[0].sequences) if open_teacher else None
-        identity = run_identity(sources, model, parallel, optimizer, objective, train, teacher)
+        identity = run_identity(
+            sources, model, parallel, optimizer, objective, train, teacher, started
+        )
         for ignored in ignored_caches(data, objective, train):
             say(ignored)
         exports = RunExports(train, identity, data.tokens, zero_stage=optimizer.zero_stage)
-        checkpoints = CheckpointStore(train.output_dir / "checkpoints")
         newest = checkpoints.find(identity, say)
         if newest is not None and newest.step >= train.steps:
             say(f"already trained: {newest.folder}")
             return False
+        if newest is not None:
+            weights = None
         check_kernels(objective)
         check_targets(sources, objective, say)
         check_teacher(teacher, sources[0].sequences, objective)
@@ -241,13 +252,16 @@ def train_student(
                 vocab_size=vocab_size,
                 seq_len=data.seq_len,
                 precision=train.precision,
-                seed=train.seed,
+                seed=train.seed if weights is None else None,
                 steps=train.steps,
                 micro_batch_size=train.micro_batch_size,
                 num_micro_batches=batches.num_micro_batches,
                 loss_function=loss,
                 num_terms=len(loss.term_names),
             )
+            if weights is not None and start is not None:
+                weights.fill(student)
+                say(f"starts from {weights.description}: {start.folder}")
             needed = saved_bytes(student, precision=train.precision)
             on_first_rank(
                 lambda: checkpoints.require_room(needed, keep=train.keep_checkpoints, say=say)

@@ -143,7 +143,7 @@ def _unsupported(path: Path, problems: list[str]) -> CheckpointError:
         "megatron-core cannot run this model as it is:\n" + "\n".join(f"  - {p}" for p in problems),
         where=path / CONFIG,
         expected=f"one of {', '.join((*_DEFAULTS, 'gpt2'))} with plain causal attention",
-        remedy="a teacher may run with teacher.kind: hf instead",
+        remedy="a teacher may run with teacher.kind: hf instead; a student cannot start from it",
     )
 
 

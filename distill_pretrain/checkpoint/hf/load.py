@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,12 @@ from distill_pretrain.checkpoint.hf.config import read_hf_model
 from distill_pretrain.checkpoint.hf.files import WeightFiles
 from distill_pretrain.checkpoint.hf.tensors import Correspondence, Piece, correspondence
 from distill_pretrain.errors import CheckpointError
+from distill_pretrain.mcore.model.config import ModelConfig
 from distill_pretrain.processes.process import on_first_rank
+from distill_pretrain.processes.watchdog import alive
+
+if TYPE_CHECKING:
+    from distill_pretrain.mcore.student.base import Student
 
 
 def load_hf_weights(chunks: Sequence[torch.nn.Module], path: Path) -> None:
@@ -56,6 +61,35 @@ def _correspondence_of(path: Path) -> Correspondence:
     return correspondence(
         found.model, vocab_size=found.vocab_size, max_positions=found.max_positions
     )
+
+
+def start_from_hf(
+    student: Student, files: WeightFiles, *, model: ModelConfig, vocab_size: int, max_positions: int
+) -> None:
+    """Give a new student the values that a folder stores, one parameter of this rank in memory at a time.
+
+    Every rank calls it.
+
+    Args:
+        student: under any layout, precision and backend; its fp32 masters are the stored values, not rounded.
+        files: of `check_hf_weights`, of the same architecture.
+        model: of the student.
+        vocab_size: V of the student; rows beyond it are left out.
+        max_positions: learned positions of a gpt2 student; those beyond are left out.
+    """
+    from distill_pretrain.mcore.model.chunks import parameters_by_name
+    from distill_pretrain.mcore.runtime.parallel import current_groups
+
+    pieces = correspondence(model, vocab_size=vocab_size, max_positions=max_positions).pieces()
+    parameters = parameters_by_name(student.chunks)
+    groups = current_groups()
+    _require_all(parameters, pieces, groups.pipeline, files.folder)
+    rank, size = dist.get_rank(groups.tensor), dist.get_world_size(groups.tensor)
+    for name, parameter in parameters.items():
+        values = torch.empty(student.shape_of(parameter), dtype=torch.float32)
+        load_parameters({name: values}, pieces, files, rank=rank, size=size)
+        student.set_weights(parameter, values)
+        alive()
 
 
 @torch.no_grad()

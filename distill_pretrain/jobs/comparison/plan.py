@@ -119,7 +119,8 @@ class ComparisonPlan:
             return None
         assert self.recipe.teacher
         plain = ObjectiveConfig().model_dump(mode="json")
-        train = {**overrides.get("train", {}), "output_dir": str(self.recipe.teacher.path)}
+        own = {"start_from": None, **overrides.get("train", {})}
+        train = {**own, "output_dir": str(self.recipe.teacher.path)}
         return with_settings(
             self.recipe.model_copy(update={"compare": None, "capture": None, "teacher": None}),
             "compare.teacher",

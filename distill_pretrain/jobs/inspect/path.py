@@ -136,6 +136,7 @@ def _show_run(folder: Path) -> None:
     newest = store.newest()
     if newest is not None:
         _show_mapping("model", newest.identity.get("model"))
+        _show_mapping("started from", newest.identity.get("start_from"))
     elif (folder / "recipe.yaml").is_file():
         model = load_recipe(Recipe, folder / "recipe.yaml").model
         _show_mapping("model", None if model is None else model.model_dump(mode="json"))

@@ -9,6 +9,7 @@ from distill_pretrain.jobs.plan.student import (
     plan_settings,
 )
 from distill_pretrain.jobs.recipe import Recipe
+from distill_pretrain.jobs.start import start_folder
 from distill_pretrain.mcore.model.layout import replica_size
 from distill_pretrain.planning.config import PlanConfig
 from distill_pretrain.planning.costs import (
@@ -85,6 +86,16 @@ def training_part(recipe: Recipe, job: StudentJob, stored: StoredTargets | None)
             how=f"tokens / speed x {gpus} GPUs / 3600; loss and loader not counted",
         ),
     ]
+    folder = start_folder(recipe)
+    if folder is not None:
+        figures.append(
+            Figure(
+                name="initial weights",
+                value=f"{folder}",
+                basis="exact",
+                how="train.start_from, read once, by every rank its share; `train --dry-run` compares it",
+            )
+        )
     if stored:
         figures += _reading(plan_settings(recipe), job, stored, speed.value)
     figures += list(_overhead(plan_settings(recipe), job, speed.value))

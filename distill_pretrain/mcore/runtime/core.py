@@ -16,7 +16,11 @@ from distill_pretrain.mcore.runtime.importing import importing_megatron
 with importing_megatron():
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
     from megatron.core import optimizer as megatron_optimizer
-    from megatron.core.dist_checkpointing.mapping import ShardedObject, is_main_replica
+    from megatron.core.dist_checkpointing.mapping import (
+        ShardedObject,
+        ShardedTensorFactory,
+        is_main_replica,
+    )
     from megatron.core.dist_checkpointing.optimizer import (
         make_sharded_optimizer_tensor,
         optim_state_to_sharding_state,
@@ -130,6 +134,7 @@ __all__ = [
     "ParamKey",
     "ParamWithNamePredicate",
     "ShardedObject",
+    "ShardedTensorFactory",
     "TorchDistSaveShardedStrategy",
     "TransformerBlockSubmodules",
     "TransformerConfig",

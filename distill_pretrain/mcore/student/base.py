@@ -117,7 +117,7 @@ class Student(ABC):
         vocab_size: V, real vocabulary.
         seq_len: L.
         precision: "fp32" or "bf16".
-        seed: of the initial weights.
+        seed: of the initial weights; None leaves them to be set.
         steps: optimizer steps of the whole run (the decay's length unless the optimizer section names one).
         micro_batch_size: sequences per forward pass.
         num_micro_batches: forward passes per step and data-parallel rank.
@@ -135,7 +135,7 @@ class Student(ABC):
         vocab_size: int,
         seq_len: int,
         precision: str,
-        seed: int,
+        seed: int | None,
         steps: int,
         micro_batch_size: int,
         num_micro_batches: int,
@@ -228,6 +228,30 @@ class Student(ABC):
     def load_model_state(self, loaded: dict[str, Any]) -> None:
         """Restore what was loaded into `model_state`."""
         load_chunks(self.chunks, loaded)
+
+    def shape_of(self, parameter: torch.nn.Parameter) -> torch.Size:
+        """Shape of this tensor-parallel rank's slice of a parameter, under any backend."""
+        return parameter.shape
+
+    def weight_entries(self) -> dict[torch.nn.Parameter, Any]:
+        """How dist_checkpointing saves each parameter of this rank."""
+        return {
+            entry.data: entry
+            for state in sharded_chunks(self.chunks).values()
+            for entry in state.values()
+            if isinstance(entry.data, torch.nn.Parameter)
+        }
+
+    @abstractmethod
+    def set_weights(self, parameter: torch.nn.Parameter, values: torch.Tensor) -> None:
+        """Give a parameter, and the optimizer's fp32 master of it, other values before the first step.
+
+        Data-parallel ranks call it together, for one parameter after another.
+
+        Args:
+            parameter: of this rank.
+            values: fp32, of `shape_of`.
+        """
 
     @property
     def is_last_stage(self) -> bool:

@@ -323,8 +323,12 @@ class DeepSpeedStudent(Student):
             return torch.empty(self._shapes[parameter], dtype=dtype)
         return self._saved(parameter, entry, key, dtype)
 
-    def _entries(self) -> dict[torch.nn.Parameter, Any]:
-        """How each parameter is saved."""
+    def shape_of(self, parameter: torch.nn.Parameter) -> torch.Size:
+        """See `Student`."""
+        return self._shapes[parameter]
+
+    def weight_entries(self) -> dict[torch.nn.Parameter, Any]:
+        """See `Student`."""
         return {
             entry.data: entry
             for entry in self._template.values()
@@ -345,7 +349,7 @@ class DeepSpeedStudent(Student):
 
     def optimizer_state(self, model_state: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
         """See `Student`."""
-        entries = self._entries()
+        entries = self.weight_entries()
         sharded: dict[int, Any] = {}
         state: dict[int, dict[str, torch.Tensor]] = {}
         masters: list[list[Any]] = []
@@ -384,8 +388,12 @@ class DeepSpeedStudent(Student):
         """See `Student`."""
         for name, entry in self._template.items():
             if isinstance(entry.data, torch.nn.Parameter):
-                self._load_weights(entry.data, loaded["model"][name])
-                self._load_shard(entry.data, None, loaded["model"][name])
+                self.set_weights(entry.data, loaded["model"][name])
+
+    def set_weights(self, parameter: torch.nn.Parameter, values: torch.Tensor) -> None:
+        """See `Student`."""
+        self._load_weights(parameter, values)
+        self._load_shard(parameter, None, values)
 
     def load_optimizer_state(self, loaded: dict[str, Any]) -> None:
         """See `Student`."""

@@ -120,6 +120,23 @@ class MegatronStudent(Student):
                 clip_grad_by_total_norm_fp32(parameters, max_norm=clip_grad, total_norm=norm)
         return bool(self.optimizer.step_with_ready_grads()), norm
 
+    @torch.no_grad()
+    def set_weights(self, parameter: torch.nn.Parameter, values: torch.Tensor) -> None:
+        """See `Student`. Masters are where the optimizer keeps them apart: beside weights that are not fp32."""
+        parameter.copy_(values)
+        master = getattr(parameter, "main_param", None)
+        if master is None:
+            return
+        if getattr(parameter, "main_param_sharded", False):
+            (part,) = (
+                part
+                for part in self.optimizer.chained_optimizers
+                if parameter in part.model_param_gbuf_map
+            )
+            span = part._get_model_param_range_map(parameter)["param"]
+            values = values.flatten()[span.start : span.end]
+        master.copy_(values)
+
     def optimizer_state(self, model_state: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
         """See `Student`."""
         state: dict[str, Any] = self.optimizer.sharded_state_dict(

@@ -6,6 +6,7 @@ megatron-core unpickles parts of a checkpoint: `unpickling` reads them first, so
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from distill_pretrain.mcore.model.chunks import load_chunks, sharded_chunks
 from distill_pretrain.mcore.model.config import checkpoint_bytes_per_parameter
 from distill_pretrain.mcore.runtime.core import (
+    ShardedTensorFactory,
     TorchDistSaveShardedStrategy,
     dist_checkpointing,
     filesystem_async,
@@ -27,9 +29,13 @@ from distill_pretrain.mcore.runtime.parallel import current_groups
 from distill_pretrain.mcore.student.base import Student
 from distill_pretrain.mcore.student.unpickling import check_pickles, reading
 from distill_pretrain.processes.process import local_device, on_every_rank, on_first_rank
+from distill_pretrain.processes.watchdog import alive
 
 MASTERS = ("optimizer.state.fp32_param", "optimizer.state.param")
 """Where the fp32 weights of a bf16 run are: without, and with, the distributed optimizer."""
+
+PART_BYTES = 1 << 30
+"""What of a checkpoint's fp32 weights a rank holds at a time, beside the student that starts from them."""
 
 _FILES_PER_RANK = 2
 _SAVE_PARAMETERS = inspect.signature(dist_checkpointing.save).parameters
@@ -177,11 +183,63 @@ def load_weights(
 
 def _of_masters(entries: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
     """The entries of a chunk, of the fp32 weights beside them where there are such among the `names` of a folder."""
+    return {name: _of_master(entry, entry.data, names) or entry for name, entry in entries.items()}
 
-    def of_master(entry: Any) -> Any:
-        for prefix in MASTERS:
-            if f"{prefix}.{getattr(entry, 'key', None)}" in names:
-                return make_sharded_optimizer_tensor(entry, entry.data, prefix=prefix)
-        return entry
 
-    return {name: of_master(entry) for name, entry in entries.items()}
+def _of_master(entry: Any, values: torch.Tensor, names: frozenset[str]) -> Any:
+    """An entry for the fp32 weights of `entry`, to be read into `values`; None where a folder has none."""
+    for prefix in MASTERS:
+        if f"{prefix}.{getattr(entry, 'key', None)}" in names:
+            return make_sharded_optimizer_tensor(entry, values, prefix=prefix)
+    return None
+
+
+def start_from_checkpoint(student: Student, folder: Path, *, part_bytes: int = PART_BYTES) -> None:
+    """Give a new student the weights of a checkpoint of any layout and precision: the fp32 ones, where it has such.
+
+    Every rank calls it. A part of the weights is in memory at a time.
+    """
+    names = on_first_rank(lambda: check_pickles(folder))
+    entries = student.weight_entries()
+    with reading(folder):
+        for parameters in _parts(student, list(entries), part_bytes):
+            wanted = {
+                f"{number}": _into_fp32(entries[parameter], student.shape_of(parameter), names)
+                for number, parameter in enumerate(parameters)
+            }
+            # A part is not the whole model, which is what the validation asks for.
+            loaded = dist_checkpointing.load(
+                {"start": wanted}, str(folder), validate_access_integrity=False
+            )
+            for number, parameter in enumerate(parameters):
+                student.set_weights(parameter, loaded["start"][f"{number}"])
+            alive()
+
+
+def _into_fp32(entry: Any, shape: torch.Size, names: frozenset[str]) -> Any:
+    """An entry that reads a parameter in fp32. Rows of padding that the checkpoint lacks stay zero."""
+    values = torch.zeros(shape, dtype=torch.float32)
+    found = _of_master(entry, values, names)
+    if found is not None:
+        return found
+    if isinstance(entry, ShardedTensorFactory):
+        return replace(entry, data=values)
+    return replace(entry, data=values, dtype=values.dtype)
+
+
+def _parts(
+    student: Student, parameters: list[torch.nn.Parameter], part_bytes: int
+) -> list[list[torch.nn.Parameter]]:
+    """Parameters in groups of at most so many bytes in fp32 (or one parameter); as many groups on every rank."""
+    parts: list[list[torch.nn.Parameter]] = []
+    room = 0
+    for parameter in parameters:
+        size = 4 * student.shape_of(parameter).numel()
+        if not parts or size > room:
+            parts.append([])
+            room = part_bytes
+        parts[-1].append(parameter)
+        room -= size
+    counts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(counts, len(parts))
+    return parts + [[]] * (max(counts) - len(parts))
