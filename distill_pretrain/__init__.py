@@ -7,9 +7,13 @@ used, so that `import distill_pretrain` loads neither torch nor megatron-core an
 from __future__ import annotations
 
 from importlib import import_module
+from logging import NullHandler, getLogger
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# Who uses the package decides where its notices go; the command line does in processes/logs.py.
+getLogger(__name__).addHandler(NullHandler())
 
 if TYPE_CHECKING:
     from distill_pretrain.api.dataset import DistillationDataset, collate_distillation

@@ -85,6 +85,17 @@ def test_only_processes_reads_what_the_launcher_set():
                 raise AssertionError(f"{name}:{node.lineno} names {node.value}")
 
 
+def test_results_are_printed_by_commands_and_jobs_and_all_else_is_logged():
+    # A process that the watchdog ends has its last words; `prebuild` is a command of its own.
+    others = {"processes/watchdog.py", "kernels/cuda/prebuild.py"}
+    for name, tree in python_files():
+        if name.startswith(("cli/", "jobs/")) or name in others:
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                assert ast.unparse(node.func) != "print", f"{name}:{node.lineno} prints"
+
+
 def test_the_package_takes_nothing_but_its_version_from_its_own_front_door():
     # The public names are imported lazily, where import-linter does not see which way.
     for name, tree in python_files():

@@ -6,7 +6,6 @@ Shapes: B sequences, L positions, V vocabulary.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -39,8 +38,6 @@ from distill_pretrain.teacher.sampling_backend import columns_reader
 
 Score = Callable[[torch.Tensor], "torch.Tensor | npt.NDArray[np.float32]"]
 """tokens int64[B, L] -> next-token logits [B, L, V]."""
-
-_LOG = logging.getLogger("distill_pretrain")
 
 
 def write_cache(
@@ -132,9 +129,7 @@ def write_cache(
     )
     crew = Crew(engine, sequences, read=columns_reader("auto", engine.device, engine.replica))
     ((folder, cache_plan),) = make_plans(sequences, capture, engine.identity).items()
-    watch = CaptureWatch(
-        SanityGate(vocab_size=vocab_size, mode=sanity_gate, say=_LOG.warning), progress=progress
-    )
+    watch = CaptureWatch(SanityGate(vocab_size=vocab_size, mode=sanity_gate), progress=progress)
     return crew.run(lambda: _write(folder, cache_plan, crew, capture, watch)) is True
 
 

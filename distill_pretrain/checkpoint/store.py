@@ -10,6 +10,7 @@ checkpoints/
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -31,6 +32,8 @@ from distill_pretrain.files.atomic import (
     publish_bytes,
 )
 from distill_pretrain.files.disk import free_bytes, require_room
+
+_log = logging.getLogger(__name__)
 
 _REASON_LENGTH = 300
 _ASIDE = ".old"
@@ -154,13 +157,12 @@ class CheckpointStore:
 
         return PendingSave(step=step, files=files, publish=publish)
 
-    def require_room(self, num_bytes: int, *, keep: int, say: Callable[[str], None]) -> None:
+    def require_room(self, num_bytes: int, *, keep: int) -> None:
         """Raise StorageError where the next checkpoint will not fit; warn where as many as are kept will not.
 
         Args:
             num_bytes: about what one takes.
             keep: checkpoints that are kept.
-            say: prints one line.
         """
         self.num_bytes = num_bytes
         remedy = "set train.output_dir to a folder on another disk"
@@ -169,8 +171,8 @@ class CheckpointStore:
         coming = max(1, keep + 1 - len(self.complete()))
         free = free_bytes(self.root)
         if free < coming * num_bytes:
-            say(
-                f"WARNING: {free:,} bytes are free in {self.root}; {coming} checkpoints more, until the oldest goes, "
+            _log.warning(
+                f"{free:,} bytes are free in {self.root}; {coming} checkpoints more, until the oldest goes, "
                 f"take about {coming * num_bytes:,} (train.keep_checkpoints={keep})"
             )
 
@@ -242,9 +244,7 @@ class CheckpointStore:
         files = known | hash_files(temporary, names, durable=True)
         on_first_rank(publish)
 
-    def find(
-        self, identity: dict[str, Any], say: Callable[[str], None] = print
-    ) -> Checkpoint | None:
+    def find(self, identity: dict[str, Any]) -> Checkpoint | None:
         """The newest sound checkpoint, if it belongs to this run; None where there is none yet.
 
         Every file is compared with its hash. A damaged checkpoint is set aside under another name, and the one
@@ -252,21 +252,18 @@ class CheckpointStore:
 
         Args:
             identity: what the checkpoint must share with this run.
-            say: prints one line, on rank 0.
 
         Raises:
             CheckpointError: it belongs to another run, or every checkpoint is damaged.
         """
         while True:
-            newest = on_first_rank(lambda: self._newest_readable(identity, say))
+            newest = on_first_rank(lambda: self._newest_readable(identity))
             damage = newest.damage() if newest is not None else None
             if newest is None or damage is None:
                 return newest
-            on_first_rank(partial(self._set_aside, newest.folder, damage, say))
+            on_first_rank(partial(self._set_aside, newest.folder, damage))
 
-    def _newest_readable(
-        self, identity: dict[str, Any], say: Callable[[str], None]
-    ) -> Checkpoint | None:
+    def _newest_readable(self, identity: dict[str, Any]) -> Checkpoint | None:
         """The newest whose record can be read, required to be of this run."""
         for aside in self.root.glob(f"step-*{_ASIDE}"):
             # A kill came between the two renames of `_publish`, or after them.
@@ -278,7 +275,7 @@ class CheckpointStore:
             try:
                 newest = Checkpoint.open(folder)
             except CheckpointError as error:
-                self._set_aside(folder, error, say)
+                self._set_aside(folder, error)
                 continue
             require_same_run(newest, identity)
             return newest
@@ -292,12 +289,12 @@ class CheckpointStore:
             )
         return None
 
-    def _set_aside(self, folder: Path, why: CheckpointError, say: Callable[[str], None]) -> None:
+    def _set_aside(self, folder: Path, why: CheckpointError) -> None:
         aside = folder.with_suffix(".bad")
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(folder, aside)
         fsync_path(self.root)
-        say(f"WARNING: {why}\n  set aside as {aside.name}; going on from the checkpoint before it")
+        _log.warning(f"{why}\n  set aside as {aside.name}; going on from the checkpoint before it")
 
 
 def require_same_run(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:

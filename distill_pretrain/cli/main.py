@@ -30,6 +30,7 @@ from distill_pretrain.cli.ending import (
     output_may_end,
 )
 from distill_pretrain.errors import DistillPretrainError
+from distill_pretrain.processes.logs import LEVEL_VARIABLE, LEVELS, chosen_level, shown
 
 PROG = "distill-pretrain"
 OTHER_RANKS_WAIT_S = 3.0
@@ -215,12 +216,22 @@ def verb_parser(verb: str, module: ModuleType) -> argparse.ArgumentParser:
         )
     if hasattr(module, "add_arguments"):
         module.add_arguments(parser)
+    parser.add_argument(
+        "--log-level",
+        choices=LEVELS,
+        help=f"least severe notices shown on standard error (default: ${LEVEL_VARIABLE}, else info)",
+    )
     return parser
 
 
 def _run(verb: str, arguments: list[str]) -> None:
     module = importlib.import_module(f"distill_pretrain.cli.{verb}")
     args = verb_parser(verb, module).parse_intermixed_args(arguments)
+    with shown(chosen_level(args.log_level)):
+        _run_parsed(verb, module, args)
+
+
+def _run_parsed(verb: str, module: ModuleType, args: argparse.Namespace) -> None:
     if verb in OTHER_VERBS:
         module.run(None, args)
         return

@@ -57,7 +57,7 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
         def on_progress(done: int, total: int, documents: int) -> None:
             bar.reach(done, total, documents=f"{documents:,}")
 
-        result = tokenize_corpus(recipe.corpus, recipe.tokenizer, say=say, on_progress=on_progress)
+        result = tokenize_corpus(recipe.corpus, recipe.tokenizer, on_progress=on_progress)
     if result.already_done:
         say("already done:", result.output_dir)
     skipped = result.sources

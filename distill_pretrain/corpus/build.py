@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -40,6 +41,8 @@ from distill_pretrain.files.atomic import fsync_path
 from distill_pretrain.files.disk import naming
 from distill_pretrain.files.ownership import owner_beside, owning
 
+_log = logging.getLogger(__name__)
+
 TRAIN, HELD_OUT = "train", "held_out"
 OnProgress = Callable[[int, int, int], None]
 
@@ -67,7 +70,6 @@ def tokenize_corpus(
     corpus: CorpusConfig,
     tokenizer: TokenizerConfig,
     *,
-    say: Callable[[str], None] = lambda _: None,
     on_progress: OnProgress = lambda done, total, documents: None,
 ) -> TokenizeResult:
     """Writes the tokens of a corpus, or finds that an earlier run has.
@@ -75,7 +77,6 @@ def tokenize_corpus(
     Args:
         corpus: files, split and output folder.
         tokenizer: which tokenizer, or how to train one.
-        say: receives a line per stage.
         on_progress: receives bytes done, bytes in all (as they are stored) and documents done.
 
     Raises:
@@ -90,24 +91,25 @@ def tokenize_corpus(
         with owning(owner_beside(output_dir), what=output_dir, remedy=remedy):
             # The owner before may have finished since.
             if not (output_dir / RECORD).exists():
-                record = _tokenize(recipe, sources, say, on_progress)
+                record = _tokenize(recipe, sources, on_progress)
                 return _result(record, output_dir, sources, already_done=False)
-    return _result(check_done(recipe, sources, say), output_dir, sources, already_done=True)
+    return _result(check_done(recipe, sources), output_dir, sources, already_done=True)
 
 
 def _tokenize(
     recipe: TokenizeRecipe,
     sources: SourceList,
-    say: Callable[[str], None],
     on_progress: OnProgress,
 ) -> TokensRecord:
     """Writes the output folder, which this process owns."""
     output_dir = recipe.corpus.output_dir
     with _building(output_dir) as folder, naming(output_dir):
-        tokens = _tokenizer(recipe, sources, say)
+        tokens = _tokenizer(recipe, sources)
         tokenizer_file = tokens.save(folder)
-        say(ends_of_documents(tokens))
-        say(f"writing the tokens of {len(sources.files):,} files, {sources.num_bytes:,} bytes")
+        _log.info(ends_of_documents(tokens))
+        _log.info(
+            f"writing the tokens of {len(sources.files):,} files, {sources.num_bytes:,} bytes"
+        )
         corpora = _write_splits(
             recipe, tokens, folder / tokenizer_file, folder, sources, on_progress
         )
@@ -129,7 +131,7 @@ def _tokenize(
             software=_software(tokens.kind),
         )
         record.save(folder)
-        say(f"{TRAIN} begins with {first_tokens(TokenIndex.open(folder / TRAIN), tokens)}")
+        _log.info(f"{TRAIN} begins with {first_tokens(TokenIndex.open(folder / TRAIN), tokens)}")
     return record
 
 
@@ -149,9 +151,7 @@ def is_held_out(document: int, *, seed: int, fraction: float) -> bool:
     return int.from_bytes(digest, "big") < int(fraction * 2**64)
 
 
-def _tokenizer(
-    recipe: TokenizeRecipe, sources: SourceList, say: Callable[[str], None]
-) -> Tokenizer:
+def _tokenizer(recipe: TokenizeRecipe, sources: SourceList) -> Tokenizer:
     config = recipe.tokenizer
     if config.path is not None:
         return load_tokenizer(
@@ -165,7 +165,7 @@ def _tokenizer(
             expected=f"the folder of a tokenizer for tokenizer.kind={config.kind}",
         )
     sample = min(config.training_bytes, sources.num_bytes)
-    say(f"training a tokenizer of {config.vocab_size:,} tokens on {sample:,} bytes")
+    _log.info(f"training a tokenizer of {config.vocab_size:,} tokens on {sample:,} bytes")
     return train_tokenizer(recipe.corpus, config, sources)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
 from pathlib import Path
 
 from distill_pretrain.config import load_recipe
@@ -20,12 +20,12 @@ from distill_pretrain.corpus.tokens_record import FILE_NAME as RECORD
 from distill_pretrain.corpus.tokens_record import TokensRecord
 from distill_pretrain.errors import CorpusError, TokenizerMismatch
 
+_log = logging.getLogger(__name__)
+
 RECIPE, SOURCES = "recipe.yaml", "sources.json"
 
 
-def check_done(
-    recipe: TokenizeRecipe, sources: SourceList, say: Callable[[str], None]
-) -> TokensRecord:
+def check_done(recipe: TokenizeRecipe, sources: SourceList) -> TokensRecord:
     """Checks that the output folder is what this recipe would make.
 
     Raises:
@@ -38,7 +38,7 @@ def check_done(
     different = _differences(recorded, recipe)
     if different:
         raise _stale(folder, f"another value of {', '.join(different)}")
-    _check_sources(folder, sources, say)
+    _check_sources(folder, sources)
     config = recipe.tokenizer
     if config.path is not None and (
         config.kind != record.tokenizer["kind"]
@@ -49,7 +49,7 @@ def check_done(
             where=folder,
             remedy="set corpus.output_dir to another folder",
         )
-    _check_special_tokens(folder, record, config, say)
+    _check_special_tokens(folder, record, config)
     for name, fingerprint in record.corpora.items():
         index = TokenIndex.open(folder / name, vocab_size=record.vocab_size)
         if index.fingerprint.as_dict() != fingerprint:
@@ -62,9 +62,7 @@ def check_done(
     return record
 
 
-def _check_special_tokens(
-    folder: Path, record: TokensRecord, config: TokenizerConfig, say: Callable[[str], None]
-) -> None:
+def _check_special_tokens(folder: Path, record: TokensRecord, config: TokenizerConfig) -> None:
     """Checks that documents begin and end as they would now.
 
     A folder that an earlier version made has no BOS tokens whatever its tokenizer does, and stays valid.
@@ -81,14 +79,14 @@ def _check_special_tokens(
     if asked.bos_id != made_by.bos_id:
         if config.bos != "auto":
             raise _stale(folder, "another value of tokenizer.bos")
-        say(
-            f"WARNING: the tokenizer begins texts with {shown(asked, asked.bos_id)}, which these documents lack"
+        _log.warning(
+            f"the tokenizer begins texts with {shown(asked, asked.bos_id)}, which these documents lack"
             if asked.bos_id is not None
             else "the tokenizer by itself begins no text with that token"
         )
 
 
-def _check_sources(folder: Path, sources: SourceList, say: Callable[[str], None]) -> None:
+def _check_sources(folder: Path, sources: SourceList) -> None:
     """Checks that the tokens were made from these files as they are now."""
     stored = json.loads((folder / SOURCES).read_text())
     if stored["fingerprint"] != sources.fingerprint():
@@ -99,8 +97,8 @@ def _check_sources(folder: Path, sources: SourceList, say: Callable[[str], None]
     later = [file.where for file in sources.files if file.modified_ns > written_ns]
     if "stamp" not in stored:
         if later:
-            say(
-                f"WARNING: {later[0]} was written after the tokens (of {len(later):,} such files); an earlier version "
+            _log.warning(
+                f"{later[0]} was written after the tokens (of {len(later):,} such files); an earlier version "
                 "made them and noted sizes alone, which are the same"
             )
         return

@@ -6,7 +6,7 @@ they were hashed, and a teacher that ignored its input (frozen, wrongly loaded, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +17,9 @@ from distill_pretrain.contracts import IGNORED_LABEL, RaggedTargets
 from distill_pretrain.data.batches import SequenceSource, TargetSource
 from distill_pretrain.data.kept_mass import KeptShare
 from distill_pretrain.errors import CacheMismatch, DistillPretrainError, TeacherError
+from distill_pretrain.processes.logs import ANY_RANK
+
+_log = logging.getLogger(__name__)
 
 MOST_SEQUENCES = 64
 MOST_POSITIONS = 1 << 17
@@ -181,10 +184,9 @@ def run_canary(
     captured_rate: float | None,
     captured_sequences: int,
     refuse: bool,
-    say: Callable[[str], None],
     kept: KeptShare | None = None,
 ) -> None:
-    """Measure and judge a cache, and print one line with the figures.
+    """Measure and judge a cache, and log one line with the figures.
 
     Args:
         plan: the sequences.
@@ -194,8 +196,7 @@ def run_canary(
         captured_rate: `canary_hit_rate` of its manifest, None if it was not counted; not compared where training
             uses less than half of the capture.
         captured_sequences: that the rate is of.
-        refuse: raise what `check_canary` raises; otherwise print it.
-        say: prints one line.
+        refuse: raise what `check_canary` raises; otherwise log it as a warning.
         kept: gets what is read.
     """
     canary = measure_canary(plan, cache, num_sequences=num_sequences, kept=kept)
@@ -206,9 +207,9 @@ def run_canary(
     except DistillPretrainError as error:
         if refuse:
             raise
-        say(f"warning: {error}")
+        _log.warning(str(error), extra=ANY_RANK)
         return
-    say(f"canary of {where}: {canary}" + (f"; {doubt}" if doubt else ""))
+    _log.info(f"canary of {where}: {canary}" + (f"; {doubt}" if doubt else ""), extra=ANY_RANK)
 
 
 class TargetColumns(NamedTuple):

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
 from distill_pretrain.errors import CacheUnreadable
+from distill_pretrain.processes.logs import ANY_RANK
 from distill_pretrain.processes.watchdog import alive
 
 Result = TypeVar("Result")
 
+_log = logging.getLogger(__name__)
+
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 30.0
 SIGN_OF_LIFE_S = 1.0
-
-
-def warn_on_stderr(line: str) -> None:
-    """Any rank may read; its log is its standard error."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def wait_alive(seconds: float) -> None:
@@ -34,7 +32,6 @@ def read_patiently(
     read: Callable[[], Result],
     *,
     patience_s: float,
-    warn: Callable[[str], None] = warn_on_stderr,
     sleep: Callable[[float], None] = wait_alive,
 ) -> Result:
     """What `read` returns, tried again after waits that double, each announced by a warning.
@@ -44,7 +41,6 @@ def read_patiently(
     Args:
         read: may be called several times.
         patience_s: seconds of waiting in all; 0 tries once.
-        warn: prints one line.
         sleep: waits.
 
     Raises:
@@ -58,7 +54,7 @@ def read_patiently(
             wait = min(wait, patience_s - waited)
             if wait <= 0:
                 raise
-            warn(f"WARNING: {error}; trying again in {wait:g} s")
+            _log.warning(f"{error}; trying again in {wait:g} s", extra=ANY_RANK)
         sleep(wait)
         waited += wait
         wait = min(2 * wait, LONGEST_WAIT_S)

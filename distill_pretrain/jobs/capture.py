@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -13,6 +14,7 @@ from distill_pretrain.jobs.console import progress
 from distill_pretrain.jobs.recipe import Recipe
 from distill_pretrain.jobs.teachers import load_replica
 from distill_pretrain.processes.env import launch_rank
+from distill_pretrain.processes.logs import ANY_RANK
 
 if TYPE_CHECKING:
     from distill_pretrain.cache.codec.hc.tables import HcTables
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from distill_pretrain.teacher.config import CaptureConfig
     from distill_pretrain.teacher.crew import Crew
     from distill_pretrain.teacher.telemetry import CaptureLog, Stopwatch
+
+_log = logging.getLogger(__name__)
 
 
 def require_capture(recipe: Recipe) -> None:
@@ -94,7 +98,7 @@ def _warn_of_missing_bos(
     if bos is not None:
         figures = measure_bos(crew_of, crew.sequences, plan, bos)
         if figures is not None:
-            _print(figures.warning(bos))
+            _log.warning(figures.warning(bos), extra=ANY_RANK)
 
 
 def _capture(
@@ -116,8 +120,9 @@ def _capture(
     left = sum(plan.shard_range(shard)[1] for shard in pending_shards(writers))
     is_first = replica.number == 0
     if is_first:
-        _print(
-            f"{plan.num_sequences - left} of {plan.num_sequences} sequences are captured already"
+        _log.info(
+            f"{plan.num_sequences - left} of {plan.num_sequences} sequences are captured already",
+            extra=ANY_RANK,
         )
     log = CaptureLog(
         telemetry_path(writers[0].folder) if capture.telemetry and left else None,
@@ -125,10 +130,9 @@ def _capture(
         folder=writers[0].folder,
         plan=plan,
         watch=stopwatch,
-        say=_print,
     )
-    gate = SanityGate(vocab_size=plan.vocab_size, mode=capture.sanity_gate, say=_print)
-    kept = KeptMass({w.folder: w.plan for w in writers if is_first}, _print)
+    gate = SanityGate(vocab_size=plan.vocab_size, mode=capture.sanity_gate)
+    kept = KeptMass({w.folder: w.plan for w in writers if is_first})
     with progress(
         left * plan.seq_len // replica.count, "capturing", unit="positions", quiet=not is_first
     ) as bar:
@@ -162,11 +166,6 @@ def _shown(log: CaptureLog) -> dict[str, str]:
         "hits": f"{log.last['hit_rate'] or 0:.1%}",
         "queue": str(log.last["queue_depth"]),
     }
-
-
-def _print(line: str) -> None:
-    """Print at once, as the leader of a replica, which need not be the first process of the job."""
-    print(line, flush=True)
 
 
 @contextmanager
@@ -224,7 +223,7 @@ def _tables_of_new_caches(
         if given is not None:
             return given
         if folder not in made:
-            _print("scoring a pilot for the codec's tables")
+            _log.info("scoring a pilot for the codec's tables", extra=ANY_RANK)
             # One that another process starts meanwhile gets tables in vain, and its own are used.
             new = [path for path in plans if not (path / PLAN_NAME).exists() or path == folder]
             tables = pilot_tables(
@@ -280,5 +279,4 @@ def _summarise(folder: Path, manifest: Manifest, sequences: SequenceData) -> Non
             captured_rate=totals["canary_hit_rate"],
             captured_sequences=manifest.plan.num_sequences,
             refuse=False,
-            say=lambda line: print(f"  {line}", flush=True),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ from distill_pretrain.jobs.recipe import Recipe
 
 if TYPE_CHECKING:
     from distill_pretrain.checkpoint.record import Checkpoint
+
+_log = logging.getLogger(__name__)
 
 
 def export(
@@ -107,11 +110,13 @@ def _tokenizer_of_run(checkpoint: Checkpoint, *, required: bool) -> tuple[Path |
         data = load_recipe(Recipe, path).data if path.is_file() else None
         record = None if data is None else TokensRecord.beside(data.tokens)
     except DistillPretrainError as error:
-        say(f"no tokenizer: {error}")
+        _log.warning(f"no tokenizer: {error}")
         return None, None
     if data is None or record is None:
         if required:
-            say("no tokenizer: the run's tokens have no tokens.json; name one with --tokenizer")
+            _log.warning(
+                "no tokenizer: the run's tokens have no tokens.json; name one with --tokenizer"
+            )
         return None, None
     expected, found = checkpoint.identity.get("tokenizer_sha256"), record.tokenizer_digests
     if expected is not None and expected not in found:

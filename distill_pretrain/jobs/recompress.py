@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from distill_pretrain.errors import ConfigError
-from distill_pretrain.jobs.console import progress, say
+from distill_pretrain.jobs.console import progress
 from distill_pretrain.processes.env import launch_rank, launch_world_size
 
 if TYPE_CHECKING:
     from distill_pretrain.cache.manifest import Manifest
+
+_log = logging.getLogger(__name__)
 
 PILOT_TOKENS = 131072
 
@@ -52,7 +55,7 @@ def recompress(
             progress=bar.advance,
         )
     if result.written is None:
-        say("other processes still write shards; the last of them publishes the cache")
+        _log.info("other processes still write shards; the last of them publishes the cache")
         return
     copy_recipe(source, folder)
     _summarise(folder, result.source, result.written)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from distill_pretrain.jobs.console import say
 
 if TYPE_CHECKING:
     from distill_pretrain.contracts import LogitsEngine, TeacherEngine
     from distill_pretrain.data.sources import SequenceData
     from distill_pretrain.teacher.config import TeacherConfig
+
+_log = logging.getLogger(__name__)
 
 
 def load_teacher(teacher: TeacherConfig, sequences: SequenceData, tokens: Path) -> LogitsEngine:
@@ -72,7 +73,7 @@ _NOUNS = {"teacher.path": "teacher", "train.start_from": "source"}
 def _name_padding(teacher: TeacherConfig, sequences: SequenceData) -> None:
     width = model_width(teacher.path)
     if width > sequences.vocab_size:
-        say(
+        _log.info(
             f"the teacher's columns {sequences.vocab_size} to {width - 1} are padding: "
             "no ids of the corpus, left out of its softmax"
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from distill_pretrain.config import dump_recipe, require
-from distill_pretrain.jobs.console import say
 from distill_pretrain.jobs.recipe import Recipe
 from distill_pretrain.jobs.start import FROM_TEACHER, start_of
 from distill_pretrain.jobs.teachers import load_teacher
@@ -56,7 +55,6 @@ def train_model(recipe: Recipe) -> bool:
         optimizer=recipe.optimizer,
         objective=recipe.objective,
         train=recipe.train,
-        say=say,
         save_recipe=save_recipe,
         open_teacher=open_teacher if recipe.objective.target == "teacher" else None,
         start=start_of(recipe),

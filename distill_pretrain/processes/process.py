@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,6 +21,8 @@ from distill_pretrain.processes.env import (
     launch_rank,
     launch_world_size,
 )
+
+_log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -110,11 +112,9 @@ def _store_of_this_start(timeout: timedelta) -> dist.Store | None:
         return None
     if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
         if launch_rank() == 0 and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-            print(
-                "WARNING: torchrun will not be able to start this job again (--max-restarts) on several nodes; "
-                "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before it, as launch/torchrun_multi.sh does",
-                file=sys.stderr,
-                flush=True,
+            _log.warning(
+                "torchrun will not be able to start this job again (--max-restarts) on several nodes; "
+                "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before it, as launch/torchrun_multi.sh does"
             )
         return None
     server = dist.TCPStore(

@@ -68,7 +68,7 @@ class BosFigures:
         """A line for the user."""
         (entropy, entropy_with), (hits, hits_with) = self.entropies, self.hit_rates
         return (
-            f"WARNING: the teacher's config.json names token {bos} as BOS, and no document of the corpus begins with "
+            f"the teacher's config.json names token {bos} as BOS, and no document of the corpus begins with "
             f"it. On {self.num_sequences} sequences its entropy is {entropy:.3f} nats without and {entropy_with:.3f} "
             f"with it in front; {hits:.1%} and {hits_with:.1%} of the next tokens are among the targets. If it says "
             "more with it, tokenize again with tokenizer.bos=always"
@@ -105,7 +105,7 @@ def measure_bos(
 
 def _figures(crew: Crew, plan: CachePlan) -> tuple[float, float]:
     """Mean entropy and hit rate over the first sequences."""
-    gate = SanityGate(vocab_size=plan.vocab_size, mode="off", say=lambda line: None)
+    gate = SanityGate(vocab_size=plan.vocab_size, mode="off")
     wanted = min(SEQUENCES, plan.num_sequences)
     entropy = hits = positions = 0.0
     for first in range(0, wanted, plan.micro_batch_size):

@@ -18,9 +18,9 @@ Shapes: B sequences, L positions, n positions of a stretch.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,7 +30,10 @@ import numpy.typing as npt
 from distill_pretrain.contracts import RaggedTargets
 from distill_pretrain.data.canary import target_columns
 from distill_pretrain.errors import TeacherError
+from distill_pretrain.processes.logs import ANY_RANK
 from distill_pretrain.teacher.scoring import SampledBatch
+
+_log = logging.getLogger(__name__)
 
 STRETCH_POSITIONS = 1024
 FEWEST_STRETCHES = 8
@@ -92,13 +95,11 @@ class SanityGate:
     Args:
         vocab_size: V.
         mode: "refuse" raises, "warn" says each kind of fault once, "off" only measures.
-        say: prints one line.
     """
 
-    def __init__(self, *, vocab_size: int, mode: Mode, say: Callable[[str], None]) -> None:
+    def __init__(self, *, vocab_size: int, mode: Mode) -> None:
         self._vocab_size = vocab_size
         self._mode = mode
-        self._say = say
         self._said: set[str] = set()
         self._open: list[_Sequence] = []
         self._window: deque[_Stretch] = deque()
@@ -159,7 +160,7 @@ class SanityGate:
         if self._mode == "refuse":
             raise fault
         self._said.add(fault.what)
-        self._say(f"warning: {fault}")
+        _log.warning(str(fault), extra=ANY_RANK)
 
 
 @dataclass(frozen=True, kw_only=True)

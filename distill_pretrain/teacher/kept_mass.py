@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from distill_pretrain.cache.plan import CachePlan
 from distill_pretrain.data.kept_mass import KeptShare
+from distill_pretrain.processes.logs import ANY_RANK
 from distill_pretrain.sampling.kinds import SAMPLERS
 from distill_pretrain.teacher.scoring import SampledBatch
+
+_log = logging.getLogger(__name__)
 
 ENOUGH_POSITIONS = 8192
 """After so many it is said; a capture may take weeks."""
@@ -19,11 +23,9 @@ class KeptMass:
 
     Args:
         plans: of the caches, by folder.
-        say: prints one line.
     """
 
-    def __init__(self, plans: Mapping[Path, CachePlan], say: Callable[[str], None]) -> None:
-        self._say = say
+    def __init__(self, plans: Mapping[Path, CachePlan]) -> None:
         self._open = {
             id(plan): _Sums(folder, plan)
             for folder, plan in plans.items()
@@ -37,14 +39,14 @@ class KeptMass:
             if sums is not None:
                 sums.add(targets)
                 if sums.positions >= ENOUGH_POSITIONS:
-                    self._say(sums.line())
+                    sums.log()
                     del self._open[id(plan)]
 
     def close(self) -> None:
         """Say what was measured on fewer positions."""
         for sums in self._open.values():
             if sums.positions:
-                self._say(sums.line())
+                sums.log()
         self._open = {}
 
 
@@ -53,7 +55,11 @@ class _Sums(KeptShare):
         super().__init__()
         self._folder, self._plan = folder, plan
 
-    def line(self) -> str:
+    def log(self) -> None:
+        level = logging.WARNING if self.is_low else logging.INFO
+        _log.log(level, self._line(), extra=ANY_RANK)
+
+    def _line(self) -> str:
         sampler = self._plan.sampler["name"]
         said = (
             f"{self._folder}: {sampler} keeps {self.mean:.1%} of the teacher's mass (mean of {self.positions:,} "
@@ -63,6 +69,6 @@ class _Sums(KeptShare):
             return said
         own = "".join(f" or {setting}" for setting in SAMPLERS[sampler].own_settings)
         return (
-            f"warning: {said}, and students learn that bias; remedy: raise num_draws"
+            f"{said}, and students learn that bias; remedy: raise num_draws"
             f"{own}, or sample (capture.sampler=systematic), which has no bias"
         )

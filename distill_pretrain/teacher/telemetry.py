@@ -7,12 +7,13 @@ the files of its folder only, not into folders. A line is written in one piece, 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,9 @@ import torch
 from distill_pretrain.cache.names import shards_in
 from distill_pretrain.cache.plan import CachePlan
 from distill_pretrain.contracts import LogitsChunk, Replica, TeacherEngine
+from distill_pretrain.processes.logs import ANY_RANK
+
+_log = logging.getLogger(__name__)
 
 FOLDER = ".telemetry"
 INTERVAL_S = 10.0
@@ -151,7 +155,6 @@ class CaptureLog:
         folder: of a cache that it writes, for the progress of all.
         plan: of that cache.
         watch: seconds by stage, filled by those who do the work; what "scoring" has beyond "teacher" is sampling.
-        say: prints one line, on failure to write.
     """
 
     def __init__(
@@ -162,7 +165,6 @@ class CaptureLog:
         folder: Path,
         plan: CachePlan,
         watch: Stopwatch,
-        say: Callable[[str], None],
         interval_s: float = INTERVAL_S,
     ) -> None:
         self.eta_s: float | None = None
@@ -172,7 +174,6 @@ class CaptureLog:
         self._folder = folder
         self._plan = plan
         self._watch = watch
-        self._say = say
         self._interval_s = interval_s
         self._written = self._started = time.monotonic()
         self._looks: deque[tuple[float, int]] = deque()
@@ -236,7 +237,7 @@ class CaptureLog:
             finally:
                 os.close(descriptor)
         except OSError as error:
-            self._say(f"warning: no telemetry: {error}; the capture goes on")
+            _log.warning(f"no telemetry: {error}; the capture goes on", extra=ANY_RANK)
             self._path = None
 
     def _look(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,6 +24,8 @@ from distill_pretrain.errors import ConfigError
 from distill_pretrain.mcore.student.base import Student
 from distill_pretrain.train.callbacks import Callback
 from distill_pretrain.train.config import TrainConfig
+
+_log = logging.getLogger(__name__)
 
 
 def require_held_out(data: DataConfig, train: TrainConfig) -> None:
@@ -114,7 +117,6 @@ class HeldOutEvaluation(Callback):
         term_names: of the student's loss, "ce" among them.
         has_targets: whether "kl" means anything: a cache of the held-out text, or a teacher in the job.
         train: intervals and length.
-        say: prints one line, on rank 0.
     """
 
     def __init__(
@@ -125,7 +127,6 @@ class HeldOutEvaluation(Callback):
         term_names: tuple[str, ...],
         has_targets: bool,
         train: TrainConfig,
-        say: Callable[[str], None],
     ) -> None:
         self._student = student
         self._batches = batches
@@ -137,7 +138,6 @@ class HeldOutEvaluation(Callback):
         ]
         self._places = [term_names.index(name) for name in self._names]
         self._train = train
-        self._say = say
 
     def after_step(self, step: int, doing: Callable[[str], None]) -> dict[str, Any]:
         """See `Callback`: `held_out_ce` and, with targets, `held_out_kl`, means over valid tokens in nats."""
@@ -163,5 +163,5 @@ class HeldOutEvaluation(Callback):
         shown = "  ".join(
             f"{k.removeprefix('held_out_')} {v:.4f}" for k, v in figures.items() if v is not None
         )
-        self._say(f"step {step}/{self._train.steps}  held out: {shown}")
+        _log.info(f"step {step}/{self._train.steps}  held out: {shown}")
         return figures

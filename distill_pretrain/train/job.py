@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -58,6 +59,8 @@ from distill_pretrain.train.preflight import (
 from distill_pretrain.train.profiling import StepProfile
 from distill_pretrain.train.throughput import Throughput, peak_tflops
 from distill_pretrain.train.trackers import Trackers, require_trackers
+
+_log = logging.getLogger(__name__)
 
 OpenTeacher = Callable[[SequenceData], LogitsEngine]
 """Loads the teacher of objective.target=teacher for the vocabulary and length of these sequences."""
@@ -143,7 +146,6 @@ def train_student(
     optimizer: OptimizerConfig,
     objective: ObjectiveConfig,
     train: TrainConfig,
-    say: Callable[[str], None],
     save_recipe: Callable[[], None],
     open_teacher: OpenTeacher | None = None,
     start: Start | None = None,
@@ -157,7 +159,6 @@ def train_student(
         optimizer: AdamW and its schedule.
         objective: the loss.
         train: length, batch, output.
-        say: prints one line, on rank 0.
         save_recipe: writes the resolved recipe into the run folder; called once, on rank 0.
         open_teacher: loads the teacher; given where objective.target=teacher, and called on every rank.
         start: of train.start_from.
@@ -197,16 +198,16 @@ def train_student(
             sources, model, parallel, optimizer, objective, train, teacher, started
         )
         for ignored in ignored_caches(data, objective, train):
-            say(ignored)
+            _log.info(ignored)
         exports = RunExports(train, identity, data.tokens, zero_stage=optimizer.zero_stage)
-        newest = checkpoints.find(identity, say)
+        newest = checkpoints.find(identity)
         if newest is not None and newest.step >= train.steps:
-            say(f"already trained: {newest.folder}")
+            _log.info(f"already trained: {newest.folder}")
             return False
         if newest is not None:
             weights = None
         check_kernels(objective)
-        check_targets(sources, objective, say)
+        check_targets(sources, objective)
         check_teacher(teacher, sources[0].sequences, objective)
         on_first_rank(lambda: drop_unfinished(train.output_dir))
         require_shared_folder(train.output_dir)
@@ -261,11 +262,9 @@ def train_student(
             )
             if weights is not None and start is not None:
                 weights.fill(student)
-                say(f"starts from {weights.description}: {start.folder}")
+                _log.info(f"starts from {weights.description}: {start.folder}")
             needed = saved_bytes(student, precision=train.precision)
-            on_first_rank(
-                lambda: checkpoints.require_room(needed, keep=train.keep_checkpoints, say=say)
-            )
+            on_first_rank(lambda: checkpoints.require_room(needed, keep=train.keep_checkpoints))
             callbacks: list[Callback] = [exports.of(student)]
             if held_out is not None:
                 evaluation = HeldOutEvaluation(
@@ -274,12 +273,11 @@ def train_student(
                     term_names=loss.term_names,
                     has_targets=scores_kl,
                     train=train,
-                    say=say,
                 )
                 callbacks.append(evaluation)
             if train.profile is not None:
                 folder = train.output_dir / "profile"
-                profile = StepProfile(*train.profile, folder=folder, rank=launch_rank(), say=say)
+                profile = StepProfile(*train.profile, folder=folder, rank=launch_rank())
                 callbacks.append(profile)
             trainer = Trainer(
                 student=student,
@@ -291,7 +289,7 @@ def train_student(
                 identity=identity,
                 config=train,
                 open_metrics=lambda done: (
-                    _open_metrics(train, done, identity, say) if launch_rank() == 0 else None
+                    _open_metrics(train, done, identity) if launch_rank() == 0 else None
                 ),
                 events=EventLog(train.output_dir / "events.jsonl" if launch_rank() == 0 else None),
                 throughput=Throughput(
@@ -303,17 +301,14 @@ def train_student(
                 ),
                 objective=loss,
                 has_targets=has_targets,
-                say=say,
             )
             return trainer.fit().stopped
 
 
-def _open_metrics(
-    train: TrainConfig, done: int, settings: dict[str, Any], say: Callable[[str], None]
-) -> MetricsLog:
+def _open_metrics(train: TrainConfig, done: int, settings: dict[str, Any]) -> MetricsLog:
     """The log of a run and what follows it, from a step on."""
     folder = train.output_dir
-    trackers = Trackers(train.track, folder, done=done, settings=settings, say=say)
+    trackers = Trackers(train.track, folder, done=done, settings=settings)
     return MetricsLog(folder / "metrics.jsonl", resume_step=done, trackers=trackers)
 
 

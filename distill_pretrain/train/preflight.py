@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from distill_pretrain.losses.points import extremes
 from distill_pretrain.losses.sparse_kd import require_entries_fit
 from distill_pretrain.processes.process import local_device, on_first_rank
 from distill_pretrain.train.config import TrainConfig
+
+_log = logging.getLogger(__name__)
 
 _REST = {
     "label": "the rest goes to the true next token",
@@ -58,9 +61,7 @@ def check_kernels(objective: ObjectiveConfig) -> None:
         choose_backend("cuda", local_device(), dist.group.WORLD)
 
 
-def check_targets(
-    sources: Sequence[TrainingSource], objective: ObjectiveConfig, say: Callable[[str], None]
-) -> None:
+def check_targets(sources: Sequence[TrainingSource], objective: ObjectiveConfig) -> None:
     """Run the canary on every cache, and say what its targets keep; rank 0 reads, every rank learns of an error.
 
     Raises:
@@ -72,7 +73,7 @@ def check_targets(
         for source in sources:
             if source.cache is not None:
                 _check_entries(source.cache, objective, where=source.config.cache)
-                _check_fit(source, source.cache, objective, say)
+                _check_fit(source, source.cache, objective)
 
     on_first_rank(check)
 
@@ -90,7 +91,6 @@ def _check_fit(
     source: TrainingSource,
     cache: CacheReader,
     objective: ObjectiveConfig,
-    say: Callable[[str], None],
 ) -> None:
     kept = KeptShare()
     run_canary(
@@ -101,11 +101,11 @@ def _check_fit(
         captured_rate=cache.manifest.totals["canary_hit_rate"],
         captured_sequences=cache.plan.num_sequences,
         refuse=source.config.canary == "refuse",
-        say=say,
         kept=kept,
     )
     if cache.plan.kind == "logprobs" and kept.positions:
-        say(kept_mass_line(kept, f"{source.config.cache}", cache.plan.sampler["name"], objective))
+        line = kept_mass_line(kept, f"{source.config.cache}", cache.plan.sampler["name"], objective)
+        _log.log(logging.WARNING if kept.is_low else logging.INFO, line)
 
 
 def kept_mass_line(kept: KeptShare, where: str, sampler: str, objective: ObjectiveConfig) -> str:
@@ -122,7 +122,7 @@ def kept_mass_line(kept: KeptShare, where: str, sampler: str, objective: Objecti
     if not kept.is_low:
         return line
     return (
-        f"warning: {line}; students learn that bias; remedy: capture with a larger num_draws, or sampled "
+        f"{line}; students learn that bias; remedy: capture with a larger num_draws, or sampled "
         "(capture.sampler=systematic), which has no bias"
     )
 

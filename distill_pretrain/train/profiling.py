@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from distill_pretrain.train.callbacks import Callback
+
+_log = logging.getLogger(__name__)
 
 ROWS = 40
 
@@ -24,15 +27,11 @@ class StepProfile(Callback):
         last: step that is watched last.
         folder: to be written.
         rank: of this process in the job.
-        say: prints one line, on rank 0.
     """
 
-    def __init__(
-        self, first: int, last: int, *, folder: Path, rank: int, say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, first: int, last: int, *, folder: Path, rank: int) -> None:
         self._first, self._last = first, last
         self._folder, self._rank = folder, rank
-        self._say = say
         self._profile: profile | None = None
 
     def before_step(self, step: int) -> None:
@@ -50,7 +49,7 @@ class StepProfile(Callback):
             doing(f"step {step}: writing a profile")
             self._write(self._profile)
             self._profile = None
-            self._say(f"profile of steps {self._first} to {step}: {self._folder}")
+            _log.info(f"profile of steps {self._first} to {step}: {self._folder}")
         return {}
 
     def end(self) -> None:

@@ -7,6 +7,7 @@ run goes on.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import time
 import uuid
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from distill_pretrain.errors import MissingDependency
+
+_log = logging.getLogger(__name__)
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 """Tracker -> package; prometheus needs none."""
@@ -222,7 +225,6 @@ class Trackers:
         folder: of the run.
         done: steps done.
         settings: see `WandbTracker`.
-        say: prints one line.
     """
 
     def __init__(
@@ -232,14 +234,12 @@ class Trackers:
         *,
         done: int,
         settings: Mapping[str, Any],
-        say: Callable[[str], None],
     ) -> None:
         opens: dict[str, Callable[[], Tracker]] = {
             "tensorboard": lambda: TensorBoardTracker(folder, done),
             "wandb": lambda: WandbTracker(folder, settings),
             "prometheus": lambda: PrometheusTracker(folder),
         }
-        self._say = say
         self._trackers: dict[str, Tracker] = {}
         for name in names:
             tracker = self._guarded(name, opens[name])
@@ -273,8 +273,8 @@ class Trackers:
         # A tracker may fail in any way: network, disk, quota, a version of its package.
         except Exception as error:
             self._trackers.pop(name, None)
-            self._say(
-                f"WARNING: train.track: {name} failed and is left out from here on: "
+            _log.warning(
+                f"train.track: {name} failed and is left out from here on: "
                 f"{type(error).__name__}: {error}"
             )
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,8 @@ from distill_pretrain.train.metrics import EventLog, MetricsLog
 from distill_pretrain.train.saving import Saver
 from distill_pretrain.train.stopping import StopRequest, stop_on_sigterm
 from distill_pretrain.train.throughput import Throughput
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +63,6 @@ class Trainer:
         throughput: tells TFLOP/s; None leaves them out.
         objective: the student's loss; told the step before each, since its weights may depend on it.
         has_targets: whether there is a divergence to report.
-        say: prints one line, on rank 0.
     """
 
     def __init__(
@@ -77,7 +79,6 @@ class Trainer:
         open_metrics: Callable[[int], MetricsLog | None],
         objective: Objective,
         has_targets: bool,
-        say: Callable[[str], None],
         events: EventLog | None = None,
         throughput: Throughput | None = None,
     ) -> None:
@@ -92,7 +93,6 @@ class Trainer:
         self.open_metrics = open_metrics
         self.objective = objective
         self.has_targets = has_targets
-        self.say = say
         self.events = events or EventLog(None)
         self.throughput = throughput
         self.saver = Saver(student, checkpoints, identity, config, self.events, batches.device)
@@ -166,7 +166,7 @@ class Trainer:
                     self.saver.save(done, self._progress(), doing)
                 if stopping:
                     self.saver.flush(doing)
-                    self.say(f"asked to stop: saved step {done}; start it again to go on")
+                    _log.info(f"asked to stop: saved step {done}; start it again to go on")
                     self.events.add("stopped", done)
                     self._stopped = True
                     break
@@ -196,13 +196,13 @@ class Trainer:
         """Whether a step may change the weights. Every rank comes to the same verdict."""
         self._verdict = self.guard.judge(step, seen.terms[0].item(), seen.grad_norm)
         if self.guard.reason is not None:
-            self.say(f"WARNING: bad step {step}: {self.guard.reason} ({self._verdict.value})")
+            _log.warning(f"bad step {step}: {self.guard.reason} ({self._verdict.value})")
             self.events.add("bad_step", step, reason=self.guard.reason, verdict=self._verdict.value)
         return self._verdict is Verdict.APPLY
 
     def _roll_back(self, bad_step: int) -> int:
         """Restore the newest checkpoint, to go on with the batches after that of the bad step; the steps done."""
-        checkpoint = self.checkpoints.find(self.identity, self.say)
+        checkpoint = self.checkpoints.find(self.identity)
         if checkpoint is None:
             raise TrainingStopped(
                 "there is no checkpoint to go back to",
@@ -213,7 +213,7 @@ class Trainer:
         self._passed_over += bad_step - checkpoint.step
         load_student(self.student, checkpoint.folder)
         self.guard.go_back(_progress_of(checkpoint)[1])
-        self.say(f"back at step {checkpoint.step}; {self._passed_over} batches are passed over")
+        _log.info(f"back at step {checkpoint.step}; {self._passed_over} batches are passed over")
         self.events.add("rolled_back", checkpoint.step, passed_over=self._passed_over)
         return checkpoint.step
 
@@ -271,7 +271,7 @@ class Trainer:
         figures = [
             f"{name} {record[key]:.4f}" for key, name in names.items() if record[key] is not None
         ]
-        self.say(
+        _log.info(
             f"step {record['step']}/{self.config.steps}  {'  '.join(figures)}  "
             f"lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tokens/s"
         )
@@ -282,8 +282,8 @@ class Trainer:
         self._passed_over, recent = _progress_of(self.resume_from)
         self.guard.go_back(recent)
         if not load_student(self.student, self.resume_from.folder):
-            self.say("the layout has changed: dropout streams start anew")
-        self.say(f"resumed at step {self.resume_from.step}")
+            _log.info("the layout has changed: dropout streams start anew")
+        _log.info(f"resumed at step {self.resume_from.step}")
         return self.resume_from.step
 
     def _progress(self) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def captured(folder, plan, identity):
                 labels_of=lambda sequence: plan.read([sequence])[1][0],
             )
         )
-        watch = CaptureWatch(SanityGate(vocab_size=VOCAB_SIZE, mode="off", say=print))
+        watch = CaptureWatch(SanityGate(vocab_size=VOCAB_SIZE, mode="off"))
         crew.run(lambda: capture_shards([writer], crew, first_shard=0, watch=watch))
     finish_capture([writer])
     return folder

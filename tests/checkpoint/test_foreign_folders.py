@@ -96,12 +96,12 @@ def test_a_checkpoint_of_an_older_version_is_resumed_and_exported(tokens, run, t
     assert "model.dropout: checkpoint 0.0, this run 0.1" in error
     assert "train.steps (the length" in error and "checkpoint 4, this run 9" in error
     run_cli(*training(tokens, run))
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "resumed at step 2" in said and "start anew" not in said
     assert losses(run) == pytest.approx(LATER_LOSSES, abs=1e-6)
     # Its checkpoints are of this version now.
     run_cli(*training(tokens, run))
-    assert "already trained" in capsys.readouterr().out
+    assert "already trained" in capsys.readouterr().err
 
 
 class Evil:

@@ -18,6 +18,7 @@ from distill_pretrain.errors import CheckpointError, ConfigError, StorageError
 from distill_pretrain.processes.process import process_group
 from tests.support.checkpoints import save
 from tests.support.distributed import run_distributed
+from tests.support.notices import noted
 
 
 def write(text: str):
@@ -121,8 +122,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, group, dama
         (newest / "weights").unlink()
     else:
         (newest / RECORD).write_text("{")
-    said: list[str] = []
-    found = checkpoints.find({}, said.append)
+    with noted() as said:
+        found = checkpoints.find({})
     assert found.step == 5 and (found.folder / "weights").read_text() == "at 5"
     (line,) = said
     assert "WARNING" in line and newest.name in line and f"{newest.name}.bad" in line
@@ -220,13 +221,13 @@ def test_what_killed_starts_left_unfinished_is_dropped_by_the_next(tmp_path, gro
 
 
 def test_room_for_checkpoints_is_asked_for_before_the_first_step(tmp_path, group):
-    said: list[str] = []
     checkpoints = CheckpointStore(tmp_path)
-    checkpoints.require_room(1000, keep=2, say=said.append)
-    assert not said
     free = store.free_bytes(tmp_path)
-    checkpoints.require_room(free // 2, keep=2, say=said.append)  # three until the first goes
+    with noted() as said:
+        checkpoints.require_room(1000, keep=2)
+        assert not said
+        checkpoints.require_room(free // 2, keep=2)  # three until the first goes
     (line,) = said
     assert "WARNING" in line and "3 checkpoints" in line and "train.keep_checkpoints=2" in line
     with pytest.raises(StorageError, match="no room for a checkpoint"):
-        checkpoints.require_room(free * 2, keep=2, say=said.append)
+        checkpoints.require_room(free * 2, keep=2)

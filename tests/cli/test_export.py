@@ -344,7 +344,7 @@ def test_tokens_made_again_with_another_tokenizer_are_refused(run, tokens, tmp_p
     run_cli("export", str(copied), str(tmp_path / "out"), "--tokenizer", "none")
     (copied / "recipe.yaml").unlink()
     run_cli("export", str(copied), str(tmp_path / "out"))
-    assert "no tokenizer" in capsys.readouterr().out
+    assert "no tokenizer" in capsys.readouterr().err
     assert not (tmp_path / "out" / "tokenizer.json").exists()
 
 

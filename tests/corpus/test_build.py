@@ -20,6 +20,7 @@ from distill_pretrain.corpus.tokens_record import TokensRecord
 from distill_pretrain.errors import ConfigError, CorpusError, InUse, TokenizerMismatch
 from distill_pretrain.files import ownership
 from distill_pretrain.files.ownership import owner_beside
+from tests.support.notices import noted
 from tests.support.owner import owned_elsewhere
 
 TOKENIZER = TokenizerConfig(vocab_size=350)
@@ -178,11 +179,11 @@ def test_tokens_of_an_earlier_version_stay_done_and_a_later_edit_is_said(texts, 
     old = json.loads(path.read_text())
     del old["stamp"], old["content_sha256"]
     path.write_text(json.dumps(old))
-    said: list[str] = []
-    assert build.tokenize_corpus(corpus, TOKENIZER, say=said.append).already_done
-    assert not said
-    (texts / "00.txt").write_text((texts / "00.txt").read_text().swapcase())
-    assert build.tokenize_corpus(corpus, TOKENIZER, say=said.append).already_done
+    with noted() as said:
+        assert build.tokenize_corpus(corpus, TOKENIZER).already_done
+        assert not said
+        (texts / "00.txt").write_text((texts / "00.txt").read_text().swapcase())
+        assert build.tokenize_corpus(corpus, TOKENIZER).already_done
     assert "00.txt was written after the tokens" in said[0]
 
 
@@ -345,16 +346,17 @@ def _runs(pid: int) -> bool:
 
 
 def test_documents_begin_and_end_with_the_tokens_that_are_asked_for(texts, tmp_path):
-    said: list[str] = []
     plain = config(texts, tmp_path / "plain", held_out_fraction=0)
-    build.tokenize_corpus(plain, TOKENIZER, say=said.append)
+    with noted() as said:
+        build.tokenize_corpus(plain, TOKENIZER)
     assert "documents begin with their text and end with '</s>' (id 2)" in said
     first = TokenIndex.open(tmp_path / "plain/train").read(0, 0, 16).tolist()
     text = build.load_tokenizer_of(tmp_path / "plain").decode(first)
     assert said[-1].startswith("train begins with '") and said[-1].endswith(f"as text {text!r}")
     asked = TokenizerConfig(vocab_size=350, bos="always", end_of_document="<unk>")
     out = config(texts, tmp_path / "out", held_out_fraction=0)
-    build.tokenize_corpus(out, asked, say=said.append)
+    with noted() as said:
+        build.tokenize_corpus(out, asked)
     assert "documents begin with '<s>' (id 1) and end with '<unk>' (id 0)" in said
     found, before = (TokenIndex.open(tmp_path / name / "train") for name in ("out", "plain"))
     for document in range(found.num_documents):
@@ -389,7 +391,7 @@ def test_tokens_that_an_earlier_version_made_without_bos_stay_done(texts, tmp_pa
         "begin",
         lambda found, mode, where: None if mode == "never" else found.bos,
     )
-    said: list[str] = []
-    assert build.tokenize_corpus(out, TOKENIZER, say=said.append).already_done
+    with noted() as said:
+        assert build.tokenize_corpus(out, TOKENIZER).already_done
     assert any("begins texts with '<s>' (id 1), which these documents lack" in s for s in said)
     assert content(tmp_path / "out") == before

@@ -11,6 +11,7 @@ from distill_pretrain.contracts import IGNORED_LABEL, RaggedTargets
 from distill_pretrain.data.canary import Canary, check_canary, measure_canary, run_canary
 from distill_pretrain.errors import CacheMismatch, TeacherError
 from distill_pretrain.sampling.samplers import sample_targets
+from tests.support.notices import noted
 
 VOCAB = 64
 SEQ_LEN = 48
@@ -227,41 +228,41 @@ def test_the_sanity_figures_name_the_fault():
 
 @pytest.mark.parametrize("refuse", [True, False])
 def test_the_recipe_may_turn_a_refusal_into_a_warning(refuse):
-    text, lines = Text(), []
+    text = Text()
     arguments = {
         "num_sequences": 80,
         "where": "cache",
         "captured_rate": None,
         "captured_sequences": 80,
         "refuse": refuse,
-        "say": lines.append,
     }
-    run_canary(text, Sampled(text), **arguments)
-    assert len(lines) == 1 and "next token among the stored ids at" in lines[0]
-    if refuse:
-        with pytest.raises(CacheMismatch):
+    with noted() as lines:
+        run_canary(text, Sampled(text), **arguments)
+        assert len(lines) == 1 and "next token among the stored ids at" in lines[0]
+        if refuse:
+            with pytest.raises(CacheMismatch):
+                run_canary(text, Sampled(text, roll=1), **arguments)
+        else:
             run_canary(text, Sampled(text, roll=1), **arguments)
-    else:
-        run_canary(text, Sampled(text, roll=1), **arguments)
-        assert len(lines) == 2 and lines[1].startswith("warning: ")
+            assert len(lines) == 2 and lines[1].startswith("WARNING: ")
 
 
 @pytest.mark.parametrize(("captured_sequences", "refused"), [(80, True), (160, True), (161, False)])
 def test_the_rate_of_a_capture_is_not_asked_of_a_small_part_of_it(captured_sequences, refused):
-    text, lines = Text(), []
+    text = Text()
     arguments = {
         "num_sequences": 80,
         "where": "cache",
         "captured_rate": 1.0,
         "captured_sequences": captured_sequences,
         "refuse": True,
-        "say": lines.append,
     }
     if refused:
         with pytest.raises(CacheMismatch, match="less often than when they were captured"):
             run_canary(text, Sampled(text), **arguments)
     else:
-        run_canary(text, Sampled(text), **arguments)
+        with noted() as lines:
+            run_canary(text, Sampled(text), **arguments)
         assert len(lines) == 1
 
 
@@ -276,8 +277,7 @@ def test_positions_without_targets_do_not_count():
                 values=np.zeros(0, np.int32),
             )
 
-    lines = []
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), noted() as lines:
         warnings.simplefilter("error")
         run_canary(
             Text(),
@@ -287,7 +287,6 @@ def test_positions_without_targets_do_not_count():
             captured_rate=0.5,
             captured_sequences=80,
             refuse=True,
-            say=lines.append,
         )
     assert "too few positions" in lines[0] and "nan" not in lines[0]
 

@@ -18,6 +18,7 @@ from distill_pretrain.data.patience import read_patiently
 from distill_pretrain.data.prefetch import PrefetchedBatches
 from distill_pretrain.errors import CacheCorrupt, CacheError, CacheUnreadable
 from tests.support.cache_samples import make_plan, make_tokens, write_cache
+from tests.support.notices import noted
 
 PLAN = make_plan(num_sequences=8)
 
@@ -73,7 +74,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
-def test_a_failure_that_passes_changes_no_target(folder, waits, monkeypatch, capsys, number):
+def test_a_failure_that_passes_changes_no_target(folder, waits, monkeypatch, number):
     expected = [
         b
         for step in range(4)
@@ -84,13 +85,15 @@ def test_a_failure_that_passes_changes_no_target(folder, waits, monkeypatch, cap
     first = source.step_batches(0, with_targets=True)
     disk = Disk(3, number)
     monkeypatch.setattr(os, "pread", disk)
-    with PrefetchedBatches(source, steps=range(1, 4), depth=2, with_targets=True) as ahead:
+    with (
+        noted() as said,
+        PrefetchedBatches(source, steps=range(1, 4), depth=2, with_targets=True) as ahead,
+    ):
         found = first + [batch for step in range(1, 4) for batch in ahead.step_batches(step)]
     assert disk.failures == 0 and waits == [0.5, 1.0, 2.0]
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours.targets.ids, theirs.targets.ids)
         assert torch.equal(ours.targets.probs, theirs.targets.probs)
-    said = capsys.readouterr().err.splitlines()
     assert len(said) == 3 and all("WARNING" in line and ".dpt" in line for line in said)
 
 

@@ -161,8 +161,9 @@ def test_several_sets_from_one_pass_are_the_caches_of_captures_of_their_own(
     job, tmp_path, caches_alone, capsys
 ):
     job.cli("capture", f"capture.output_dir={tmp_path}", *SETS_KEYS)
-    printed = capsys.readouterr().out
-    assert printed.count("scoring a pilot") == 1 and printed.count("cache complete") == 3
+    captured = capsys.readouterr()
+    assert captured.err.count("scoring a pilot") == 1
+    assert captured.out.count("cache complete") == 3
     assert {p.name: cache_bytes(p) for p in tmp_path.iterdir()} == caches_alone
     assert caches_alone["rs"] == cache_bytes(job.cache)
     for name in SETS:

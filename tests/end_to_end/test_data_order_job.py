@@ -156,7 +156,7 @@ def records(run: Path) -> list[dict[str, Any]]:
 def test_a_blend_trains_resumes_and_guards_its_checkpoints(job, topk_cache, tmp_path, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     job.cli("train", *blend_arguments(job, topk_cache, whole), "train.steps=4")
-    assert capsys.readouterr().out.count("canary of ") == 2
+    assert capsys.readouterr().err.count("canary of ") == 2
     job.cli("train", *blend_arguments(job, topk_cache, cut), "train.steps=2")
     synchronous = "data.prefetch_steps=0"
     job.cli("train", *blend_arguments(job, topk_cache, cut), "train.steps=4", synchronous)
@@ -219,4 +219,4 @@ def test_a_cache_of_shifted_targets_is_refused_before_anything_is_written(job, t
     assert "one position before theirs" in error and "Traceback" not in error
     assert not (tmp_path / "run").exists()
     job.cli("train", *arguments, "data.canary=warn")
-    assert "warning: the targets fit" in capsys.readouterr().out
+    assert "WARNING rank 0: the targets fit" in capsys.readouterr().err

@@ -121,7 +121,7 @@ def test_a_bit_flipped_in_the_newest_checkpoint_costs_its_steps_only(job, tmp_pa
     victim.write_bytes(data)
     capsys.readouterr()
     job.cli("train", *run, "train.steps=6", f"data.cache={job.cache}")
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert f"not read, since objective.kd_weight is 0: {job.cache}" in said
     assert "WARNING" in said and victim.name in said and "resumed at step 2" in said
     again = (tmp_path / "metrics.jsonl").read_text().splitlines()

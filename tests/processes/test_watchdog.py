@@ -17,6 +17,7 @@ from distill_pretrain.processes.process import process_group
 from distill_pretrain.processes.watchdog import STUCK_EXIT_CODE, Watchdog
 from tests.support.distributed import run_distributed
 from tests.support.layouts import WalkPlan, WalkTargets
+from tests.support.notices import noted
 
 
 def reports(kind: str) -> str:
@@ -184,8 +185,8 @@ def test_waiting_for_a_store_is_a_sign_of_life_all_along(monkeypatch):
             raise failures.pop()
         return "read"
 
-    said: list[str] = []
-    assert patience.read_patiently(read, patience_s=0.3, warn=said.append) == "read"
+    with noted() as said:
+        assert patience.read_patiently(read, patience_s=0.3) == "read"
     assert len(said) == 1 and dog._moves >= 5
 
 

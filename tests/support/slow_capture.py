@@ -95,10 +95,9 @@ def capture(
             folder=folder,
             plan=writer.plan,
             watch=stopwatch,
-            say=print,
             interval_s=0.1,
         )
-        gate = SanityGate(vocab_size=VOCAB_SIZE, mode="off", say=print)
+        gate = SanityGate(vocab_size=VOCAB_SIZE, mode="off")
         watch = CaptureWatch(gate, log=log, stopwatch=stopwatch)
         first = teacher.replica.number * plan.num_shards // teacher.replica.count
         capture_shards([writer], crew, first_shard=first, watch=watch)

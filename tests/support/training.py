@@ -15,6 +15,7 @@ from distill_pretrain.errors import CheckpointError, TrainingStopped
 from distill_pretrain.mcore.model.config import ParallelConfig
 from distill_pretrain.train.config import TrainConfig
 from tests.support.layouts import make_job
+from tests.support.notices import noted
 
 
 @dataclass(frozen=True)
@@ -120,35 +121,28 @@ def run_trainer(
     if fault is not None:
         part.loss_function = Faulty(part.loss_function, fault)
     store = CheckpointStore(folder / "checkpoints")
-    said: list[str] = []
-
-    def say(line: str) -> None:
-        said.append(line)
-        if on_line is not None:
-            on_line(line)
-
-    trainer = Trainer(
-        student=student,
-        batches=batches,
-        prefetch_steps=1,
-        checkpoints=store,
-        callbacks=callbacks(student) if callbacks else (),
-        resume_from=store.find({}, say),
-        identity={},
-        config=TrainConfig(output_dir=folder, global_batch_size=8, log_interval=1, **train),
-        open_metrics=lambda done: (
-            MetricsLog(folder / "metrics.jsonl", resume_step=done) if first else None
-        ),
-        events=EventLog(folder / "events.jsonl" if first else None),
-        objective=part.loss_function,
-        has_targets=True,
-        say=say,
-    )
     error: BaseException | None = None
     stopped = False
-    try:
-        stopped = trainer.fit().stopped
-    except (TrainingStopped, CheckpointError) as end:
-        error = end
+    with noted(on_line) as said:
+        trainer = Trainer(
+            student=student,
+            batches=batches,
+            prefetch_steps=1,
+            checkpoints=store,
+            callbacks=callbacks(student) if callbacks else (),
+            resume_from=store.find({}),
+            identity={},
+            config=TrainConfig(output_dir=folder, global_batch_size=8, log_interval=1, **train),
+            open_metrics=lambda done: (
+                MetricsLog(folder / "metrics.jsonl", resume_step=done) if first else None
+            ),
+            events=EventLog(folder / "events.jsonl" if first else None),
+            objective=part.loss_function,
+            has_targets=True,
+        )
+        try:
+            stopped = trainer.fit().stopped
+        except (TrainingStopped, CheckpointError) as end:
+            error = end
     dist.barrier()
     return Run(part, store, said, error, stopped)

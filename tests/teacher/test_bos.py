@@ -21,6 +21,7 @@ from distill_pretrain.teacher.bos import SEQUENCES, measure_bos, missing_bos
 from distill_pretrain.teacher.capture import make_plans
 from distill_pretrain.teacher.config import CaptureConfig
 from distill_pretrain.teacher.crew import Crew
+from tests.support.notices import noted
 from tests.support.small_corpus import SEQ_LEN, VOCAB_SIZE, write_small_corpus
 
 BOS = 3
@@ -86,7 +87,7 @@ def test_a_token_that_documents_begin_or_end_with_is_not_missing(tmp_path, seque
         assert of({"bos_token_id": BOS}, TokenIndex.open(tmp_path / name)) is None
 
 
-def test_a_capture_says_that_the_token_is_missing(tmp_path, sequences, capsys):
+def test_a_capture_says_that_the_token_is_missing(tmp_path, sequences):
     from distill_pretrain.jobs import capture as job
 
     engine = NeedsBos(sequences)
@@ -94,8 +95,10 @@ def test_a_capture_says_that_the_token_is_missing(tmp_path, sequences, capsys):
     (plan,) = make_plans(sequences, config, engine.identity).values()
     crew = Crew(engine, sequences)
     (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": BOS}))
-    job._warn_of_missing_bos(tmp_path, crew, plan, partial(Crew, engine))
-    assert "WARNING: the teacher's config.json names token 3 as BOS" in capsys.readouterr().out
-    (tmp_path / "config.json").write_text("{}")
-    job._warn_of_missing_bos(tmp_path, crew, plan, partial(Crew, engine))
-    assert capsys.readouterr().out == ""
+    with noted() as said:
+        job._warn_of_missing_bos(tmp_path, crew, plan, partial(Crew, engine))
+        (line,) = said
+        assert line.startswith("WARNING: the teacher's config.json names token 3 as BOS")
+        (tmp_path / "config.json").write_text("{}")
+        job._warn_of_missing_bos(tmp_path, crew, plan, partial(Crew, engine))
+        assert said == [line]

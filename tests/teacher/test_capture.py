@@ -68,7 +68,7 @@ class BatchSensitive:
 
 
 def watching(mode: Any = "refuse", **settings: Any) -> CaptureWatch:
-    return CaptureWatch(SanityGate(vocab_size=VOCAB_SIZE, mode=mode, say=print), **settings)
+    return CaptureWatch(SanityGate(vocab_size=VOCAB_SIZE, mode=mode), **settings)
 
 
 def tables_of(sequences: SequenceData, plans: list[CachePlan], engine: Any = None) -> list[Any]:

@@ -14,6 +14,7 @@ from distill_pretrain.errors import TeacherError
 from distill_pretrain.sampling.samplers import Sampler, sample_sets
 from distill_pretrain.teacher.gate import BatchFigures, SanityGate
 from distill_pretrain.teacher.scoring import SampledBatch
+from tests.support.notices import noted
 
 SEQ_LEN, BATCH = 64, 8
 Logits = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float32]]
@@ -71,12 +72,11 @@ def run_gate(
     sampler: str = "systematic",
     num_draws: int = 50,
     mode: Any = "refuse",
-    said: list[str] | None = None,
     seq_len: int = SEQ_LEN,
     later: Logits | None = None,
 ) -> BatchFigures:
     """Show sequences to a gate; after 300 of them the teacher is `later`."""
-    gate = SanityGate(vocab_size=text.vocab, mode=mode, say=([] if said is None else said).append)
+    gate = SanityGate(vocab_size=text.vocab, mode=mode)
     chosen = Sampler(
         name=sampler, num_draws=num_draws, seed=1, top_p=0.8 if sampler == "topp" else None
     )
@@ -213,8 +213,9 @@ def test_a_teacher_that_freezes_later_is_stopped():
 
 def test_a_warning_is_said_once_and_off_says_nothing():
     text = Text(200, 0.5)
-    said: list[str] = []
-    run_gate(text, constant(np.zeros(200)), mode="warn", said=said)
-    assert len(said) == 1 and said[0].startswith("warning: the teacher's distribution is uniform")
-    run_gate(text, constant(np.zeros(200)), mode="off", said=said)
+    with noted() as said:
+        run_gate(text, constant(np.zeros(200)), mode="warn")
+        assert len(said) == 1
+        assert said[0].startswith("WARNING: the teacher's distribution is uniform")
+        run_gate(text, constant(np.zeros(200)), mode="off")
     assert len(said) == 1

@@ -51,7 +51,6 @@ def evaluated(layout: str, parallel: dict[str, Any]) -> dict[str, list[Any]]:
             train=TrainConfig(
                 output_dir=Path(), steps=STEPS, global_batch_size=GLOBAL_BATCH, eval_interval=1
             ),
-            say=lambda line: None,
         )
         found: dict[str, list[Any]] = {"losses": [], "figures": []}
         for step in range(STEPS):
@@ -181,7 +180,7 @@ def test_a_run_logs_held_out_figures_and_profiles_its_steps(tokens, tmp_path, ca
     scored = [r["step"] for r in records if "held_out_ce" in r]
     assert scored == [2, 4, 5]
     assert not any("held_out_kl" in r for r in records)
-    assert "held out: ce" in capsys.readouterr().out
+    assert "held out: ce" in capsys.readouterr().err
     with gzip.open(run / "profile/rank-0.json.gz") as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
     assert "aten::mm" in names

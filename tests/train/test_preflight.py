@@ -16,6 +16,7 @@ from distill_pretrain.losses.config import ObjectiveConfig
 from distill_pretrain.train.config import TrainConfig
 from distill_pretrain.train.preflight import check_targets, check_teacher, ignored_caches
 from tests.data.test_canary import SEQ_LEN, VOCAB, Sampled, Text
+from tests.support.notices import noted
 
 
 def source(sampler: str, num_draws: int) -> SimpleNamespace:
@@ -36,9 +37,9 @@ def source(sampler: str, num_draws: int) -> SimpleNamespace:
 
 
 def said(sampler: str, num_draws: int, **objective) -> list[str]:
-    lines: list[str] = []
     config = ObjectiveConfig(kd_weight=1.0, **objective)
-    check_targets([source(sampler, num_draws)], config, lines.append)
+    with noted() as lines:
+        check_targets([source(sampler, num_draws)], config)
     assert lines.pop(0).startswith("canary of here/cache: ")
     return lines
 
@@ -62,14 +63,14 @@ def test_what_a_cut_off_cache_keeps_is_said_at_the_start_and_below_nine_tenths_i
     assert mass < 0.9
     (line,) = said("topk", 5)
     assert line.startswith(
-        f"warning: here/cache: topk keeps {mass:.1%} of the teacher's mass (mean"
+        f"WARNING: here/cache: topk keeps {mass:.1%} of the teacher's mass (mean"
     )
     assert "objective.residual=drop ids that are left out are trained to 0" in line
     assert f"is {bias:.2f} nats off the teacher's distribution" in line and "systematic" in line
     mass, _ = kept_by(VOCAB - 4)
     assert 0.9 < mass < 1
     (line,) = said("topk", VOCAB - 4)
-    assert line.startswith(f"here/cache: topk keeps {mass:.1%}") and "warning" not in line
+    assert line.startswith(f"here/cache: topk keeps {mass:.1%}") and "WARNING" not in line
     assert said("systematic", 20) == []
 
 

@@ -14,6 +14,7 @@ import pytest
 from distill_pretrain.errors import MissingDependency
 from distill_pretrain.train.metrics import EventLog, MetricsDamaged, MetricsLog
 from distill_pretrain.train.trackers import PrometheusTracker, Trackers, require_trackers
+from tests.support.notices import noted
 
 
 def record(step: int, **changes: Any) -> dict[str, Any]:
@@ -31,9 +32,8 @@ def record(step: int, **changes: Any) -> dict[str, Any]:
     return {**fields, **changes}
 
 
-def trackers(folder: Path, *names: str, done: int = 0, said: list[str] | None = None) -> Trackers:
-    say = (said if said is not None else []).append
-    return Trackers(names, folder, done=done, settings={"seed": 1}, say=say)
+def trackers(folder: Path, *names: str, done: int = 0) -> Trackers:
+    return Trackers(names, folder, done=done, settings={"seed": 1})
 
 
 class FakeWandb(ModuleType):
@@ -112,13 +112,12 @@ def test_every_start_of_a_run_is_the_same_wandb_run(tmp_path: Path, wandb: FakeW
 def test_a_tracker_that_fails_is_named_once_and_the_others_go_on(
     tmp_path: Path, wandb: FakeWandb
 ) -> None:
-    said: list[str] = []
     log = MetricsLog(
         tmp_path / "metrics.jsonl",
         resume_step=0,
-        trackers=trackers(tmp_path, "wandb", "prometheus", said=said),
+        trackers=trackers(tmp_path, "wandb", "prometheus"),
     )
-    with log:
+    with noted() as said, log:
         for step in range(1, 5):
             wandb.error = ConnectionError("no route") if step > 1 else None
             log.write(record(step))
@@ -131,11 +130,11 @@ def test_a_tracker_that_cannot_start_is_a_warning(tmp_path: Path, wandb: FakeWan
     def refuse(**_: Any) -> None:
         raise RuntimeError("not logged in")
 
-    said: list[str] = []
     wandb.init = refuse  # type: ignore[method-assign,assignment]
-    followed = trackers(tmp_path, "wandb", said=said)
-    followed.write(record(1))
-    followed.close()
+    with noted() as said:
+        followed = trackers(tmp_path, "wandb")
+        followed.write(record(1))
+        followed.close()
     assert len(said) == 1 and "not logged in" in said[0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from distill_pretrain.processes.env import launch_rank, launch_world_size
 
 if TYPE_CHECKING:
     from distill_pretrain.jobs.comparison.plan import ComparisonPlan, StudentRun
+
+_log = logging.getLogger(__name__)
 
 CAPTURE_POLL_S = 5.0
 
@@ -78,7 +81,8 @@ def _run(
     if not busy and len(selected) < len(plan.runs):
         busy = [run for run in plan.runs if not _is_finished(run)]
     if busy:
-        say("no report yet; left to other jobs or to the next start:", "; ".join(map(str, busy)))
+        left = "; ".join(map(str, busy))
+        _log.info(f"no report yet; left to other jobs or to the next start: {left}")
         return
     try:
         for seed, job in plan.evaluations.items():
@@ -87,7 +91,7 @@ def _run(
         if launch_rank() == 0:
             _report(plan, command)
     except InUse as error:  # two jobs were the last at once
-        say(f"left to another job: {error}")
+        _log.info(f"left to another job: {error}")
 
 
 def _check_before_hours_of_work(plan: ComparisonPlan) -> None:
@@ -144,7 +148,7 @@ def _train(plan: ComparisonPlan, runs: Sequence[StudentRun]) -> list[StudentRun]
                     busy.append(run)
                     continue
                 number = plan.runs.index(run) + 1
-                say(f"\n== {run} ({number} of {len(plan.runs)})")
+                _log.info(f"== {run} ({number} of {len(plan.runs)})")
                 with _stage(plan, f"train {run}"):
                     _guarded(f"cell {run}", run.folder, partial(_train_one, run.recipe))
         progressed = len(busy) < len(waiting)
