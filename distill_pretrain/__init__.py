@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from distill_pretrain.corpus.token_index import TokenIndex
     from distill_pretrain.corpus.token_writer import TokenIndexWriter
     from distill_pretrain.errors import DistillPretrainError
+    from distill_pretrain.train.callbacks import Callback
 
 _MODULES = {
+    "Callback": "train.callbacks",
     "CacheReader": "cache.reader",
     "DistillPretrainError": "errors",
     "DistillationDataset": "api.dataset",
@@ -57,6 +59,7 @@ _MODULES = {
 
 __all__ = [
     "CacheReader",
+    "Callback",
     "DistillPretrainError",
     "DistillationDataset",
     "RaggedTargets",

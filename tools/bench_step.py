@@ -24,14 +24,15 @@ from reporting import append_line, command_line, environment, run, write_json
 
 from distill_pretrain.config import load_recipe, require
 from distill_pretrain.contracts import TokenBatch
-from distill_pretrain.data.batches import StudentBatches
+from distill_pretrain.data.batches import StudentBatches, micro_batches
 from distill_pretrain.data.prefetch import PrefetchedBatches
 from distill_pretrain.data.sources import open_sources
 from distill_pretrain.jobs.recipe import Recipe
 from distill_pretrain.losses.config import ObjectiveConfig
 from distill_pretrain.mcore.runtime.parallel import model_parallel
 from distill_pretrain.processes.process import local_device, process_group, set_cpu_threads
-from distill_pretrain.train.guard import StepGuard, Verdict
+from distill_pretrain.train.callbacks import Verdict
+from distill_pretrain.train.guard import StepGuard
 from distill_pretrain.train.job import make_objective
 
 WARMUP, STEPS_PER_ROUND = 3, 3
@@ -96,10 +97,10 @@ def student_step(
 
     def step() -> None:
         number = next(numbers)
-        micro_batches = prefetched.step_batches(number)
+        read = prefetched.host_batches(number)
         loss.begin_step(number + 1)
         student.step(
-            [iter(micro_batches) for _ in student.chunks],
+            micro_batches(read, batches.device, readers=len(student.chunks)),
             lambda seen: guard.judge(number, seen.terms[0].item(), seen.grad_norm) is Verdict.APPLY,
         )
 

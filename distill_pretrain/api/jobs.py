@@ -21,6 +21,7 @@ from distill_pretrain.jobs.recipe import Recipe
 if TYPE_CHECKING:
     from distill_pretrain.cache.manifest import Manifest
     from distill_pretrain.reports.results import EvalResults
+    from distill_pretrain.train.callbacks import Callback
 
 RecipeLike = Recipe | Mapping[str, Any] | str | Path
 """A recipe, its sections by name (as mappings or as typed sections), or the path of its file."""
@@ -46,12 +47,15 @@ def capture_cache(recipe: RecipeLike, overrides: Sequence[str] = ()) -> dict[Pat
         return capture_caches(as_recipe(recipe, overrides))
 
 
-def train_student(recipe: RecipeLike, overrides: Sequence[str] = ()) -> bool:
+def train_student(
+    recipe: RecipeLike, overrides: Sequence[str] = (), *, callbacks: Sequence[Callback] = ()
+) -> bool:
     """Train, or go on training, a model with megatron-core, as `distill-pretrain train` does.
 
     Args:
         recipe: with the sections data, model and train; teacher, where objective.target says so.
         overrides: `section.key=value` on top of a recipe's file.
+        callbacks: told of every step; the same ones on every rank.
 
     Returns:
         Whether it reached its last step; False where a signal asked it to stop, after it has saved.
@@ -63,7 +67,7 @@ def train_student(recipe: RecipeLike, overrides: Sequence[str] = ()) -> bool:
     from distill_pretrain.jobs.train import train_model
 
     with _left_as_it_was():
-        return not train_model(as_recipe(recipe, overrides))
+        return not train_model(as_recipe(recipe, overrides), callbacks)
 
 
 def evaluate_models(recipe: RecipeLike, overrides: Sequence[str] = ()) -> EvalResults:

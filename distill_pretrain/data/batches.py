@@ -6,9 +6,10 @@ position.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import tee
 from typing import Protocol
 
 import numpy as np
@@ -105,6 +106,19 @@ class HostBatch:
         return TokenBatch(
             tokens=moved(self.tokens).long(), labels=moved(self.labels).long(), targets=targets
         )
+
+
+def micro_batches(
+    batches: Sequence[HostBatch], device: torch.device, *, readers: int
+) -> list[Iterator[TokenBatch]]:
+    """Each batch on the device once the first reader takes it, until the last one has.
+
+    Args:
+        batches: in order.
+        device: where they go.
+        readers: how many iterators over all of them.
+    """
+    return list(tee((batch.to(device) for batch in batches), readers))
 
 
 def pad_targets(

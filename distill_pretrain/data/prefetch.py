@@ -9,7 +9,6 @@ from types import TracebackType
 
 import torch
 
-from distill_pretrain.contracts import TokenBatch
 from distill_pretrain.data.batches import HostBatch, StudentBatches
 
 
@@ -17,8 +16,8 @@ class PrefetchedBatches:
     """The batches of consecutive steps, the next ones prepared while the model works on the current one.
 
     Use it in a `with` block: leaving it ends the thread, after the step it is reading, whatever happened. The thread
-    reads, decodes, pads and pins; copies to the device are started by the caller's thread, in stream order. Results
-    are those of `StudentBatches.step_batches`. Meanwhile nobody else may use the batches: caches serve one thread.
+    reads, decodes, pads and pins; `micro_batches` starts copies to the device, in stream order. Results are those of
+    `StudentBatches.host_batches`. Meanwhile nobody else may use the batches: caches serve one thread.
 
     Args:
         batches: where they come from.
@@ -58,15 +57,15 @@ class PrefetchedBatches:
             self._thread = None
         self._ahead.clear()
 
-    def step_batches(self, step: int) -> list[TokenBatch]:
-        """This rank's micro-batches of the next step, on the device; raises what its preparation raised."""
+    def host_batches(self, step: int) -> list[HostBatch]:
+        """This rank's micro-batches of the next step; raises what its preparation raised."""
         if self._thread is None:
             assert self._depth == 0, "outside the with block"
-            return self._batches.step_batches(step, with_targets=self._with_targets)
+            return self._batches.host_batches(step, self._with_targets)
         expected, prepared = self._ahead.popleft()
         assert step == expected, (step, expected)
         self._prepare_next(self._thread)
-        return [batch.to(self._batches.device) for batch in prepared.result()]
+        return prepared.result()
 
     def _prepare_next(self, thread: ThreadPoolExecutor) -> None:
         step = next(self._steps, None)

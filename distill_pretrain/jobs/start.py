@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill_pretrain.jobs.console import say
 from distill_pretrain.jobs.recipe import Recipe
 from distill_pretrain.jobs.teachers import (
     model_width,
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 FROM_TEACHER = "teacher"
 """The value of train.start_from that means teacher.path; a folder of that name is ./teacher."""
+
+_log = logging.getLogger(__name__)
 
 
 def start_folder(recipe: Recipe) -> Path | None:
@@ -66,7 +68,7 @@ def open_start(recipe: Recipe, sequences: SequenceData) -> StartingWeights:
     )
     width = model_width(folder)
     if width > sequences.vocab_size:
-        say(
+        _log.info(
             f"rows {sequences.vocab_size} to {width - 1} of the source's embedding are padding: "
             "no ids of the corpus, left out"
         )

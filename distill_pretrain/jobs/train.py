@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from distill_pretrain.config import dump_recipe, require
@@ -12,6 +13,7 @@ from distill_pretrain.jobs.teachers import load_teacher
 if TYPE_CHECKING:
     from distill_pretrain.contracts import LogitsEngine
     from distill_pretrain.data.sources import SequenceData
+    from distill_pretrain.train.callbacks import Callback
 
 
 def require_training(recipe: Recipe) -> None:
@@ -21,11 +23,12 @@ def require_training(recipe: Recipe) -> None:
     require(recipe, "train", "data", "model", "train", *(["teacher"] if needs_teacher else []))
 
 
-def train_model(recipe: Recipe) -> bool:
+def train_model(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> bool:
     """Train, or go on training, the model of a recipe, with all processes of the job.
 
     Args:
         recipe: with the sections data, model and train; teacher, where objective.target says so.
+        callbacks: of the user; see `train.callbacks`.
 
     Returns:
         Whether it was asked to stop before the last step.
@@ -58,4 +61,5 @@ def train_model(recipe: Recipe) -> bool:
         save_recipe=save_recipe,
         open_teacher=open_teacher if recipe.objective.target == "teacher" else None,
         start=start_of(recipe),
+        callbacks=callbacks,
     )

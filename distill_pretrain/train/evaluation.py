@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from distill_pretrain.data.batches import BatchSource, StudentBatches
+from distill_pretrain.data.batches import BatchSource, StudentBatches, micro_batches
 from distill_pretrain.data.config import DataConfig
 from distill_pretrain.data.sources import (
     SequenceData,
@@ -147,11 +147,9 @@ class HeldOutEvaluation(Callback):
         total, num_tokens = torch.zeros(len(self._places), dtype=torch.float64), 0
         for batch in range(self._num_batches):
             doing(f"step {step}: evaluating, batch {batch + 1} of {self._num_batches}")
-            micro_batches = self._batches.step_batches(
-                batch, with_targets=self._student.is_last_stage
-            )
+            read = self._batches.host_batches(batch, self._student.is_last_stage)
             sums, tokens = self._student.evaluate(
-                [iter(micro_batches) for _ in self._student.chunks]
+                micro_batches(read, self._batches.device, readers=len(self._student.chunks))
             )
             total += sums[self._places]
             num_tokens += tokens

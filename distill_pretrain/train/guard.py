@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
-from enum import Enum
+from collections.abc import Iterable, Mapping
 from statistics import fmean, pstdev
+from typing import TYPE_CHECKING, Any
 
 from distill_pretrain.errors import TrainingStopped
+from distill_pretrain.train.callbacks import Callback, Judgement, Verdict
 from distill_pretrain.train.config import BadStepsConfig
 
-
-class Verdict(Enum):
-    """What to do with a step."""
-
-    APPLY = "apply"
-    SKIP = "skip"
-    ROLL_BACK = "rollback"
+if TYPE_CHECKING:
+    from distill_pretrain.mcore.student.base import StepResult
 
 
 class StepGuard:
@@ -89,3 +85,27 @@ class StepGuard:
             found=self.reason,
             remedy="start it again to go on from the last checkpoint; lower optimizer.lr, or change train.bad_steps",
         )
+
+
+class BadSteps(Callback):
+    """The guard of a training.
+
+    Args:
+        config: the policy.
+    """
+
+    def __init__(self, config: BadStepsConfig) -> None:
+        self.guard = StepGuard(config)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `Callback`: the losses of the last applied steps."""
+        self.guard.go_back([float(loss) for loss in state["recent_losses"]])
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Callback`."""
+        return {"recent_losses": self.guard.recent}
+
+    def judge(self, step: int, seen: StepResult) -> Judgement:
+        """See `Callback`."""
+        verdict = self.guard.judge(step, seen.terms[0].item(), seen.grad_norm)
+        return Judgement(verdict, self.guard.reason)

@@ -49,7 +49,7 @@ from distill_pretrain.train.callbacks import Callback
 from distill_pretrain.train.config import TrainConfig
 from distill_pretrain.train.evaluation import HeldOutEvaluation, open_held_out, require_held_out
 from distill_pretrain.train.exports import RunExports
-from distill_pretrain.train.metrics import EventLog, MetricsLog
+from distill_pretrain.train.metrics import EventLog
 from distill_pretrain.train.preflight import (
     check_kernels,
     check_targets,
@@ -57,8 +57,9 @@ from distill_pretrain.train.preflight import (
     ignored_caches,
 )
 from distill_pretrain.train.profiling import StepProfile
+from distill_pretrain.train.standard import standard_callbacks
 from distill_pretrain.train.throughput import Throughput, peak_tflops
-from distill_pretrain.train.trackers import Trackers, require_trackers
+from distill_pretrain.train.trackers import require_trackers
 
 _log = logging.getLogger(__name__)
 
@@ -149,6 +150,7 @@ def train_student(
     save_recipe: Callable[[], None],
     open_teacher: OpenTeacher | None = None,
     start: Start | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> bool:
     """Train, or go on training, the model of a recipe; whether it was asked to stop before the last step.
 
@@ -162,6 +164,7 @@ def train_student(
         save_recipe: writes the resolved recipe into the run folder; called once, on rank 0.
         open_teacher: loads the teacher; given where objective.target=teacher, and called on every rank.
         start: of train.start_from.
+        callbacks: of the user; see `train.callbacks`.
     """
     assert (open_teacher is not None) == (objective.target == "teacher")
     check_layout(
@@ -265,7 +268,7 @@ def train_student(
                 _log.info(f"starts from {weights.description}: {start.folder}")
             needed = saved_bytes(student, precision=train.precision)
             on_first_rank(lambda: checkpoints.require_room(needed, keep=train.keep_checkpoints))
-            callbacks: list[Callback] = [exports.of(student)]
+            own: list[Callback] = [exports.of(student)]
             if held_out is not None:
                 evaluation = HeldOutEvaluation(
                     student=student,
@@ -274,24 +277,35 @@ def train_student(
                     has_targets=scores_kl,
                     train=train,
                 )
-                callbacks.append(evaluation)
+                own.append(evaluation)
             if train.profile is not None:
                 folder = train.output_dir / "profile"
                 profile = StepProfile(*train.profile, folder=folder, rank=launch_rank())
-                callbacks.append(profile)
+                own.append(profile)
+            is_first = launch_rank() == 0
+            events = EventLog(train.output_dir / "events.jsonl" if is_first else None)
             trainer = Trainer(
                 student=student,
                 batches=batches,
                 prefetch_steps=data.prefetch_steps,
                 checkpoints=checkpoints,
-                callbacks=callbacks,
+                callbacks=[
+                    *own,
+                    *callbacks,
+                    *standard_callbacks(
+                        student,
+                        checkpoints,
+                        identity=identity,
+                        config=train,
+                        events=events,
+                        device=batches.device,
+                        is_first=is_first,
+                    ),
+                ],
                 resume_from=newest,
                 identity=identity,
                 config=train,
-                open_metrics=lambda done: (
-                    _open_metrics(train, done, identity) if launch_rank() == 0 else None
-                ),
-                events=EventLog(train.output_dir / "events.jsonl" if launch_rank() == 0 else None),
+                events=events,
                 throughput=Throughput(
                     flops_per_token=training_flops_per_token(
                         model, vocab_size=vocab_size, seq_len=data.seq_len
@@ -303,13 +317,6 @@ def train_student(
                 has_targets=has_targets,
             )
             return trainer.fit().stopped
-
-
-def _open_metrics(train: TrainConfig, done: int, settings: dict[str, Any]) -> MetricsLog:
-    """The log of a run and what follows it, from a step on."""
-    folder = train.output_dir
-    trackers = Trackers(train.track, folder, done=done, settings=settings)
-    return MetricsLog(folder / "metrics.jsonl", resume_step=done, trackers=trackers)
 
 
 def _open_whole(open_teacher: OpenTeacher, sequences: SequenceData) -> LogitsEngine:

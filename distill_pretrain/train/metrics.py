@@ -26,13 +26,14 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from distill_pretrain.errors import DistillPretrainError
 from distill_pretrain.files.atomic import publish_bytes
 from distill_pretrain.files.disk import naming
-from distill_pretrain.train.trackers import Trackers
+from distill_pretrain.train.callbacks import Callback
 
 
 class MetricsDamaged(DistillPretrainError):
@@ -45,7 +46,6 @@ class MetricsLog:
     Args:
         path: the JSONL file.
         resume_step: steps already done; what follows their records is dropped, half-written lines too.
-        trackers: get the same records; closed with the log.
 
     Attributes:
         dropped: records that were.
@@ -54,16 +54,13 @@ class MetricsLog:
         MetricsDamaged: a line among the records that are kept is none.
     """
 
-    def __init__(self, path: Path, *, resume_step: int, trackers: Trackers | None = None) -> None:
+    def __init__(self, path: Path, *, resume_step: int) -> None:
         self._path = path
-        self._trackers = trackers
         before = path.read_bytes() if path.exists() else b""
         kept, self.dropped = _split(path, before, resume_step)
         after = b"".join(line + b"\n" for line, _ in kept)
         if after != before or not path.exists():
             publish_bytes(path, after)
-        if trackers is not None:
-            trackers.catch_up([record for _, record in kept])
         self._file = path.open("a", buffering=1)
 
     def __enter__(self) -> MetricsLog:
@@ -72,25 +69,19 @@ class MetricsLog:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: Mapping[str, Any]) -> None:
         """Append one record."""
         with naming(self._path):
             self._file.write(json.dumps(record) + "\n")
-        if self._trackers is not None:
-            self._trackers.write(record)
 
     def sync(self) -> None:
         """Make the records so far durable: no checkpoint may outlive the records of its steps."""
         with naming(self._path):
             os.fsync(self._file.fileno())
-        if self._trackers is not None:
-            self._trackers.flush()
 
     def close(self) -> None:
-        """Close the file and the trackers."""
+        """Close the file."""
         self._file.close()
-        if self._trackers is not None:
-            self._trackers.close()
 
 
 def _split(
@@ -139,3 +130,45 @@ class EventLog:
         record = {"event": event, "step": step, "time": round(time.time(), 3), **facts}
         with naming(self._path), self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
+
+
+class Metrics(Callback):
+    """Keeps metrics.jsonl of a training.
+
+    Args:
+        path: the file; None on ranks that do not write.
+        events: told of steps that are done again.
+    """
+
+    def __init__(self, path: Path | None, events: EventLog) -> None:
+        self._path = path
+        self._events = events
+        self._log: MetricsLog | None = None
+
+    def begin(self, step: int) -> None:
+        """See `Callback`."""
+        if self._path is None:
+            return
+        self._log = MetricsLog(self._path, resume_step=step)
+        if self._log.dropped:
+            self._events.add("repeating", step, steps=self._log.dropped)
+
+    def end_step(self, step: int, record: Mapping[str, Any], doing: Callable[[str], None]) -> None:
+        """See `Callback`."""
+        if self._log is not None:
+            self._log.write(record)
+
+    def before_save(self, step: int) -> None:
+        """See `Callback`."""
+        if self._log is not None:
+            self._log.sync()
+
+    def settle(self, doing: Callable[[str], None]) -> None:
+        """See `Callback`."""
+        self.end()
+
+    def end(self) -> None:
+        """See `Callback`."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None

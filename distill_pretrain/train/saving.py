@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 
 from distill_pretrain.checkpoint.store import CheckpointStore, PendingSave
-from distill_pretrain.errors import TrainingStopped
 from distill_pretrain.mcore.student.background_save import BackgroundSave
 from distill_pretrain.mcore.student.base import Student
+from distill_pretrain.processes.host_copy import MostAnywhere
+from distill_pretrain.train.callbacks import Callback
 from distill_pretrain.train.config import TrainConfig
 from distill_pretrain.train.metrics import EventLog
-from distill_pretrain.train.stopping import most_anywhere
 
 LOOK_INTERVAL_S = 1.0
 
 
-class Saver:
-    """Saves the student of a run, one checkpoint at a time.
+class Saver(Callback):
+    """Saves the student of a run every `train.checkpoint_interval` steps, one checkpoint at a time.
 
     A checkpoint written in the background is published by all ranks at the end of the first step at which none is
     writing, or by the next `save` or `flush`. Until then nothing else sees it.
@@ -60,6 +59,28 @@ class Saver:
         """Whether this rank is writing a checkpoint in the background."""
         return self._pending is not None and self._pending.files.writing
 
+    def figures(self) -> dict[str, float]:
+        """See `Callback`."""
+        return {"writing": self.writing}
+
+    def end_step(self, step: int, record: Mapping[str, Any], doing: Callable[[str], None]) -> None:
+        """See `Callback`: publish what every rank has finished writing, and save what is due."""
+        doing(f"step {step}: saving")
+        if self._pending is not None and not self.trainer.most["writing"]:
+            self._publish(time.perf_counter())
+        config = self._config
+        if self.trainer.stopping or step % config.checkpoint_interval == 0 or step == config.steps:
+            self.save(step, self.trainer.progress(step), doing)
+
+    def settle(self, doing: Callable[[str], None]) -> None:
+        """See `Callback`."""
+        self.flush(doing)
+
+    def end(self) -> None:
+        """See `Callback`: a save that is still in flight is left unfinished, as where one rank alone fails."""
+        if self._pending is not None:
+            self._pending.files.give_up()
+
     def save(self, step: int, progress: dict[str, Any], doing: Callable[[str], None]) -> None:
         """Save; or begin to, once the save before is published. Every rank calls it.
 
@@ -82,11 +103,6 @@ class Saver:
         if not behind:
             self.flush(doing)
 
-    def end_step(self, writing_anywhere: bool) -> None:
-        """Publish what every rank has finished writing. Every rank calls it with the same."""
-        if self._pending is not None and not writing_anywhere:
-            self._publish(time.perf_counter())
-
     def flush(self, doing: Callable[[str], None]) -> None:
         """Wait for the save that is in flight, if there is one, and publish it. Every rank calls it.
 
@@ -107,22 +123,9 @@ class Saver:
                 doing(f"step {step}: {what} checkpoint")
             files.wait(LOOK_INTERVAL_S)
             before, moves = moves, files.moves
-            writing, moving = most_anywhere((files.writing, moves != before), self._device)
+            looked = {"writing": float(files.writing), "moving": float(moves != before)}
+            writing, moving = MostAnywhere(looked, self._device).read().values()
         self._publish(started)
-
-    @contextmanager
-    def flushed(self, doing: Callable[[str], None]) -> Iterator[None]:
-        """Leaves no save in flight behind the block, unless an error of one rank alone ends it."""
-        try:
-            yield
-        except TrainingStopped:  # which every rank raises
-            self.flush(doing)
-            raise
-        except BaseException:
-            if self._pending is not None:
-                self._pending.files.give_up()
-            raise
-        self.flush(doing)
 
     def _publish(self, waiting_since: float) -> None:
         pending, self._pending = self._pending, None

@@ -7,6 +7,7 @@ run goes on.
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from distill_pretrain.errors import MissingDependency
+from distill_pretrain.train.callbacks import Callback
 
 _log = logging.getLogger(__name__)
 
@@ -278,3 +280,47 @@ class Trackers:
                 f"{type(error).__name__}: {error}"
             )
             return None
+
+
+class Tracking(Callback):
+    """Hands the records of a training to its trackers; after `Metrics`, whose file tells of the steps before.
+
+    Args:
+        names: of `train.track`; none on ranks that do not write.
+        folder: of the run.
+        settings: see `WandbTracker`.
+    """
+
+    def __init__(self, names: Iterable[str], folder: Path, settings: Mapping[str, Any]) -> None:
+        self._names = tuple(names)
+        self._folder = folder
+        self._settings = settings
+        self._trackers: Trackers | None = None
+
+    def begin(self, step: int) -> None:
+        """See `Callback`."""
+        if not self._names:
+            return
+        self._trackers = Trackers(self._names, self._folder, done=step, settings=self._settings)
+        lines = (self._folder / "metrics.jsonl").read_bytes().splitlines()
+        self._trackers.catch_up([json.loads(line) for line in lines])
+
+    def end_step(self, step: int, record: Mapping[str, Any], doing: Callable[[str], None]) -> None:
+        """See `Callback`."""
+        if self._trackers is not None:
+            self._trackers.write(record)
+
+    def before_save(self, step: int) -> None:
+        """See `Callback`."""
+        if self._trackers is not None:
+            self._trackers.flush()
+
+    def settle(self, doing: Callable[[str], None]) -> None:
+        """See `Callback`."""
+        self.end()
+
+    def end(self) -> None:
+        """See `Callback`."""
+        if self._trackers is not None:
+            self._trackers.close()
+            self._trackers = None

@@ -37,10 +37,10 @@ def train_recorded(arguments: list[str], record: str, kill_after: int | None) ->
     from distill_pretrain.data.prefetch import PrefetchedBatches
     from distill_pretrain.train.trainer import Trainer
 
-    give, finish = PrefetchedBatches.step_batches, Trainer._record
+    give, finish = PrefetchedBatches.host_batches, Trainer._record
     rank = int(os.environ["RANK"])
 
-    def step_batches(self: Any, step: int) -> Any:
+    def host_batches(self: Any, step: int) -> Any:
         batches = give(self, step)
         seen = [digest(row.numpy()) for batch in batches for row in batch.tokens]
         with Path(record).with_suffix(f".{rank}").open("a") as file:
@@ -52,7 +52,7 @@ def train_recorded(arguments: list[str], record: str, kill_after: int | None) ->
             kill_job()
         return finish(self, step, *rest)
 
-    PrefetchedBatches.step_batches = step_batches
+    PrefetchedBatches.host_batches = host_batches
     Trainer._record = after_step
     return main(arguments)
 

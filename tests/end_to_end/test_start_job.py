@@ -76,10 +76,10 @@ def test_a_run_that_has_started_does_not_read_its_source_again(job, exported, tm
     recorded = find_checkpoint(run).identity["start_from"]
     assert recorded["path"] == f"{source}"
 
-    assert "starts from a Hugging Face model (llama, fp32)" in capsys.readouterr().out
+    assert "starts from a Hugging Face model (llama, fp32)" in capsys.readouterr().err
     moved = source.rename(tmp_path / "moved")
     job.cli("train", *settings(run, source, "train.steps=3"))
-    assert "starts from" not in capsys.readouterr().out
+    assert "starts from" not in capsys.readouterr().err
     # The same weights in another place are the same start; other weights, or none, are not.
     job.cli("train", *settings(run, moved))
     assert find_checkpoint(run).identity["start_from"] == {**recorded, "path": f"{moved}"}

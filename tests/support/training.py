@@ -101,7 +101,8 @@ def run_trainer(
 ) -> Run:
     """Train from where the folder is, logging every step, with the settings `train` of the section of that name."""
     from distill_pretrain.mcore.model.chunks import unwrap
-    from distill_pretrain.train.metrics import EventLog, MetricsLog
+    from distill_pretrain.train.metrics import EventLog
+    from distill_pretrain.train.standard import standard_callbacks
     from distill_pretrain.train.trainer import Trainer
 
     first = dist.get_rank() == 0
@@ -121,6 +122,17 @@ def run_trainer(
     if fault is not None:
         part.loss_function = Faulty(part.loss_function, fault)
     store = CheckpointStore(folder / "checkpoints")
+    config = TrainConfig(output_dir=folder, global_batch_size=8, log_interval=1, **train)
+    events = EventLog(folder / "events.jsonl" if first else None)
+    standard = standard_callbacks(
+        student,
+        store,
+        identity={},
+        config=config,
+        events=events,
+        device=batches.device,
+        is_first=first,
+    )
     error: BaseException | None = None
     stopped = False
     with noted(on_line) as said:
@@ -129,14 +141,11 @@ def run_trainer(
             batches=batches,
             prefetch_steps=1,
             checkpoints=store,
-            callbacks=callbacks(student) if callbacks else (),
+            callbacks=[*(callbacks(student) if callbacks else ()), *standard],
             resume_from=store.find({}),
             identity={},
-            config=TrainConfig(output_dir=folder, global_batch_size=8, log_interval=1, **train),
-            open_metrics=lambda done: (
-                MetricsLog(folder / "metrics.jsonl", resume_step=done) if first else None
-            ),
-            events=EventLog(folder / "events.jsonl" if first else None),
+            config=config,
+            events=events,
             objective=part.loss_function,
             has_targets=True,
         )

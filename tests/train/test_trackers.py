@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -12,8 +14,8 @@ from typing import Any
 import pytest
 
 from distill_pretrain.errors import MissingDependency
-from distill_pretrain.train.metrics import EventLog, MetricsDamaged, MetricsLog
-from distill_pretrain.train.trackers import PrometheusTracker, Trackers, require_trackers
+from distill_pretrain.train.metrics import EventLog, Metrics, MetricsDamaged, MetricsLog
+from distill_pretrain.train.trackers import PrometheusTracker, Tracking, require_trackers
 from tests.support.notices import noted
 
 
@@ -32,8 +34,23 @@ def record(step: int, **changes: Any) -> dict[str, Any]:
     return {**fields, **changes}
 
 
-def trackers(folder: Path, *names: str, done: int = 0) -> Trackers:
-    return Trackers(names, folder, done=done, settings={"seed": 1})
+@contextmanager
+def followed(
+    folder: Path, *names: str, done: int = 0, killed: bool = False
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Takes records as a training's callbacks do, from a step on."""
+    events = EventLog(folder / "events.jsonl")
+    both = (Metrics(folder / "metrics.jsonl", events), Tracking(names, folder, {"seed": 1}))
+
+    def write(record: dict[str, Any]) -> None:
+        for callback in both:
+            callback.end_step(record["step"], record, lambda what: None)
+
+    for callback in both:
+        callback.begin(done)
+    yield write
+    for callback in () if killed else both:
+        callback.settle(lambda what: None)
 
 
 class FakeWandb(ModuleType):
@@ -72,15 +89,11 @@ def test_tensorboard_shows_every_step_once_also_after_a_resume(tmp_path: Path) -
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for done, last in ((0, 5), (3, 6)):  # the second start goes on from a checkpoint of step 3
-        log = MetricsLog(
-            tmp_path / "metrics.jsonl",
-            resume_step=done,
-            trackers=trackers(tmp_path, "tensorboard", done=done),
-        )
-        assert log.dropped == (2 if done else 0)
-        with log:
+        with followed(tmp_path, "tensorboard", done=done) as write:
             for step in range(done + 1, last + 1):
-                log.write(record(step, loss=step + 10.0 * done))
+                write(record(step, loss=step + 10.0 * done))
+    (repeating,) = map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
+    assert (repeating["event"], repeating["step"], repeating["steps"]) == ("repeating", 3, 2)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     found = [(event.step, event.value, event.wall_time) for event in events.Scalars("loss/loss")]
@@ -98,9 +111,8 @@ def test_tensorboard_shows_every_step_once_also_after_a_resume(tmp_path: Path) -
 
 def test_every_start_of_a_run_is_the_same_wandb_run(tmp_path: Path, wandb: FakeWandb) -> None:
     for step in (1, 2):
-        followed = trackers(tmp_path, "wandb", done=step - 1)
-        followed.write(record(step))
-        followed.close()
+        with followed(tmp_path, "wandb", done=step - 1) as write:
+            write(record(step))
     first, second = wandb.inits
     assert first["id"] == second["id"] and first["resume"] == "allow"
     assert first["config"] == {"seed": 1} and first["name"] == tmp_path.name
@@ -112,15 +124,10 @@ def test_every_start_of_a_run_is_the_same_wandb_run(tmp_path: Path, wandb: FakeW
 def test_a_tracker_that_fails_is_named_once_and_the_others_go_on(
     tmp_path: Path, wandb: FakeWandb
 ) -> None:
-    log = MetricsLog(
-        tmp_path / "metrics.jsonl",
-        resume_step=0,
-        trackers=trackers(tmp_path, "wandb", "prometheus"),
-    )
-    with noted() as said, log:
+    with noted() as said, followed(tmp_path, "wandb", "prometheus") as write:
         for step in range(1, 5):
             wandb.error = ConnectionError("no route") if step > 1 else None
-            log.write(record(step))
+            write(record(step))
     assert len(said) == 1 and "wandb" in said[0] and "no route" in said[0]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
     assert 'step{run="' in (tmp_path / "metrics.prom").read_text()
@@ -131,10 +138,8 @@ def test_a_tracker_that_cannot_start_is_a_warning(tmp_path: Path, wandb: FakeWan
         raise RuntimeError("not logged in")
 
     wandb.init = refuse  # type: ignore[method-assign,assignment]
-    with noted() as said:
-        followed = trackers(tmp_path, "wandb")
-        followed.write(record(1))
-        followed.close()
+    with noted() as said, followed(tmp_path, "wandb") as write:
+        write(record(1))
     assert len(said) == 1 and "not logged in" in said[0]
 
 
@@ -204,14 +209,11 @@ def test_only_what_follows_the_checkpoint_may_be_no_record(tmp_path: Path) -> No
 
 
 def test_what_a_killed_start_gave_to_wandb_is_given_again(tmp_path: Path, wandb: FakeWandb) -> None:
-    path = tmp_path / "metrics.jsonl"
-
     def steps(first: int, last: int, *, killed: bool) -> list[float]:
         del wandb.logged[:]
-        log = MetricsLog(path, resume_step=first, trackers=trackers(tmp_path, "wandb"))
-        for step in range(first + 1, last + 1):
-            log.write(record(step))
-        log._file.close() if killed else log.close()
+        with followed(tmp_path, "wandb", done=first, killed=killed) as write:
+            for step in range(first + 1, last + 1):
+                write(record(step))
         return [figures["step"] for figures in wandb.logged]
 
     assert steps(0, 3, killed=False) == [1, 2, 3]

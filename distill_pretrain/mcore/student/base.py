@@ -31,6 +31,7 @@ from distill_pretrain.mcore.runtime.core import (
 )
 from distill_pretrain.processes.context import context_spans
 from distill_pretrain.processes.groups import ParallelGroups
+from distill_pretrain.processes.host_copy import HostCopy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,29 +263,40 @@ class Student(ABC):
         self,
         iterators: list[Iterator[TokenBatch]],
         accepts: Callable[[StepResult], bool] = lambda result: True,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> StepResult:
         """Train on one global batch.
+
+        The host waits for the device once: for the gradient norm. The losses are copied before it, and so is what
+        `meanwhile` copies.
 
         Args:
             iterators: one per model chunk of this rank, each yielding this rank's micro-batches in order.
             accepts: told what is known before the update; where it says no on every rank, the weights stay.
+            meanwhile: called once the forward and backward passes are under way.
         """
         # The scheduler's own count is of finished steps; the first update must not run at learning rate 0.
         self.scheduler.step(increment=1)
         learning_rate = max(float(g["lr"]) for g in self.optimizer.param_groups)
-        sums = self._global_sums(self._accumulate_gradients(iterators))
-        num_tokens = int(sums[-1].item())
-        seen = StepResult(
-            terms=sums[:-1] / max(1, num_tokens),
-            num_tokens=num_tokens,
-            grad_norm=0.0,
-            learning_rate=learning_rate,
-            applied=False,
-        )
-        applied, grad_norm = self._update_weights(
-            lambda norm: accepts(replace(seen, grad_norm=norm))
-        )
-        return replace(seen, applied=applied, grad_norm=grad_norm)
+        sums = HostCopy(self._global_sums(self._accumulate_gradients(iterators)))
+        meanwhile()
+        judged: list[StepResult] = []
+
+        def accepted(grad_norm: float) -> bool:
+            values = sums.read()
+            num_tokens = int(values[-1])
+            seen = StepResult(
+                terms=values[:-1] / max(1, num_tokens),
+                num_tokens=num_tokens,
+                grad_norm=grad_norm,
+                learning_rate=learning_rate,
+                applied=False,
+            )
+            judged.append(seen)
+            return accepts(seen)
+
+        applied, grad_norm = self._update_weights(accepted)
+        return replace(judged[0], applied=applied, grad_norm=grad_norm)
 
     @torch.no_grad()
     def evaluate(self, iterators: list[Iterator[TokenBatch]]) -> tuple[torch.Tensor, int]:
@@ -299,7 +311,7 @@ class Student(ABC):
         for chunk in self.chunks:
             chunk.eval()
         try:
-            sums = self._global_sums(self._forward_only(iterators))
+            sums = self._global_sums(self._forward_only(iterators)).cpu()
         finally:
             for chunk in self.chunks:
                 chunk.train()
@@ -314,4 +326,4 @@ class Student(ABC):
             device = next(self.chunks[0].parameters()).device
             sums = torch.zeros(self.num_terms + 1, dtype=torch.float64, device=device)
         dist.broadcast(sums, self.groups.pipeline_last_rank, group=self.groups.pipeline)
-        return sums.cpu()
+        return sums

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from distill_pretrain.contracts import TokenBatch
 from distill_pretrain.mcore.init.groups import config_overrides
@@ -30,11 +31,30 @@ from distill_pretrain.mcore.student.base import (
     reduce_terms,
     valid_tokens,
 )
+from distill_pretrain.processes.groups import ParallelGroups
 
 
 def _forward_step(data_iterator: Iterator[TokenBatch], model: torch.nn.Module) -> Any:
     batch = next(data_iterator)
     return forward_micro_batch(model, batch), partial(reduce_terms, valid_tokens(batch))
+
+
+def _finalize_gradients(
+    groups: ParallelGroups,
+    chunks: list[torch.nn.Module],
+    num_tokens: torch.Tensor,
+    **settings: Any,
+) -> None:
+    """megatron-core's reduction of gradients, and their division by the tokens of the global batch.
+
+    It would divide them itself, but only after asking the host whether there are any, which waits for the device.
+    Without any they are zero, whatever divides them.
+    """
+    finalize_model_grads(chunks, None, **settings)
+    dist.broadcast(num_tokens, groups.pipeline_last_rank, group=groups.pipeline)
+    dist.all_reduce(num_tokens, group=groups.data_context)
+    for chunk in chunks:
+        chunk.scale_gradients(1.0 / num_tokens.clamp(min=1))  # type: ignore[operator]
 
 
 class MegatronStudent(Student):
@@ -74,7 +94,7 @@ class MegatronStudent(Student):
         # Python cannot collect a circle through such a graph, and with it would stay the process groups.
         scale_loss = weakref.WeakMethod(attached.scale_loss)
         self.config.grad_scale_func = lambda loss: scale_loss()(loss)  # type: ignore[misc]
-        self.config.finalize_model_grads_func = finalize_model_grads
+        self.config.finalize_model_grads_func = partial(_finalize_gradients, self.groups)
         if parallel.overlap_grad_reduce:
             # Only the last micro-batch's gradients are complete and may travel.
             no_sync = [chunk.no_sync for chunk in self.chunks]
