@@ -37,6 +37,7 @@ RESUME = (
 ENGINE = (
     *RESUME,
     "tests/train/test_parallel_layouts.py",
+    "tests/mcore/test_hybrid.py",
     "tests/train/test_deepspeed_student.py",
     "tests/end_to_end/test_train_job.py",
 )

@@ -35,8 +35,8 @@ SECTIONS: dict[str, type[Section]] = {
     "objective": ObjectiveConfig,
 }
 IRRELEVANT = {
-    # How the layers are computed; FP8 has a field of its own, written only where it is used.
-    "model": frozenset({"spec", "fp8", "fp8_recipe"}),
+    # How the layers are computed, and held; FP8 has a field of its own, written only where it is used.
+    "model": frozenset({"spec", "implementation", "fp8", "fp8_recipe"}),
     # What shards the optimizer: any backend goes on from the state of another.
     "optimizer": frozenset({"backend", "zero_stage", "offload"}),
     # How the loss is computed.

@@ -35,6 +35,7 @@ from distill_pretrain.mcore.model.layout import (
     check_layout,
     require_backend,
     require_fusion,
+    require_implementation,
     require_spec,
 )
 from distill_pretrain.processes.env import launch_rank, launch_world_size
@@ -179,6 +180,7 @@ def train_student(
     )
     require_backend(optimizer)
     require_spec(model)
+    require_implementation(model)
     require_fusion(parallel)
     require_trackers(train.track)
     cached_weight = objective.peak_kd_weight if open_teacher is None else 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from distill_pretrain.checkpoint.store import CheckpointStore
 from distill_pretrain.cli.main import main
 from distill_pretrain.files import disk, ownership
 from distill_pretrain.files.ownership import owner_of
-from tests.support.jobs import kill_all
+from tests.support.jobs import Job, kill_all
 from tests.support.owner import owned_elsewhere
 
 
@@ -72,6 +73,42 @@ def test_a_run_goes_on_under_another_layout(job, tmp_path):
     for a, b in zip(losses(whole), losses(moved), strict=True):
         assert a[0] == b[0]
         assert a[1:] == pytest.approx(b[1:], abs=2e-5)
+
+
+def exported(run: Path) -> dict[str, bytes]:
+    """The weights of a run's last export, by the file."""
+    newest = max((run / "hf").iterdir())
+    return {path.name: path.read_bytes() for path in newest.glob("*.safetensors")}
+
+
+@pytest.mark.skipif(
+    metadata.version("megatron-core").startswith(("0.16.", "0.17.", "0.18.")),
+    reason="HybridModel needs megatron-core 0.19 or later, and so Python 3.12",
+)
+def test_a_run_changes_its_model_class_and_ends_with_the_same_losses_and_export(tokens, tmp_path):
+    job, whole, moved = Job(tmp_path, tokens), tmp_path / "whole", tmp_path / "moved"
+    settings = (
+        "train.steps=6",
+        "train.checkpoint_interval=2",
+        "train.export_interval=6",
+        "model.dropout=0.1",
+    )
+    job.cli("train", f"train.output_dir={whole}", *settings)
+    for steps, implementation in ((2, "hybrid"), (4, "gpt"), (6, "hybrid")):
+        changed = (f"train.steps={steps}", f"model.implementation={implementation}")
+        job.cli("train", f"train.output_dir={moved}", *settings, *changed)
+    assert len(losses(whole)) == 6 and losses(moved) == losses(whole)
+    assert exported(whole) and exported(moved) == exported(whole)
+
+
+def test_a_model_class_that_megatron_core_lacks_is_refused(tokens, tmp_path, capsys, monkeypatch):
+    job = Job(tmp_path, tokens)
+    monkeypatch.setattr(metadata, "version", lambda name: "0.18.2")
+    arguments = [f"train.output_dir={tmp_path / 'run'}", "model.implementation=hybrid"]
+    assert main(["train", str(job.recipe), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert "model.implementation" in error and "megatron-core 0.18.2" in error
+    assert "Traceback" not in error and not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_is_left_alone(job, unbroken, capsys):

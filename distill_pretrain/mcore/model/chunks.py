@@ -6,65 +6,64 @@ Shapes: B sequences, L positions, V vocabulary; megatron-core's logits are seque
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from distill_pretrain.contracts import TokenBatch
 from distill_pretrain.mcore.init.deep import residual_scaling
 from distill_pretrain.mcore.init.methods import global_name, initialize_weights
 from distill_pretrain.mcore.model.config import ModelConfig, ParallelConfig
-from distill_pretrain.mcore.model.head import head_computes
-from distill_pretrain.mcore.model.layout import padded_vocab_size
+from distill_pretrain.mcore.model.head import LossFunction, LossGivenIn
+from distill_pretrain.mcore.model.layout import padded_vocab_size, require_implementation
 from distill_pretrain.mcore.model.modules import (
-    block_submodules,
+    LayerSpec,
+    local_layer,
     return_copied_bias,
-    transformer_engine_submodules,
+    transformer_engine_layer,
     uses_transformer_engine,
 )
 from distill_pretrain.mcore.runtime import cpu_compat
 from distill_pretrain.mcore.runtime.core import (
     Float16Module,
     GPTModel,
+    TransformerBlockSubmodules,
     TransformerConfig,
+    get_num_layers_to_build,
     parallel_state,
     tensor_parallel,
 )
-
-LossFunction = Callable[[torch.Tensor, TokenBatch], torch.Tensor]
-"""(vocab-parallel logits [L, B, V/tp], batch [B, L]) -> summed terms, float32[num_terms].
-
-The first term is minimised; the others are reported. One with a true `takes_hidden` has `from_hidden(hidden [L, B, H],
-weight [V/tp, H], *, batch)` called in its place, and no logits are made."""
 
 EXTRA_STATE = "_extra_state"
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class DistillGPT(GPTModel):
-    """GPTModel whose loss is handed in, so that sparse targets reach the last pipeline stage as `labels`."""
+class DistillGPT(LossGivenIn, GPTModel):
+    """GPTModel whose loss is handed in."""
 
-    loss_function: LossFunction | None = None
 
-    def compute_language_model_loss(self, labels: TokenBatch, logits: torch.Tensor) -> torch.Tensor:
-        """Loss terms of one micro-batch from logits [L, B, V/tp]."""
-        assert self.loss_function is not None
-        return self.loss_function(logits, labels)
-
-    def _postprocess(self, hidden_states: torch.Tensor, *, labels: Any, **settings: Any) -> Any:
-        """Do what megatron-core does here, but give hidden states in place of logits to a loss that takes them."""
-        loss: Any = self.loss_function
-        if not self.post_process or labels is None or not getattr(loss, "takes_hidden", False):
-            return super()._postprocess(hidden_states=hidden_states, labels=labels, **settings)
-        weight = None
-        if self.share_embeddings_and_output_weights:
-            weight = self.shared_embedding_or_output_weight()
-        with head_computes(self.output_layer, partial(loss.from_hidden, batch=labels)):
-            terms, _ = self.output_layer(hidden_states, weight=weight)
-        return terms
+def gpt_of_layers(
+    config: TransformerConfig,
+    layer: LayerSpec,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    *,
+    vp_stage: int | None,
+    **settings: Any,
+) -> DistillGPT:
+    """Make a chunk of a GPTModel of such layers; `settings` are those that HybridModel takes, too."""
+    spec, final_norm = layer
+    return DistillGPT(
+        config,
+        TransformerBlockSubmodules(
+            layer_specs=[spec] * get_num_layers_to_build(config, vp_stage), layer_norm=final_norm
+        ),
+        rope_scaling=model.rope_scaling_factor is not None,
+        rope_scaling_factor=model.rope_scaling_factor or 1.0,
+        vp_stage=vp_stage,
+        **settings,
+    )
 
 
 def transformer_config(
@@ -122,7 +121,12 @@ def transformer_config(
     }
     if model.fp8 is not None:
         settings |= {"fp8": model.fp8, "fp8_recipe": model.fp8_recipe}
-    return TransformerConfig(**{**settings, **cpu_compat.transformer_overrides()})
+    config = TransformerConfig(**{**settings, **cpu_compat.transformer_overrides()})
+    if model.implementation == "hybrid":
+        # Its pattern of layers says which a stage has, and nothing else may.
+        config.num_layers_in_first_pipeline_stage = None
+        config.num_layers_in_last_pipeline_stage = None
+    return config
 
 
 def _recomputation(parallel: ParallelConfig) -> dict[str, Any]:
@@ -170,15 +174,17 @@ def build_model_chunks(
         dtype=DTYPES[precision],
         fuse_gradient_accumulation=fuse_gradient_accumulation,
     )
-    submodules = (
-        transformer_engine_submodules if uses_transformer_engine(model) else block_submodules
-    )
+    layer_of = transformer_engine_layer if uses_transformer_engine(model) else local_layer
+    layer = layer_of(config, residual_scaling(model))
+    of_layers = _of_layers(model)
     chunks: list[torch.nn.Module] = []
     for chunk in range(parallel.virtual_pipeline):
         vp_stage = chunk if parallel.virtual_pipeline > 1 else None
-        gpt = DistillGPT(
+        gpt = of_layers(
             config,
-            submodules(config, vp_stage, residual_scaling(model)),
+            layer,
+            model,
+            parallel,
             vocab_size=padded_vocab_size(vocab_size, model.vocab_divisor, parallel.tensor),
             max_sequence_length=seq_len,
             pre_process=parallel_state.is_pipeline_first_stage(
@@ -191,8 +197,6 @@ def build_model_chunks(
             share_embeddings_and_output_weights=model.tie_embeddings,
             position_embedding_type="rope" if model.arch == "llama" else "learned_absolute",
             rotary_base=model.rotary_base,
-            rope_scaling=model.rope_scaling_factor is not None,
-            rope_scaling_factor=model.rope_scaling_factor or 1.0,
             vp_stage=vp_stage,
         )
         gpt.loss_function = loss_function
@@ -209,8 +213,18 @@ def build_model_chunks(
     return chunks
 
 
+def _of_layers(model: ModelConfig) -> Callable[..., Any]:
+    """Find the function that makes a chunk of `model.implementation` of its layers."""
+    require_implementation(model)
+    if model.implementation == "gpt":
+        return gpt_of_layers
+    from distill_pretrain.mcore.model.hybrid import hybrid_of_layers
+
+    return hybrid_of_layers
+
+
 def unwrap(module: torch.nn.Module) -> GPTModel:
-    """The GPTModel inside DDP and Float16Module."""
+    """Find the GPTModel, or the HybridModel, inside DDP and Float16Module."""
     inner: Any = module
     while hasattr(inner, "module"):
         inner = inner.module

@@ -56,6 +56,8 @@ class ModelConfig(Section):
     """The vocabulary is padded to a multiple of this (and of the tensor-parallel size)."""
     spec: Literal["auto", "local", "te"] = "local"
     """Layer modules: `local` (PyTorch), `te` (Transformer Engine, on GPUs), `auto` (te where it is installed)."""
+    implementation: Literal["gpt", "hybrid"] = "gpt"
+    """Class of the model: GPTModel, or HybridModel (megatron-core 0.19 on): the same weights, curve, checkpoints."""
     fp8: Literal["e4m3", "hybrid"] | None = None
     """FP8 format of the matrix products (spec: te); hybrid has e5m2 gradients; null means none."""
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "delayed"

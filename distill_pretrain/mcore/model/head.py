@@ -1,4 +1,4 @@
-"""An LM head that gives the loss in place of logits.
+"""A model whose loss is handed in, and an LM head that gives the loss in place of logits.
 
 Shapes: B sequences, L positions, H hidden size, V/tp columns of this rank.
 """
@@ -6,12 +6,20 @@ Shapes: B sequences, L positions, H hidden size, V/tp columns of this rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 
+from distill_pretrain.contracts import TokenBatch
 from distill_pretrain.mcore.runtime.core import tensor_parallel
+
+LossFunction = Callable[[torch.Tensor, TokenBatch], torch.Tensor]
+"""(vocab-parallel logits [L, B, V/tp], batch [B, L]) -> summed terms, float32[num_terms].
+
+The first term is minimised; the others are reported. One with a true `takes_hidden` has `from_hidden(hidden [L, B, H],
+weight [V/tp, H], *, batch)` called in its place, and no logits are made."""
 
 FromHidden = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(hidden states [L, B, H], this rank's weight [V/tp, H]) -> loss terms; its gradient by the hidden states is this
@@ -46,3 +54,31 @@ def head_computes(output_layer: Any, from_hidden: FromHidden) -> Iterator[None]:
         yield
     finally:
         del output_layer._forward_impl
+
+
+class LossGivenIn:
+    """Mixed into GPTModel or HybridModel: sparse targets reach the last pipeline stage as `labels`."""
+
+    loss_function: LossFunction | None = None
+    post_process: bool
+    output_layer: Any
+
+    def forward(self, *inputs: Any, labels: TokenBatch | None = None, **settings: Any) -> Any:
+        """Do what megatron-core does here, but give hidden states in place of logits to a loss that takes them."""
+        head: Any = nullcontext()
+        if self.post_process and labels is not None and self._takes_hidden:
+            loss: Any = self.loss_function
+            head = head_computes(self.output_layer, partial(loss.from_hidden, batch=labels))
+        with head:
+            return super().forward(*inputs, labels=labels, **settings)  # type: ignore[misc]
+
+    def compute_language_model_loss(self, labels: TokenBatch, logits: torch.Tensor) -> torch.Tensor:
+        """Compute the loss terms of a micro-batch from logits [L, B, V/tp], unless the head has made them."""
+        if self._takes_hidden:
+            return logits
+        assert self.loss_function is not None
+        return self.loss_function(logits, labels)
+
+    @property
+    def _takes_hidden(self) -> bool:
+        return bool(getattr(self.loss_function, "takes_hidden", False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import math
 
@@ -61,6 +62,21 @@ def require_spec(model: ModelConfig) -> None:
     """Raise MissingDependency where `model.spec: te` is asked for and Transformer Engine is not installed."""
     if model.spec == "te" and importlib.util.find_spec("transformer_engine") is None:
         raise MissingDependency("transformer_engine[pytorch]", needed_for="model.spec = te")
+
+
+def require_implementation(model: ModelConfig) -> None:
+    """Raise ConfigError where `model.implementation: hybrid` is asked for and megatron-core is too old for it."""
+    if model.implementation != "hybrid":
+        return
+    found = importlib.metadata.version("megatron-core")
+    if tuple(int(part) for part in found.split(".")[:2]) < (0, 19):
+        raise ConfigError(
+            "this megatron-core is too old for HybridModel in the place of GPTModel",
+            where="model.implementation",
+            found=f"hybrid, and megatron-core {found}",
+            expected="megatron-core 0.19 or later, which needs Python 3.12 or later",
+            remedy="set model.implementation: gpt (the same model, curve and checkpoints), or install a later one",
+        )
 
 
 def require_fusion(parallel: ParallelConfig) -> None:

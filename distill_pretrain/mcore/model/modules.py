@@ -23,16 +23,17 @@ from distill_pretrain.mcore.model.config import ModelConfig
 from distill_pretrain.mcore.model.layout import require_spec
 from distill_pretrain.mcore.runtime.core import (
     MegatronModule,
-    TransformerBlockSubmodules,
     TransformerConfig,
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
-    get_num_layers_to_build,
     parallel_state,
     tensor_parallel,
     transformer_engine_norm,
 )
 from distill_pretrain.processes.context import context_spans
+
+LayerSpec = tuple[Any, Any]
+"""Megatron-core's ModuleSpec of every layer, and the class of the final norm; None for a model without one."""
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -180,19 +181,15 @@ def uses_transformer_engine(model: ModelConfig) -> bool:
     return possible and importlib.util.find_spec("transformer_engine") is not None
 
 
-def transformer_engine_submodules(
-    config: TransformerConfig, vp_stage: int | None, scaling: ResidualScaling
-) -> TransformerBlockSubmodules:
-    """The layers this pipeline stage builds, and the final norm, of Transformer Engine's modules (Pre-LN)."""
+def transformer_engine_layer(config: TransformerConfig, scaling: ResidualScaling) -> LayerSpec:
+    """A layer, and the final norm, of Transformer Engine's modules (Pre-LN)."""
     assert scaling.placement == "pre"
     layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    return _block(config, vp_stage, layer, norm=transformer_engine_norm(), scaling=scaling)
+    return _scaled(layer, transformer_engine_norm(), scaling)
 
 
-def block_submodules(
-    config: TransformerConfig, vp_stage: int | None, scaling: ResidualScaling
-) -> TransformerBlockSubmodules:
-    """The layers this pipeline stage builds, and the final norm of a Pre-LN model, from the modules above."""
+def local_layer(config: TransformerConfig, scaling: ResidualScaling) -> LayerSpec:
+    """A layer, and the final norm of a Pre-LN model, from the modules above."""
     norm = RMSNorm if config.normalization == "RMSNorm" else LayerNorm
     layer = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=False)
     if config.qk_layernorm:
@@ -201,23 +198,13 @@ def block_submodules(
     layer.submodules.input_layernorm = norm
     layer.submodules.pre_mlp_layernorm = norm
     layer.submodules.self_attention.submodules.core_attention = SDPAttention
-    return _block(config, vp_stage, layer, norm=norm, scaling=scaling)
+    return _scaled(layer, norm, scaling)
 
 
-def _block(
-    config: TransformerConfig,
-    vp_stage: int | None,
-    layer: Any,
-    *,
-    norm: Any,
-    scaling: ResidualScaling,
-) -> TransformerBlockSubmodules:
-    """This stage's layers from the spec of one, their branches scaled, and the final norm of a Pre-LN model."""
+def _scaled(layer: Any, norm: Any, scaling: ResidualScaling) -> LayerSpec:
+    """A layer whose branches are scaled, and the final norm of a Pre-LN model."""
     post = scaling.placement == "post"
     if post or not scaling.is_plain:
         layer.module = PostNormLayer if post else DeepLayer
         layer.params = {"scaling": scaling}
-    num_layers = get_num_layers_to_build(config, vp_stage)
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * num_layers, layer_norm=None if post else norm
-    )
+    return layer, None if post else norm

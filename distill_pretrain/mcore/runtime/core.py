@@ -29,6 +29,7 @@ with importing_megatron():
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+    from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -54,12 +55,14 @@ with importing_megatron():
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer.module import Float16Module, MegatronModule
+    from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import (
         TransformerBlockSubmodules,
         get_num_layers_to_build,
     )
     from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.core.transformer.transformer_layer import TransformerLayer
+    from megatron.core.transformer.utils import sharded_state_dict_default
 
 
 def forget_rotary_embeddings() -> None:
@@ -129,10 +132,12 @@ __all__ = [
     "Float16Module",
     "GPTModel",
     "MegatronModule",
+    "ModuleSpec",
     "OptimizerConfig",
     "OptimizerParamScheduler",
     "ParamKey",
     "ParamWithNamePredicate",
+    "RotaryEmbedding",
     "ShardedObject",
     "ShardedTensorFactory",
     "TorchDistSaveShardedStrategy",
@@ -157,7 +162,9 @@ __all__ = [
     "megatron_random",
     "optim_state_to_sharding_state",
     "parallel_state",
+    "replace_prefix_for_sharding",
     "save_preprocess",
+    "sharded_state_dict_default",
     "silence_chatter",
     "tensor_parallel",
     "transformer_engine_norm",

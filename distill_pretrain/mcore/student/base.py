@@ -17,13 +17,13 @@ import torch.distributed as dist
 from distill_pretrain.contracts import TokenBatch
 from distill_pretrain.mcore.model.chunks import (
     DTYPES,
-    LossFunction,
     build_model_chunks,
     load_chunks,
     sharded_chunks,
     unwrap,
 )
 from distill_pretrain.mcore.model.config import ModelConfig, OptimizerConfig, ParallelConfig
+from distill_pretrain.mcore.model.head import LossFunction
 from distill_pretrain.mcore.runtime.core import OptimizerConfig as MegatronOptimizerConfig
 from distill_pretrain.mcore.runtime.core import (
     OptimizerParamScheduler,
