@@ -20,6 +20,7 @@ from distill_pretrain import errors
 from distill_pretrain.cli.main import RECIPE_VERBS, VERBS, verb_parser
 from distill_pretrain.config import load_recipe
 from distill_pretrain.config.loader import section_of
+from distill_pretrain.errors import ConfigError
 from distill_pretrain.jobs.recipe import Recipe
 from tools import docs_site
 
@@ -93,7 +94,11 @@ def known_keys() -> set[str]:
 @pytest.mark.parametrize(("page", "text"), list(blocks("yaml")))
 def test_a_recipe_on_a_page_is_one_that_the_program_takes(tmp_path, page, text):
     (tmp_path / "recipe.yaml").write_text(text)
-    load_recipe(Recipe, tmp_path / "recipe.yaml")
+    try:
+        load_recipe(Recipe, tmp_path / "recipe.yaml")
+    except ConfigError as error:  # a page may show a part of a section
+        problems = str(error).splitlines()[1:]
+        assert [line for line in problems if not line.endswith("required, not given")] == []
 
 
 def test_keys_named_in_the_text_exist():
