@@ -19,7 +19,7 @@ A line per blow; status 1 unless every record of metrics.jsonl, but for times, i
 bit, no step is missing, no blow had another outcome than its mode says, no rank ever had a helper process, and no
 process is left. An hour of all modes, as for docs/results/resilience (15 minutes more for the unbroken run):
 
-    python tools/stress_train.py --minutes 60 --seed 3 --output stress_train_hour.json
+    python tools/stress_train.py --minutes 60 --seed 5 --output stress_train_hour.json
 
 Linux only; as root, or without `disk`.
 """
