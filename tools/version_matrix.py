@@ -4,9 +4,10 @@
     launch/test.sh --matrix 3.12 oldest     these
     launch/test.sh --matrix --make 3.12     their environments alone, below .matrix/
     launch/test.sh --matrix --table docs/results/versions
+    launch/test.sh --matrix --table docs/results/versions --only tests/teacher/test_gate.py oldest
 
-With --table it writes there what ran, `matrix.json`, and the table of it, `matrix.md`; combinations that were not run
-keep the line they had. It ends with status 1 if a test failed.
+With --table it writes there what ran, file by file, `matrix.json`, and the table of it, `matrix.md`; what was not run
+keeps the figures it had under the same versions. It ends with status 1 if a test failed.
 """
 
 from __future__ import annotations
@@ -17,14 +18,19 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENTS = ROOT / ".matrix"
 PACKAGES = ("torch", "megatron-core", "transformers", "deepspeed", "numpy")
+FATES = ("passed", "failed", "skipped")
 
 RESUME = (
     "tests/mcore/test_state.py",
@@ -40,6 +46,7 @@ ENGINE = (
     "tests/mcore/test_hybrid.py",
     "tests/train/test_deepspeed_student.py",
     "tests/end_to_end/test_train_job.py",
+    "tests/end_to_end/test_quiet_console.py",
 )
 """Those, layouts, and both engines."""
 TRANSFORMERS = (
@@ -59,7 +66,7 @@ class Combination:
     torch: str
     megatron: str
     transformers: str = ""
-    tests: tuple[str, ...] = ("tests",)
+    tests: tuple[str, ...] = field(kw_only=True)
 
     @property
     def pins(self) -> str:
@@ -69,8 +76,8 @@ class Combination:
 
 
 COMBINATIONS = {
-    "oldest": Combination("3.10", "2.6.0", "0.16.1", "5.5.0", (*RESUME, *TRANSFORMERS)),
-    "3.11": Combination("3.11", "2.13.0", "0.16.1"),
+    "oldest": Combination("3.10", "2.6.0", "0.16.1", "5.5.0", tests=(*RESUME, *TRANSFORMERS)),
+    "3.11": Combination("3.11", "2.13.0", "0.16.1", tests=(*ENGINE, *TRANSFORMERS)),
     "0.17": Combination("3.12", "2.13.0", "0.17.1", tests=RESUME),
     "0.18": Combination("3.12", "2.11.0", "0.18.2", tests=RESUME),
     "3.12": Combination("3.12", "2.13.0", "0.19.2", tests=ENGINE),
@@ -116,10 +123,8 @@ def versions(python: Path) -> dict[str, str]:
     return found
 
 
-def run(name: str, python: Path, workers: int) -> dict[str, object]:
-    """Run a combination's tests in so many workers; how many there were and what became of them."""
-    results = ENVIRONMENTS / f"{name}.xml"
-    results.unlink(missing_ok=True)
+def run(name: str, python: Path, workers: int, tests: Sequence[str]) -> dict[str, Any]:
+    """Run these tests of a combination in so many workers; its versions, and what became of the tests of each file."""
     variables = {
         **os.environ,
         "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",
@@ -130,44 +135,66 @@ def run(name: str, python: Path, workers: int) -> dict[str, object]:
     }
     command = [str(python), "-m", "pytest", "-n", str(workers)]
     options = ["--dist", "loadfile", "-q", "-rfEs", "-m", "not gpu", "-p", "no:cacheprovider"]
-    start = time.monotonic()
-    done = subprocess.run(
-        [*command, *options, f"--junitxml={results}", *COMBINATIONS[name].tests],
-        cwd=ROOT,
-        env=variables,
-        check=False,
-    )
-    if not results.exists():
-        raise SystemExit(f"version_matrix.py: error: {name}: pytest ended with {done.returncode}")
-    suite = ElementTree.parse(results).getroot().find("testsuite")
-    assert suite is not None
-    counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
-    bad = counts["failures"] + counts["errors"]
-    return {
-        **versions(python),
-        "files": list(COMBINATIONS[name].tests),
-        "passed": counts["tests"] - bad - counts["skipped"],
-        "failed": bad,
-        "skipped": counts["skipped"],
-        "seconds": round(time.monotonic() - start),
-        "date": time.strftime("%Y-%m-%d"),
-    }
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder, "results.xml")
+        done = subprocess.run(
+            [*command, *options, f"--junitxml={results}", *tests],
+            cwd=ROOT,
+            env=variables,
+            check=False,
+        )
+        if not results.exists():
+            raise SystemExit(
+                f"version_matrix.py: error: {name}: pytest ended with {done.returncode}"
+            )
+        files = results_by_file(results)
+    return {**versions(python), "date": time.strftime("%Y-%m-%d"), "files": files}
 
 
-def table(found: dict[str, dict[str, object]]) -> str:
+def results_by_file(results: Path) -> dict[str, dict[str, int]]:
+    """How many tests of each file passed, failed and were skipped, of pytest's JUnit file."""
+    found: dict[str, Counter[str]] = {}
+    for case in ElementTree.parse(results).iter("testcase"):
+        file = case.get("classname", "").replace(".", "/") + ".py"
+        failed = case.find("failure") is not None or case.find("error") is not None
+        skipped = case.find("skipped") is not None
+        fate = "failed" if failed else "skipped" if skipped else "passed"
+        found.setdefault(file, Counter())[fate] += 1
+    return {file: {fate: found[file][fate] for fate in FATES} for file in sorted(found)}
+
+
+def totals(found: dict[str, Any]) -> dict[str, int]:
+    """How many tests of a combination passed, failed and were skipped."""
+    return {fate: sum(file[fate] for file in found["files"].values()) for fate in FATES}
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
     """Markdown of what ran."""
-    columns = ("python", *PACKAGES, "passed", "failed", "skipped", "minutes", "date")
+    columns = ("python", *PACKAGES, *FATES, "date")
     lines = [
         "| combination | " + " | ".join(columns) + " |",
-        "|---|" + "---|" * (1 + len(PACKAGES)) + "--:|" * 4 + "---|",
+        "|---|" + "---|" * (1 + len(PACKAGES)) + "--:|" * len(FATES) + "---|",
     ]
     for name in (name for name in COMBINATIONS if name in found):
-        row = {**found[name], "minutes": f"{int(str(found[name]['seconds'])) / 60:.1f}"}
+        row = {**found[name], **totals(found[name])}
         lines.append(f"| {name} | " + " | ".join(str(row[key]) for key in columns) + " |")
     head = (
         f"Written by `launch/test.sh --matrix --table`, on {platform.system()} {platform.machine()}"
     )
-    return f"{head} without a GPU.\n\n" + "\n".join(lines) + "\n"
+    return f"# Tests by versions\n\n{head} without a GPU.\n\n" + "\n".join(lines) + "\n"
+
+
+def keep(folder: Path, name: str, found: dict[str, Any]) -> None:
+    """Put what a combination did beside what the others did, and its other files under the same versions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / "matrix.json"
+    known = json.loads(kept.read_text()) if kept.exists() else {}
+    before = known.get(name, {})
+    if all(before.get(key) == found[key] for key in ("python", *PACKAGES)):
+        found = {**found, "files": {**before["files"], **found["files"]}}
+    known[name] = found
+    kept.write_text(json.dumps(known, indent=1) + "\n")
+    kept.with_suffix(".md").write_text(table(known))
 
 
 def main() -> int:
@@ -178,13 +205,12 @@ def main() -> int:
     parser.add_argument("--make", action="store_true", help="make the environments, run nothing")
     most = min(4, os.cpu_count() or 1)
     parser.add_argument("--workers", type=int, default=most, help="of pytest; %(default)s here")
+    parser.add_argument("--only", action="append", metavar="FILE", help="these tests alone")
     parser.add_argument("--table", type=Path, metavar="FOLDER", help="where what ran is written")
     arguments = parser.parse_args()
     unknown = set(arguments.names) - set(COMBINATIONS)
     if unknown:
         parser.error(f"no such combination: {', '.join(sorted(unknown))}")
-    kept = arguments.table / "matrix.json" if arguments.table else None
-    found = json.loads(kept.read_text()) if kept and kept.exists() else {}
     failed = []
     for name in arguments.names or COMBINATIONS:
         python = make(name)
@@ -195,15 +221,15 @@ def main() -> int:
             continue
         if arguments.make:
             continue
-        print(f"== {name}: {' '.join(COMBINATIONS[name].tests)}", flush=True)
-        found[name] = run(name, python, arguments.workers)
-        print(f"== {name}: {found[name]}", flush=True)
-        if found[name]["failed"] or not found[name]["passed"]:
+        tests = arguments.only or COMBINATIONS[name].tests
+        print(f"== {name}: {' '.join(tests)}", flush=True)
+        found = run(name, python, arguments.workers, tests)
+        counts = totals(found)
+        print(f"== {name}: {counts}", flush=True)
+        if counts["failed"] or not counts["passed"]:
             failed.append(name)
-        if kept:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_text(json.dumps(found, indent=1) + "\n")
-            kept.with_suffix(".md").write_text(table(found))
+        if arguments.table:
+            keep(arguments.table, name, found)
     if failed:
         print(f"version_matrix.py: failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

@@ -198,7 +198,7 @@ def test_names_that_newer_and_older_versions_write_are_known(run):
     import pathlib
 
     from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
-    from torch.distributed.checkpoint.planner import BytesIOWriteData
+    from torch.distributed.checkpoint.planner import SavePlan
 
     class ByName:
         def __reduce__(self) -> tuple[Any, ...]:
@@ -209,7 +209,7 @@ def test_names_that_newer_and_older_versions_write_are_known(run):
             return getattr, (torch.Size, "mro")
 
     def known(found: Any) -> None:
-        found.planner_data = [ByName(), pathlib.PosixPath("x"), BytesIOWriteData(nbytes=3)]
+        found.planner_data = [ByName(), pathlib.PosixPath("x"), SavePlan([])]
         found.planner_data += [torch.bfloat16, torch.strided, torch.Size([1])]
 
     def unknown(found: Any) -> None:

@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not OTHER, reason="no second environment (launch/test.sh --matrix)"),
 ]
 TOLERANCE = 3e-7  # under another layout; of terms of about 5
+TOLERANCE_BF16 = 3e-3  # of bf16 under another torch, whose products are summed in another order
 
 
 @pytest.fixture(scope="module", params=["written there, read here", "written here, read there"])
@@ -43,6 +44,8 @@ def test_a_run_goes_on_under_another_version(runs: Any, name: str) -> None:
     unbroken, resumed, is_one_torch = runs
     if is_one_torch:
         assert resumed[name]["same"] == unbroken[name]
+    is_coarse = CASES[name].precision == "bf16" and not is_one_torch
+    tolerance = TOLERANCE_BF16 if is_coarse else TOLERANCE
     for which in ("same", "other"):
         for step, expected in zip(resumed[name][which], unbroken[name], strict=True):
-            assert step == pytest.approx(expected, rel=0, abs=TOLERANCE), which
+            assert step == pytest.approx(expected, rel=0, abs=tolerance), which

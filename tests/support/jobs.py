@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -29,7 +30,9 @@ def kill_all(process: subprocess.Popen[str]) -> None:
     """kill -9 a job with every process it started (torchrun gives its workers sessions of their own)."""
     children = psutil.Process(process.pid).children(recursive=True)
     for victim in [*children, process]:
-        victim.kill()
+        # As one rank falls, torchrun ends the others.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.kill()
     psutil.wait_procs(children, timeout=10)
     process.wait()
 
