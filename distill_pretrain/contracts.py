@@ -121,11 +121,14 @@ class TokenBatch:
         tokens: int64[B, L] inputs.
         labels: int64[B, L] next tokens, -100 where there is none.
         targets: sparse teacher targets [B, L, K], or None for plain cross-entropy.
+        pieces: int64[N, 3] on the CPU, (row, start, stop) of the documents where these are separate, in order and
+            without gaps; None where they are joined.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     targets: SparseTargets | None = None
+    pieces: torch.Tensor | None = None
 
 
 class LogitsEngine(Protocol):

@@ -172,12 +172,12 @@ class CacheReader(Closing):
             advice = remedy.format("data.seq_len")
             lines += _differ("another seq_len", plan.seq_len, seq_len, advice)
         if sequence_plan_id is not None and not lines:
-            # With the same corpus and seq_len only the seed is left to differ.
+            # With the same corpus and seq_len only these are left to differ.
             lines += _differ(
-                "another order of documents (sequence_plan_id)",
+                "another order of documents, or joined ones for separate ones (sequence_plan_id)",
                 plan.sequence_plan_id,
                 sequence_plan_id,
-                "set data.seed to the value of the capture, or recapture",
+                "set data.seed and data.documents to the values of the capture, or recapture",
             )
         if num_sequences is not None and num_sequences > plan.num_sequences:
             lines.append(

@@ -6,6 +6,7 @@ Legend: D documents, L positions per sequence (seq_len), B sequences read at onc
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,15 +31,20 @@ class SequencePlan:
     once; the label of a position is the next token of the stream. The last sequence is padded with
     token 0; padding and the very last token have no label (-100).
 
+    Where documents are separate, the token that ends one has no label either: the next token belongs to another.
+
     Attributes:
         index: the corpus.
         seq_len: L.
         seed: seed of the document order, in [0, 2**64).
         num_tokens: length of the stream.
         num_sequences: ceil(num_tokens / seq_len).
+        document_end: where documents are separate the token that ends every one; None where they are joined.
     """
 
-    def __init__(self, index: TokenIndex, *, seq_len: int, seed: int) -> None:
+    def __init__(
+        self, index: TokenIndex, *, seq_len: int, seed: int, document_end: int | None = None
+    ) -> None:
         """Order the documents; O(D) memory, no token is read.
 
         Raises:
@@ -60,6 +66,7 @@ class SequencePlan:
         self.num_tokens = index.num_tokens
         self.num_sequences = -(-index.num_tokens // seq_len)
         self.index = index
+        self.document_end = document_end
         self._order = document_order(index.num_documents, seed)
         self._ends = np.cumsum(index.document_lengths[self._order])
 
@@ -74,6 +81,8 @@ class SequencePlan:
             "seq_len": self.seq_len,
             "seed": self.seed,
         }
+        if self.document_end is not None:
+            identity |= {"documents": "separate", "document_end": self.document_end}
         return hashlib.sha256(canonical_json(identity)).hexdigest()
 
     def read(self, sequences: npt.ArrayLike) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
@@ -87,7 +96,8 @@ class SequencePlan:
 
         Raises:
             SequenceOutOfRange: a number lies outside the plan.
-            TokenDataError: the numbers are not integers.
+            TokenDataError: the numbers are not integers; or documents are separate, and one does not end with
+                `document_end` or has it in its middle.
         """
         numbers = _whole_numbers(sequences)
         tokens = np.full((len(numbers), self.seq_len), PADDING_TOKEN, np.int32)
@@ -105,6 +115,8 @@ class SequencePlan:
             inputs = stream[: self.seq_len]
             tokens[row, : len(inputs)] = inputs
             labels[row, : len(stream) - 1] = stream[1:]
+            if self.document_end is not None:
+                labels[row, self._last_of_documents(number, inputs)] = IGNORED_LABEL
         return tokens, labels
 
     def valid(self, sequences: npt.ArrayLike) -> npt.NDArray[np.bool_]:
@@ -114,6 +126,26 @@ class SequencePlan:
             numbers * self.seq_len + np.arange(self.seq_len) < self.num_tokens
         )
         return result
+
+    def _last_of_documents(
+        self, sequence: int, inputs: npt.NDArray[np.int32]
+    ) -> npt.NDArray[np.int64]:
+        """int64[.]: places of a sequence where a document ends; what reads the tokens alone must find the same."""
+        start = sequence * self.seq_len
+        first, stop = np.searchsorted(self._ends, (start, start + len(inputs)), side="right")
+        places: npt.NDArray[np.int64] = self._ends[first:stop] - 1 - start
+        found = np.flatnonzero(inputs == self.document_end)
+        if not np.array_equal(places, found):
+            odd = int(np.setxor1d(places, found)[0])
+            raise TokenDataError(
+                "documents cannot be kept apart: the token that ends them is not where they end",
+                where=f"{self.index.prefix}, sequence {sequence}, position {odd}",
+                found=f"token {int(inputs[odd])}",
+                expected=f"token {self.document_end} at the end of every document and nowhere else",
+                remedy="set data.documents=joined, or tokenize again with tokenizer.end_of_document set to a token "
+                "that no text has",
+            )
+        return places
 
     def _stream(self, start: int, length: int) -> npt.NDArray[np.int32]:
         """int32[<= length]: tokens of the stream from `start`, fewer at its end."""
@@ -130,6 +162,15 @@ class SequencePlan:
             start += take
             place += 1
         return np.concatenate(pieces)
+
+
+def pieces_of(tokens: npt.NDArray[np.integer[Any]], document_end: int) -> npt.NDArray[np.int64]:
+    """int64[N, 3]: (row, start, stop) of the documents in sequences [B, L], in order; whole or cut at a border."""
+    rows, length = tokens.shape
+    places = np.flatnonzero(tokens.reshape(-1) == document_end) + 1
+    borders = np.union1d(np.arange(rows + 1) * length, places)
+    starts = borders[:-1]
+    return np.stack((starts // length, starts % length, starts % length + np.diff(borders)), axis=1)
 
 
 def _whole_numbers(sequences: npt.ArrayLike) -> npt.NDArray[np.int64]:

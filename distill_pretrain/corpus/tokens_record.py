@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from distill_pretrain.errors import TokenDataError
+from distill_pretrain.errors import ConfigError, TokenDataError
 from distill_pretrain.files.atomic import canonical_json, publish_bytes
 
 FILE_NAME = "tokens.json"
@@ -79,6 +79,26 @@ class TokensRecord:
         """The record in the folder of a corpus prefix; None when that folder has none."""
         folder = Path(prefix).parent
         return cls.load(folder) if (folder / FILE_NAME).exists() else None
+
+
+def document_end_of(documents: str, tokens: Path) -> int | None:
+    """The token that keeps separate documents of a corpus apart; None where they are joined.
+
+    Raises:
+        ConfigError: nothing tells which token ends a document.
+    """
+    if documents == "joined":
+        return None
+    record = TokensRecord.beside(tokens)
+    if record is None:
+        raise ConfigError(
+            "the token that ends a document is unknown",
+            where="data.documents",
+            found="separate",
+            expected=f"tokens.json beside {tokens}",
+            remedy="make the corpus with `distill-pretrain tokenize`, or set data.documents=joined",
+        )
+    return record.eod_id
 
 
 def _problem(fields: dict[str, Any]) -> str | None:

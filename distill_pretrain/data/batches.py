@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from distill_pretrain.contracts import NO_ENTRY, RaggedTargets, SparseTargets, TokenBatch
+from distill_pretrain.corpus.sequence_plan import pieces_of
 from distill_pretrain.data.blend import BlendOrder
 from distill_pretrain.data.patience import read_patiently
 from distill_pretrain.processes.context import context_spans
@@ -59,12 +60,14 @@ class BatchSource:
         cache: their targets, or None.
         num_sequences: length of an epoch; the first so many sequences of the plan.
         weight: its share beside the other sources.
+        document_end: where its documents are separate the token that ends every one.
     """
 
     plan: SequenceSource
     cache: TargetSource | None
     num_sequences: int
     weight: float = 1.0
+    document_end: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +79,14 @@ class HostBatch:
         labels: int32[B, P], -100 where there is none.
         target_ids: int32[B, P, K], padded with -1; None without targets.
         target_probs: fp32[B, P, K], zero where padded; None without targets.
+        pieces: of separate documents, see `TokenBatch`.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     target_ids: torch.Tensor | None
     target_probs: torch.Tensor | None
+    pieces: torch.Tensor | None = None
 
     def pinned(self) -> HostBatch:
         """The same in page-locked memory, from which a GPU copies while the CPU goes on."""
@@ -90,6 +95,7 @@ class HostBatch:
             labels=self.labels.pin_memory(),
             target_ids=None if self.target_ids is None else self.target_ids.pin_memory(),
             target_probs=None if self.target_probs is None else self.target_probs.pin_memory(),
+            pieces=self.pieces,
         )
 
     def to(self, device: torch.device) -> TokenBatch:
@@ -104,7 +110,10 @@ class HostBatch:
                 ids=moved(self.target_ids).long(), probs=moved(self.target_probs)
             )
         return TokenBatch(
-            tokens=moved(self.tokens).long(), labels=moved(self.labels).long(), targets=targets
+            tokens=moved(self.tokens).long(),
+            labels=moved(self.labels).long(),
+            targets=targets,
+            pieces=self.pieces,
         )
 
 
@@ -258,4 +267,21 @@ class StudentBatches:
             labels=torch.from_numpy(labels[:, self.positions]),
             target_ids=ids,
             target_probs=probs,
+            pieces=self._pieces(sources, tokens),
         )
+
+    def _pieces(
+        self, sources: npt.NDArray[np.int64], tokens: npt.NDArray[np.int32]
+    ) -> torch.Tensor | None:
+        """See `TokenBatch`."""
+        ends = [self.sources[number].document_end for number in sources]
+        if all(end is None for end in ends):
+            return None
+        assert len(self._spans) == 1, "documents over context-parallel ranks"
+        parts = []
+        for row, end in enumerate(ends):
+            assert end is not None, "a blend of joined and separate documents"
+            part = pieces_of(tokens[row : row + 1], end)
+            part[:, 0] = row
+            parts.append(part)
+        return torch.from_numpy(np.concatenate(parts))

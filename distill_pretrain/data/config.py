@@ -42,6 +42,10 @@ class DataConfig(Section):
     """Seed of the document order in the sequence plan."""
     num_sequences: int | None = Field(default=None, ge=1, le=1 << 40)
     """Use only the first so many sequences of the plan; null uses all."""
+    documents: Literal["joined", "separate"] = "joined"
+    """Of the documents in a sequence: joined ones are one text to teacher and student. separate keeps attention within
+    each, learned positions start anew, and the loss leaves out what would predict a token of the next one. Corpora of
+    `tokenize` only; part of the plan, so a cache belongs to one of the two."""
     cache: str | None = None
     """Sparse-logit cache to train from, a folder or a URL such as s3://bucket/cache; null trains on the text alone."""
     held_out_cache: str | None = None

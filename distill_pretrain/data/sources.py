@@ -12,7 +12,7 @@ from typing import Any
 from distill_pretrain.cache.reader import CacheHead, CacheReader
 from distill_pretrain.corpus.sequence_plan import SequencePlan
 from distill_pretrain.corpus.token_index import TokenIndex
-from distill_pretrain.corpus.tokens_record import TokensRecord
+from distill_pretrain.corpus.tokens_record import TokensRecord, document_end_of
 from distill_pretrain.data.batches import BatchSource
 from distill_pretrain.data.config import DataConfig
 from distill_pretrain.errors import CacheMismatch, ConfigError, TokenDataError, TokenizerMismatch
@@ -66,6 +66,7 @@ class TrainingSource:
             cache=self.cache,
             num_sequences=self.sequences.num_sequences,
             weight=self.config.weight,
+            document_end=self.sequences.plan.document_end,
         )
 
     @property
@@ -111,7 +112,12 @@ def open_sequences(data: DataConfig, prefix: Path | None = None) -> SequenceData
     # Rank 0 reads a corpus without fingerprint whole and leaves the result beside it for the others.
     on_first_rank(lambda: TokenIndex.open(tokens, vocab_size=vocab_size).fingerprint)
     index = TokenIndex.open(tokens, vocab_size=vocab_size)
-    plan = SequencePlan(index, seq_len=data.seq_len, seed=data.seed)
+    plan = SequencePlan(
+        index,
+        seq_len=data.seq_len,
+        seed=data.seed,
+        document_end=document_end_of(data.documents, tokens),
+    )
     wanted = data.num_sequences if prefix is None else None
     if wanted is not None and wanted > plan.num_sequences:
         raise TokenDataError(

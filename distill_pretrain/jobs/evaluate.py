@@ -11,7 +11,7 @@ from distill_pretrain.config import dump_recipe, require
 from distill_pretrain.errors import ConfigError
 from distill_pretrain.jobs.console import progress, say
 from distill_pretrain.jobs.recipe import Recipe
-from distill_pretrain.jobs.teachers import load_teacher
+from distill_pretrain.jobs.teachers import apart, load_teacher
 from distill_pretrain.processes.env import launch_rank, launch_world_size
 
 if TYPE_CHECKING:
@@ -153,13 +153,16 @@ def _score(
     if reference is not None:
         teacher = load_teacher(reference, held_out, data.held_out_tokens)
     engines = {
-        name: open_engine(
-            "megatron",
-            path,
-            config.dtype,
-            vocab_size=held_out.vocab_size,
-            seq_len=held_out.plan.seq_len,
-            tokenizer_digests=held_out.tokenizer_digests,
+        name: apart(
+            open_engine(
+                "megatron",
+                path,
+                config.dtype,
+                vocab_size=held_out.vocab_size,
+                seq_len=held_out.plan.seq_len,
+                tokenizer_digests=held_out.tokenizer_digests,
+            ),
+            held_out,
         )
         for name, path in models.items()
     }
@@ -231,6 +234,9 @@ def _gradients(
     from distill_pretrain.eval.student import CheckpointStudent
     from distill_pretrain.eval.targets import gradient_batches
 
+    if source.documents == "separate":
+        what = "gradients are compared on joined documents alone"
+        raise ConfigError(what, where="eval.gradients", found="data.documents: separate")
     data = open_sequences(source)
     most = max(config.num_batches)
     if most * config.micro_batch_size > data.num_sequences:
@@ -304,6 +310,8 @@ def _tasks(
         )
     tokenizer = load_recorded_tokenizer(tokens.parent, record)
     models = engines if teacher is None else {**engines, TEACHER: teacher}
+    # Its texts are one document each.
+    models = {name: getattr(engine, "engine", engine) for name, engine in models.items()}
     found = on_first_rank(
         lambda: run_tasks(
             models,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, cast
 
 if TYPE_CHECKING:
     from distill_pretrain.contracts import LogitsEngine, TeacherEngine
@@ -41,7 +41,7 @@ def load_teacher(teacher: TeacherConfig, sequences: SequenceData, tokens: Path) 
         trust=teacher.trust,
     )
     _name_padding(teacher, sequences)
-    return engine
+    return apart(engine, sequences)
 
 
 def load_replica(teacher: TeacherConfig, sequences: SequenceData, tokens: Path) -> TeacherEngine:
@@ -60,7 +60,18 @@ def load_replica(teacher: TeacherConfig, sequences: SequenceData, tokens: Path) 
         tokenizer_digests=sequences.tokenizer_digests,
     )
     _name_padding(teacher, sequences)
-    return engine
+    return apart(engine, sequences)
+
+
+Engine = TypeVar("Engine")
+
+
+def apart(engine: Engine, sequences: SequenceData) -> Engine:
+    """The engine; one that is shown documents one by one where `data.documents` is separate."""
+    from distill_pretrain.teacher.engines.apart import DocumentsApart
+
+    end = sequences.plan.document_end
+    return engine if end is None else cast(Engine, DocumentsApart(engine, end))
 
 
 MOST_PADDING = 1024

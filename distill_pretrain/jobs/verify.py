@@ -92,7 +92,7 @@ def _check_matches(folder: str, sequences: SequenceData) -> None:
                 where=folder,
                 found=f"sequence plan {plan.sequence_plan_id[:12]}, seq_len {plan.seq_len}",
                 expected=f"{sequences.plan.plan_id[:12]}, seq_len {sequences.plan.seq_len}",
-                remedy="set data.tokens, data.seq_len and data.seed to those of the capture",
+                remedy="set data.tokens, data.seq_len, data.seed and data.documents to those of the capture",
             ) from None
 
 

@@ -105,7 +105,12 @@ def open_held_out(
                 corpus_key="data.held_out_tokens",
             )
             cache = caches.enter_context(open_together(open_first))
-        yield BatchSource(plan=sequences.plan, cache=cache, num_sequences=count)
+        yield BatchSource(
+            plan=sequences.plan,
+            cache=cache,
+            num_sequences=count,
+            document_end=sequences.plan.document_end,
+        )
 
 
 class HeldOutEvaluation(Callback):

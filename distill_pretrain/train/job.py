@@ -177,6 +177,7 @@ def train_student(
         seq_len=data.seq_len,
         optimizer=optimizer,
         online_teacher=open_teacher is not None,
+        documents=data.documents,
     )
     require_backend(optimizer)
     require_spec(model)
@@ -268,6 +269,8 @@ def train_student(
             if weights is not None and start is not None:
                 weights.fill(student)
                 _log.info(f"starts from {weights.description}: {start.folder}")
+            if data.documents == "separate":
+                student.require_documents_apart()
             needed = saved_bytes(student, precision=train.precision)
             on_first_rank(lambda: checkpoints.require_room(needed, keep=train.keep_checkpoints))
             own: list[Callback] = [exports.of(student)]

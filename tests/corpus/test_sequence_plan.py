@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from pathlib import Path
 
@@ -9,8 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill_pretrain.contracts import IGNORED_LABEL
-from distill_pretrain.corpus.sequence_plan import SequenceOutOfRange, SequencePlan, document_order
+from distill_pretrain.corpus.sequence_plan import (
+    SequenceOutOfRange,
+    SequencePlan,
+    document_order,
+    pieces_of,
+)
 from distill_pretrain.errors import TokenDataError
+from distill_pretrain.files.atomic import canonical_json
 from tests.support.cache_samples import write_corpus
 
 corpora = st.lists(st.integers(1, 9), min_size=1, max_size=12)
@@ -123,3 +130,60 @@ def test_a_million_documents_need_no_python_loop():
     plan = SequencePlan(Lengths(), seq_len=100, seed=1)  # type: ignore[arg-type]
     tokens, _ = plan.read([99_999])
     assert np.array_equal(tokens[0, ::10], document_order(1_000_000, 1)[-10:])
+
+
+END = 999
+
+
+@modest
+@given(corpora, st.integers(2, 12), st.integers(0, 99))
+def test_separate_documents_have_the_tokens_of_joined_ones_and_no_label_at_their_end(
+    lengths, seq_len, seed
+):
+    with tempfile.TemporaryDirectory() as folder:
+        lengths = [*lengths, 12]
+        documents, _ = numbered_corpus(folder, lengths)
+        index = write_corpus(Path(folder) / "e", [[*part, END] for part in documents], 1000)
+        joined = SequencePlan(index, seq_len=seq_len, seed=seed)
+        separate = SequencePlan(index, seq_len=seq_len, seed=seed, document_end=END)
+        numbers = np.arange(joined.num_sequences)
+        (tokens, labels), (same, apart) = joined.read(numbers), separate.read(numbers)
+        assert joined.plan_id != separate.plan_id
+    assert np.array_equal(tokens, same)
+    assert np.array_equal(apart, np.where(tokens == END, IGNORED_LABEL, labels))
+    # Each piece is a part of one document, and the pieces are all of the stream.
+    pieces = pieces_of(tokens, END).tolist()
+    rows = [tokens[row, start:stop].tolist() for row, start, stop in pieces]
+    assert [token for row in rows for token in row] == tokens.reshape(-1).tolist()
+    for row in rows:
+        assert END not in row[:-1]
+        document = next((d for d in documents if row[0] in d), None)
+        if document is not None:
+            assert set(row) <= {*document, END, 0}
+
+
+def test_documents_that_their_end_does_not_tell_apart_are_refused(tmp_path):
+    for name, documents in {
+        "middle": [[1, END, 2, END], [3, 4, END]],
+        "end": [[1, 2, END], [3, 4]],
+    }.items():
+        index = write_corpus(tmp_path / name, documents, 1000)
+        plan = SequencePlan(index, seq_len=4, seed=0, document_end=END)
+        message = r"cannot be kept apart.*sequence \d, position \d.*expected: token 999 at the end"
+        with pytest.raises(TokenDataError, match=message):
+            plan.read(np.arange(plan.num_sequences))
+        SequencePlan(index, seq_len=4, seed=0).read([0])
+
+
+def test_the_plan_of_joined_documents_is_known_by_what_it_was_before_there_were_others(tmp_path):
+    index = write_corpus(tmp_path / "c", [[1, 2, 3], [4, 5]], 100)
+    plan = SequencePlan(index, seq_len=2, seed=5)
+    fingerprint = index.fingerprint
+    identity = {
+        "version": 1,
+        "bin_sha256": fingerprint.bin_sha256,
+        "idx_sha256": fingerprint.idx_sha256,
+        "seq_len": 2,
+        "seed": 5,
+    }
+    assert plan.plan_id == hashlib.sha256(canonical_json(identity)).hexdigest()

@@ -112,6 +112,7 @@ def make_job(
     precision: str = "fp32",
     optimizer: dict[str, Any] | None = None,
     chunk_tokens: int | None = None,
+    document_end: int | None = None,
 ) -> tuple[Any, StudentBatches]:
     """A student and its batches on this rank; the process groups of the layout must exist."""
     from distill_pretrain.mcore.student.build import student_class
@@ -126,11 +127,19 @@ def make_job(
         global_batch_size=GLOBAL_BATCH,
         seq_len=SEQ_LEN,
         optimizer=optimizer_config,
+        documents="joined" if document_end is None else "separate",
     )
     plan = WalkPlan()
     cache = WalkTargets(plan) if kd else None
     batches = StudentBatches(
-        [BatchSource(plan=plan, cache=cache, num_sequences=plan.num_sequences)],
+        [
+            BatchSource(
+                plan=plan,
+                cache=cache,
+                num_sequences=plan.num_sequences,
+                document_end=document_end,
+            )
+        ],
         seed=3,
         global_batch_size=GLOBAL_BATCH,
         micro_batch_size=MICRO_BATCH,
@@ -178,6 +187,7 @@ def train_curves(
     precision: str = "fp32",
     optimizer: dict[str, Any] | None = None,
     chunk_tokens: int | None = None,
+    document_end: int | None = None,
 ) -> dict[str, list[float]]:
     """Loss, CE, KL and gradient norm of every step, on every rank."""
     from distill_pretrain.mcore.runtime.parallel import model_parallel
@@ -194,6 +204,7 @@ def train_curves(
             precision=precision,
             optimizer=optimizer,
             chunk_tokens=chunk_tokens,
+            document_end=document_end,
         )
         curves: dict[str, list[float]] = {"loss": [], "ce": [], "kl": [], "grad_norm": []}
         for step in range(steps):

@@ -20,6 +20,7 @@ from distill_pretrain.contracts import RaggedTargets
 from distill_pretrain.corpus.sequence_plan import SequencePlan
 from distill_pretrain.corpus.token_index import TokenIndex
 from distill_pretrain.corpus.tokenizers import Tokenizer
+from distill_pretrain.corpus.tokens_record import document_end_of
 from distill_pretrain.data.config import DataConfig
 from distill_pretrain.errors import DistillPretrainError
 from distill_pretrain.files.storage import Storage, is_remote, open_storage
@@ -276,7 +277,12 @@ def _context(
     if data is None:
         return None
     try:
-        corpus = SequencePlan(TokenIndex.open(data.tokens), seq_len=data.seq_len, seed=data.seed)
+        corpus = SequencePlan(
+            TokenIndex.open(data.tokens),
+            seq_len=data.seq_len,
+            seed=data.seed,
+            document_end=document_end_of(data.documents, data.tokens),
+        )
     except DistillPretrainError:
         return None
     if corpus.plan_id != plan.sequence_plan_id:

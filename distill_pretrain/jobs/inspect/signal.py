@@ -73,7 +73,8 @@ def show_signal(
     parallel = _layout(recipe, model, num_sequences, positions)
     set_cpu_threads(recipe.train.threads if recipe.train else 0)
     with process_group():
-        sequences = open_sequences(recipe.data)
+        # The theory is of attention over whole sequences.
+        sequences = open_sequences(recipe.data.model_copy(update={"documents": "joined"}))
         batch = _batch(sequences, num_sequences, positions)
         seed = recipe.train.seed if recipe.train else SEED
         measured = _measure(model, parallel, sequences, batch, seed, checkpoint)

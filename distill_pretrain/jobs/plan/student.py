@@ -104,6 +104,7 @@ def student_job(
         seq_len=corpus.seq_len,
         optimizer=recipe.optimizer,
         online_teacher=recipe.objective.target == "teacher",
+        documents="joined" if recipe.data is None else recipe.data.documents,
     )
     per_pass = recipe.train.micro_batch_size * data_parallel
     return StudentJob(

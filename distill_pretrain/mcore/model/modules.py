@@ -9,6 +9,7 @@ groups, h head width.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -54,6 +55,28 @@ class LayerNorm(torch.nn.LayerNorm):
         self.bias.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
+def require_documents_apart(layers: Iterable[torch.nn.Module]) -> None:
+    """Refuse layers that would carry something from one document into the next one of a sequence.
+
+    Args:
+        layers: of this rank's part of a model that is to keep documents separate.
+
+    Raises:
+        ConfigError: see above.
+    """
+    for layer in layers:
+        attention = getattr(getattr(layer, "self_attention", None), "core_attention", None)
+        if not isinstance(attention, SDPAttention):
+            mixer = layer if attention is None else attention
+            raise ConfigError(
+                "this model's layers do not keep documents apart",
+                where="data.documents, model.spec",
+                found=f"separate, and {type(mixer).__module__}.{type(mixer).__name__}",
+                expected=f"attention of {SDPAttention.__name__}",
+                remedy="set model.spec=local and model.implementation=gpt, or data.documents=joined",
+            )
+
+
 class SDPAttention(MegatronModule):
     """Causal core attention on `torch.nn.functional.scaled_dot_product_attention`.
 
@@ -85,8 +108,11 @@ class SDPAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
-        """Query [s, b, n, h], key and value [s, b, g, h] -> [s, b, n * h]."""
-        assert attention_mask is None and attention_bias is None and packed_seq_params is None
+        """Query [s, b, n, h], key and value [s, b, g, h] -> [s, b, n * h].
+
+        Where documents are separate, `attention_mask` is `TokenBatch.pieces`.
+        """
+        assert attention_bias is None and packed_seq_params is None
         s, b, n, h = query.shape
         size = self.config.context_parallel_size
         if size > 1:
@@ -100,7 +126,10 @@ class SDPAttention(MegatronModule):
         # Heads on different tensor-parallel ranks need masks of their own, as in megatron-core's attention.
         own_stream = dropout > 0 and not self.config.sequence_parallel
         with tensor_parallel.get_cuda_rng_tracker().fork() if own_stream else nullcontext():
-            out = self._attend(q, k, v, dropout)
+            if attention_mask is None:
+                out = self._attend(q, k, v, dropout)
+            else:
+                out = self._attend_within(attention_mask, q, k, v, dropout)
         return out.permute(2, 0, 1, 3).reshape(s, b, n * h)
 
     def _attend(
@@ -127,6 +156,22 @@ class SDPAttention(MegatronModule):
                 )
             )
         return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
+
+    def _attend_within(
+        self,
+        pieces: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        dropout: float,
+    ) -> torch.Tensor:
+        """The same within documents, one by one: each has the kernel that a whole sequence has, and no mask."""
+        assert self.config.context_parallel_size == 1
+        rows: list[list[torch.Tensor]] = [[] for _ in q]
+        for row, start, stop in pieces.tolist():
+            one = [x[row : row + 1, :, start:stop] for x in (q, k, v)]
+            rows[row].append(self._attend(one[0], one[1], one[2], dropout))
+        return torch.cat([torch.cat(parts, dim=2) for parts in rows])
 
 
 def _lower_right(num_queries: int, num_keys: int) -> torch.Tensor:

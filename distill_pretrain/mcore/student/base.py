@@ -24,6 +24,7 @@ from distill_pretrain.mcore.model.chunks import (
 )
 from distill_pretrain.mcore.model.config import ModelConfig, OptimizerConfig, ParallelConfig
 from distill_pretrain.mcore.model.head import LossFunction
+from distill_pretrain.mcore.model.modules import require_documents_apart
 from distill_pretrain.mcore.runtime.core import OptimizerConfig as MegatronOptimizerConfig
 from distill_pretrain.mcore.runtime.core import (
     OptimizerParamScheduler,
@@ -70,11 +71,20 @@ def context_positions(num_positions: int, device: torch.device) -> torch.Tensor:
 
 def forward_micro_batch(model: torch.nn.Module, batch: TokenBatch) -> torch.Tensor:
     """What this rank's part of the model makes of a micro-batch: loss terms on the last pipeline stage."""
-    positions = context_positions(batch.tokens.size(1), batch.tokens.device)
-    output: torch.Tensor = model(
-        batch.tokens, positions.expand_as(batch.tokens), None, labels=batch
-    )
+    if batch.pieces is None:
+        positions = context_positions(batch.tokens.size(1), batch.tokens.device)
+        positions = positions.expand_as(batch.tokens)
+    else:
+        positions = piece_positions(batch.pieces, batch.tokens)
+    # In place of a mask, which would be a matrix, attention gets the documents themselves.
+    output: torch.Tensor = model(batch.tokens, positions, batch.pieces, labels=batch)
     return output
+
+
+def piece_positions(pieces: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Places in their documents, int64[B, L] on the device of the tokens [B, L]; see `TokenBatch.pieces`."""
+    positions = torch.cat([torch.arange(stop - start) for _, start, stop in pieces.tolist()])
+    return positions.view(tokens.shape).to(tokens.device, non_blocking=True)
 
 
 def valid_tokens(batch: TokenBatch) -> torch.Tensor:
@@ -198,6 +208,11 @@ class Student(ABC):
     @abstractmethod
     def _update_weights(self, accepts: Callable[[float], bool]) -> tuple[bool, float]:
         """Clip and apply the gradients of this step, if their norm is accepted: (applied, norm before clipping)."""
+
+    def require_documents_apart(self) -> None:
+        """Raise ConfigError where a layer of this rank would carry something from one document into the next."""
+        for chunk in self.chunks:
+            require_documents_apart(unwrap(chunk).decoder.layers)
 
     def settle_weights(self) -> None:
         """Make this rank's weights those of the last update, where they would be gathered by the next forward pass.
