@@ -158,10 +158,10 @@ def refused(stage: int) -> dict[str, Any]:
 
 
 def everything(folder: str) -> dict[str, Any]:
-    from distill_pretrain.mcore.student import deepspeed as deepspeed_student
+    from distill_pretrain.mcore.student import zero as zero_settings
 
     torch.set_num_threads(1)
-    deepspeed_student.KEPT_WHOLE = 0
+    zero_settings.KEPT_WHOLE = 0
     with process_group():
         assert dist.get_world_size() == 4
         return {

@@ -8,7 +8,6 @@ and sliced as the parameter is over tensor-parallel ones, in the form of megatro
 from __future__ import annotations
 
 import io
-import logging
 import math
 import warnings
 import weakref
@@ -16,18 +15,15 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import replace
 from itertools import islice
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from distill_pretrain.contracts import TokenBatch
-from distill_pretrain.errors import ConfigError
 from distill_pretrain.mcore.init.groups import config_overrides
 from distill_pretrain.mcore.model.chunks import sharded_chunks
 from distill_pretrain.mcore.model.config import ModelConfig, OptimizerConfig, ParallelConfig
-from distill_pretrain.mcore.model.layout import require_backend
 from distill_pretrain.mcore.runtime.core import (
     _get_param_groups,
     get_standard_config_overrides,
@@ -42,114 +38,15 @@ from distill_pretrain.mcore.student.base import (
     reduce_terms,
     valid_tokens,
 )
+from distill_pretrain.mcore.student.zero import (
+    AskingAdamW,
+    engine_config,
+    import_deepspeed,
+    model_parallel_unit,
+)
 from distill_pretrain.processes.env import publish_local_rank
-from distill_pretrain.processes.groups import ParallelGroups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-LARGEST_BUCKET = 500_000_000
-KEPT_WHOLE = 100_000
-"""ZeRO-3 keeps weights of at most so many elements on every rank."""
-
-
-_CHATTER = (
-    "Setting accelerator to CPU",
-    # The subclass below.
-    "You are using ZeRO with an untested optimizer",
-)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    return not any(text in record.getMessage() for text in _CHATTER)
-
-
-def import_deepspeed(optimizer: OptimizerConfig) -> ModuleType:
-    """The package, without its chatter and without compiling anything.
-
-    Raises:
-        MissingDependency: it is not installed.
-        ConfigError: it is, but cannot be imported.
-    """
-    require_backend(optimizer)
-    logging.getLogger("DeepSpeed").addFilter(_is_news)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import deepspeed
-    except Exception as error:
-        raise ConfigError(
-            "DeepSpeed is installed but cannot be imported",
-            where="optimizer.backend",
-            found=f"{type(error).__name__}: {error}",
-            remedy="`distill-pretrain doctor` shows what is wrong with it",
-        ) from error
-    if not torch.cuda.is_available():
-        # Its shared-memory collectives would be compiled at start.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
-
-
-def model_parallel_unit(groups: ParallelGroups) -> SimpleNamespace:
-    """The process groups under the names DeepSpeed asks an `mpu` for."""
-
-    def named(name: str, group: dist.ProcessGroup) -> dict[str, Any]:
-        return {
-            f"get_{name}_group": lambda: group,
-            f"get_{name}_rank": lambda: dist.get_rank(group),
-            f"get_{name}_world_size": lambda: dist.get_world_size(group),
-        }
-
-    return SimpleNamespace(
-        **named("model_parallel", groups.tensor),
-        **named("tensor_model_parallel", groups.tensor),
-        **named("pipeline_model_parallel", groups.pipeline),
-        **named("data_parallel", groups.data),
-        get_data_parallel_group_ranks=lambda: dist.get_process_group_ranks(groups.data),
-        get_tensor_model_parallel_src_rank=lambda: dist.get_global_rank(groups.tensor, 0),
-    )
-
-
-def engine_config(
-    optimizer: OptimizerConfig,
-    *,
-    precision: str,
-    micro_batch_size: int,
-    num_micro_batches: int,
-    num_parameters: int,
-) -> dict[str, Any]:
-    """What `deepspeed.initialize` takes as its configuration."""
-    zero: dict[str, Any] = {
-        "stage": optimizer.zero_stage or 1,
-        "reduce_bucket_size": min(LARGEST_BUCKET, num_parameters),
-        "stage3_param_persistence_threshold": KEPT_WHOLE,
-    }
-    if optimizer.offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": num_micro_batches,
-        "gradient_clipping": optimizer.clip_grad,
-        "zero_optimization": zero,
-        # Torch's fused AdamW updates on the CPU as well as DeepSpeed's own, which would have to be compiled.
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": None,
-        "communication_data_type": "fp32",
-        "data_types": {"grad_accum_dtype": "fp32"},
-    }
-    if precision == "bf16":
-        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
-    return config
-
-
-class AskingAdamW(torch.optim.AdamW):
-    """AdamW that asks before it updates; ZeRO calls it between the gradient norm and the new weights."""
-
-    may_update: Callable[[], bool]
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update of this rank's partition, if it is accepted."""
-        if self.may_update():
-            super().step(closure)
 
 
 def _destroy(engine: Any) -> None:
@@ -230,7 +127,7 @@ class DeepSpeedStudent(Student):
             )
             of_heads = self.config.qk_layernorm and ("q_layernorm" in name or "k_layernorm" in name)
             if of_positions or of_heads:
-                parameter.register_hook(summed)
+                parameter.register_hook(summed)  # type: ignore[no-untyped-call]
 
     def _flat_masters(self, adam: torch.optim.Optimizer) -> list[torch.Tensor]:
         """The partitions of this rank that Adam updates in place of the parameters."""
