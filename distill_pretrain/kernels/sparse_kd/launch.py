@@ -247,9 +247,25 @@ def _fused_shape(problem: Problem, blocks: Blocks) -> tuple[int, int] | None:
     return (cluster, threads) if threads <= 1024 else None
 
 
-def _launch(launcher: Launcher, kernel: str, arguments: Arguments, **shape: object) -> None:
+def _launch(
+    launcher: Launcher,
+    kernel: str,
+    arguments: Arguments,
+    *,
+    grid: tuple[int, int],
+    block: int,
+    shared_bytes: int = 0,
+    cluster: int = 1,
+) -> None:
     if arguments.num_rows > 0:
-        launcher.launch(kernel, arguments, **shape)  # type: ignore[arg-type]
+        launcher.launch(
+            kernel,
+            arguments,
+            grid=grid,
+            block=block,
+            shared_bytes=shared_bytes,
+            cluster=cluster,
+        )
 
 
 def _kernel(stage: str, problem: Problem) -> str:

@@ -16,7 +16,9 @@ Residual = Literal["drop", "renormalise", "label", "ghost", "uniform"]
 TokenWeighting = Literal["none", "teacher_confidence"]
 
 TERMS = {"ce": "ce_weight", "kl": "kd_weight", "z": "z_loss"}
-"""What a loss reports beside itself, unweighted, in the order of every `terms` tensor; and which setting weighs it."""
+"""What a loss reports beside itself, unweighted, in the order of every `terms` tensor; and which setting weighs it.
+
+Cross-entropy, divergence, and (log sum exp z)^2 where there is a label."""
 
 ALWAYS_REPORTED = ("ce", "kl")
 """Terms that a run reports whatever their weight is; the others only where they are trained."""

@@ -17,7 +17,6 @@ one width (set kv_channels), not one number of heads.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from distill_pretrain.mcore.model.config import ModelConfig, OptimizerConfig
 from distill_pretrain.mcore.runtime.core import ParamKey, ParamWithNamePredicate
@@ -49,12 +48,12 @@ def multipliers(model: ModelConfig, name: str, dim: int) -> Multipliers:
 
 def config_overrides(
     model: ModelConfig, optimizer: OptimizerConfig
-) -> dict[ParamKey, dict[str, Any]] | None:
+) -> dict[ParamKey, dict[str, float]] | None:
     """What `get_megatron_optimizer` takes as `config_overrides`; None leaves megatron-core's groups alone."""
     if model.init != "completep":
         return None
 
-    def override(factors: Multipliers) -> dict[str, Any]:
+    def override(factors: Multipliers) -> dict[str, float]:
         return {
             "wd_mult": factors.weight_decay,
             "max_lr": optimizer.lr * factors.lr,

@@ -18,7 +18,10 @@ with importing_megatron():
     from megatron.core import optimizer as megatron_optimizer
     from megatron.core.dist_checkpointing.mapping import (
         ShardedObject,
+        ShardedStateDict,
+        ShardedTensor,
         ShardedTensorFactory,
+        StateDict,
         is_main_replica,
     )
     from megatron.core.dist_checkpointing.optimizer import (
@@ -27,6 +30,7 @@ with importing_megatron():
     )
     from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
     from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
     from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
@@ -42,6 +46,7 @@ with importing_megatron():
     )
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.optimizer import (
+        MegatronOptimizer,
         OptimizerConfig,
         ParamKey,
         _get_param_groups,
@@ -126,12 +131,14 @@ def silence_chatter() -> None:
 
 
 __all__ = [
+    "AsyncRequest",
     "DistributedDataParallel",
     "DistributedDataParallelConfig",
     "FileSystemWriterAsync",
     "Float16Module",
     "GPTModel",
     "MegatronModule",
+    "MegatronOptimizer",
     "ModuleSpec",
     "OptimizerConfig",
     "OptimizerParamScheduler",
@@ -139,7 +146,10 @@ __all__ = [
     "ParamWithNamePredicate",
     "RotaryEmbedding",
     "ShardedObject",
+    "ShardedStateDict",
+    "ShardedTensor",
     "ShardedTensorFactory",
+    "StateDict",
     "TorchDistSaveShardedStrategy",
     "TransformerBlockSubmodules",
     "TransformerConfig",

@@ -12,10 +12,12 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from queue import Queue
-from typing import Any
+from typing import BinaryIO
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
 
 from distill_pretrain.errors import CheckpointError
 from distill_pretrain.files.atomic import fsync_path, sha256_file
@@ -25,6 +27,10 @@ from distill_pretrain.mcore.student.state import plan_save
 
 # Without megatron-core's decorator, which would turn off garbage collection while the model trains.
 _write_file = inspect.unwrap(FileSystemWriterAsync.write_preloaded_data)
+
+_Tensors = Iterable[tuple[WriteItem, torch.Tensor]]
+_File = tuple[str, str, tuple[list[tuple[WriteItem, BinaryIO]], _Tensors]]
+"""Where megatron-core writes a file, its name, and what it puts there: objects, and tensors."""
 
 FSYNC_BYTES = 256 << 20
 """What is written between two fsyncs: a slow disk then shows that it moves, and the last one has little left to do."""
@@ -49,13 +55,13 @@ class BackgroundSave:
         self.moves = 0
         self._folder = folder
         self._request = plan_save(student, folder)
-        self._results: dict[int, list[Any]] = {}
+        self._results: dict[int, list[WriteResult]] = {}
         self._hashes: dict[str, str] = {}
         self._failure: str | None = None
         self._given_up = False
         # Nothing is left to write on a rank that holds copies only.
         nothing = self._request.async_fn is None
-        self._files: list[Any] = [] if nothing else self._request.async_fn_args[1]
+        self._files: list[_File] = [] if nothing else self._request.async_fn_args[1]
         self._copy_state(in_any_case=behind)
         numbers = list(range(len(self._files)))
         shares = [numbers] if behind else [[number] for number in numbers]
@@ -91,7 +97,7 @@ class BackgroundSave:
         """
         for thread in self._threads:
             thread.join()
-        shares: list[Any] = [None] * dist.get_world_size()
+        shares: list[tuple[str | None, dict[str, str]]] = [(None, {})] * dist.get_world_size()
         dist.all_gather_object(shares, (self._failure, self._hashes))
         failures = [f"rank {rank}: {why}" for rank, (why, _) in enumerate(shares) if why]
         if failures:
@@ -132,10 +138,10 @@ class BackgroundSave:
             raise InterruptedError("given up")
         self.moves += 1
 
-    def _write_one(self, number: int) -> list[Any]:
+    def _write_one(self, number: int) -> list[WriteResult]:
         """Write and fsync one file, and let go of its tensors; what megatron-core notes of each."""
         path, name, (objects, tensors) = self._files[number]
-        results: Queue[Any] = Queue()
+        results: Queue[tuple[int, list[WriteResult] | Exception]] = Queue()
         unfinished: Queue[int] = Queue()
         unfinished.put(number)
         ((transforms, _),) = (self._request.async_fn.args,)
@@ -151,10 +157,9 @@ class BackgroundSave:
         _, found = results.get_nowait()
         if isinstance(found, Exception):
             raise found
-        written: list[Any] = found
-        return written
+        return found
 
-    def _told(self, path: Path, tensors: Iterable[Any]) -> Iterator[Any]:
+    def _told(self, path: Path, tensors: _Tensors) -> Iterator[tuple[WriteItem, torch.Tensor]]:
         """The tensors of a file, each followed by a sign of life once it is written."""
         unsynced = 0
         for item, tensor in tensors:

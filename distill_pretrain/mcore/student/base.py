@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -28,11 +28,24 @@ from distill_pretrain.mcore.model.modules import require_documents_apart
 from distill_pretrain.mcore.runtime.core import OptimizerConfig as MegatronOptimizerConfig
 from distill_pretrain.mcore.runtime.core import (
     OptimizerParamScheduler,
+    ShardedStateDict,
+    ShardedTensor,
+    StateDict,
     parallel_state,
 )
 from distill_pretrain.processes.context import context_spans
 from distill_pretrain.processes.groups import ParallelGroups
 from distill_pretrain.processes.host_copy import HostCopy
+
+Reduced = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+"""A micro-batch's sums: the loss to minimise, the valid tokens, and by name what is reported."""
+
+
+class Optimizer(Protocol):
+    """What every student asks of an optimizer."""
+
+    param_groups: list[dict[str, float]]
+    """The settings of each group of parameters; those that are read here are numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +67,8 @@ class StepResult:
     applied: bool
 
 
-def reduce_terms(num_tokens: torch.Tensor, terms: torch.Tensor) -> Any:
-    """Loss terms of a micro-batch -> (the one to minimise, its valid tokens, what is reported): all sums."""
+def reduce_terms(num_tokens: torch.Tensor, terms: torch.Tensor) -> Reduced:
+    """The sums of a micro-batch, of its loss terms; the first is minimised."""
     report = torch.cat((terms.detach().double(), num_tokens.double().reshape(1)))
     # A view would not be freed by the pipeline schedule.
     return terms[0].clone(), num_tokens, {"sums": report}
@@ -170,7 +183,7 @@ class Student(ABC):
         )
         self.config = unwrap(modules[0]).config
         self.chunks: list[torch.nn.Module] = modules
-        self.optimizer: Any = self._attach_optimizer(model, parallel, optimizer, precision)
+        self.optimizer: Optimizer = self._attach_optimizer(model, parallel, optimizer, precision)
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
@@ -192,7 +205,7 @@ class Student(ABC):
         parallel: ParallelConfig,
         optimizer: OptimizerConfig,
         precision: str,
-    ) -> Any:
+    ) -> Optimizer:
         """Make the optimizer of the bare model chunks; may wrap the chunks."""
 
     @abstractmethod
@@ -225,23 +238,25 @@ class Student(ABC):
                 chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
 
     @abstractmethod
-    def optimizer_state(self, model_state: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+    def optimizer_state(
+        self, model_state: ShardedStateDict, *, is_loading: bool
+    ) -> ShardedStateDict:
         """The optimizer as megatron-core's dist_checkpointing saves it, beside what `model_state` returned.
 
         Without the distributed optimizer it has one form, so that backends load each other's.
         """
 
     @abstractmethod
-    def load_optimizer_state(self, loaded: dict[str, Any]) -> None:
+    def load_optimizer_state(self, loaded: StateDict) -> None:
         """Restore what was loaded into `optimizer_state`; after `load_model_state`."""
 
-    def model_state(self, *, is_loading: bool) -> dict[str, Any]:
+    def model_state(self, *, is_loading: bool) -> ShardedStateDict:
         """The weights as dist_checkpointing saves them, under any backend."""
         if not is_loading:
             self.settle_weights()
         return sharded_chunks(self.chunks)
 
-    def load_model_state(self, loaded: dict[str, Any]) -> None:
+    def load_model_state(self, loaded: StateDict) -> None:
         """Restore what was loaded into `model_state`."""
         load_chunks(self.chunks, loaded)
 
@@ -249,7 +264,7 @@ class Student(ABC):
         """Shape of this tensor-parallel rank's slice of a parameter, under any backend."""
         return parameter.shape
 
-    def weight_entries(self) -> dict[torch.nn.Parameter, Any]:
+    def weight_entries(self) -> dict[torch.nn.Parameter, ShardedTensor]:
         """How dist_checkpointing saves each parameter of this rank."""
         return {
             entry.data: entry

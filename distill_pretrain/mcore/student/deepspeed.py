@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,9 @@ from distill_pretrain.mcore.init.groups import config_overrides
 from distill_pretrain.mcore.model.chunks import sharded_chunks
 from distill_pretrain.mcore.model.config import ModelConfig, OptimizerConfig, ParallelConfig
 from distill_pretrain.mcore.runtime.core import (
+    ShardedStateDict,
+    ShardedTensor,
+    StateDict,
     _get_param_groups,
     get_standard_config_overrides,
     is_main_replica,
@@ -46,10 +49,13 @@ from distill_pretrain.mcore.student.zero import (
 )
 from distill_pretrain.processes.env import publish_local_rank
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def _destroy(engine: Any) -> None:
+def _destroy(engine: DeepSpeedEngine) -> None:
     """Let go of an engine whose student has ended; without process groups there is nothing left to give back."""
     if dist.is_initialized():
         engine.destroy()
@@ -58,13 +64,15 @@ def _destroy(engine: Any) -> None:
 class DeepSpeedStudent(Student):
     """A student whose optimizer state, gradients (ZeRO-2) and weights (ZeRO-3) are sharded by DeepSpeed."""
 
+    optimizer: AskingAdamW
+
     def _attach_optimizer(
         self,
         model: ModelConfig,
         parallel: ParallelConfig,
         optimizer: OptimizerConfig,
         precision: str,
-    ) -> torch.optim.Optimizer:
+    ) -> AskingAdamW:
         self._deepspeed = import_deepspeed(optimizer)
         (module,) = self.chunks
         self._keeps_masters = precision != "fp32"
@@ -77,7 +85,7 @@ class DeepSpeedStudent(Student):
         self._group_keys = {*groups[0], "lr", "betas", "eps", "weight_decay"} - {"params"}
         # Taken now: ZeRO-3 leaves parameters without a shape.
         self._shapes = {p: p.shape for p in module.parameters()}
-        self._template: dict[str, Any] = sharded_chunks([module])["model"]
+        self._template: ShardedStateDict = sharded_chunks([module])["model"]
         self._sum_partial_gradients(module)
         adam = AskingAdamW(
             groups,
@@ -199,7 +207,11 @@ class DeepSpeedStudent(Student):
         return whole
 
     def _saved(
-        self, parameter: torch.nn.Parameter, entry: Any, key: str | None, dtype: torch.dtype
+        self,
+        parameter: torch.nn.Parameter,
+        entry: ShardedTensor,
+        key: str | None,
+        dtype: torch.dtype,
     ) -> torch.Tensor:
         """What is saved of a parameter: on the host, and only where it is written from."""
         whole = self._whole(parameter, key)
@@ -210,7 +222,7 @@ class DeepSpeedStudent(Student):
     def _tensor(
         self,
         parameter: torch.nn.Parameter,
-        entry: Any,
+        entry: ShardedTensor,
         key: str | None,
         dtype: torch.dtype,
         *,
@@ -224,7 +236,7 @@ class DeepSpeedStudent(Student):
         """See `Student`."""
         return self._shapes[parameter]
 
-    def weight_entries(self) -> dict[torch.nn.Parameter, Any]:
+    def weight_entries(self) -> dict[torch.nn.Parameter, ShardedTensor]:
         """See `Student`."""
         return {
             entry.data: entry
@@ -232,10 +244,10 @@ class DeepSpeedStudent(Student):
             if isinstance(entry.data, torch.nn.Parameter)
         }
 
-    def model_state(self, *, is_loading: bool) -> dict[str, Any]:
+    def model_state(self, *, is_loading: bool) -> ShardedStateDict:
         """See `Student`."""
 
-        def filled(entry: Any) -> Any:
+        def filled(entry: ShardedTensor) -> ShardedTensor:
             if not isinstance(entry.data, torch.nn.Parameter):
                 return replace(entry)
             parameter = entry.data
@@ -244,13 +256,15 @@ class DeepSpeedStudent(Student):
 
         return {"model": {name: filled(entry) for name, entry in self._template.items()}}
 
-    def optimizer_state(self, model_state: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+    def optimizer_state(
+        self, model_state: ShardedStateDict, *, is_loading: bool
+    ) -> ShardedStateDict:
         """See `Student`."""
         entries = self.weight_entries()
-        sharded: dict[int, Any] = {}
+        sharded: dict[int, ShardedTensor] = {}
         state: dict[int, dict[str, torch.Tensor]] = {}
-        masters: list[list[Any]] = []
-        groups: list[dict[str, Any]] = []
+        masters: list[list[ShardedTensor]] = []
+        groups: list[dict[str, object]] = []
 
         def tensor(parameter: torch.nn.Parameter, key: str | None) -> torch.Tensor:
             entry = entries[parameter]
@@ -281,7 +295,7 @@ class DeepSpeedStudent(Student):
     def _steps_done(self) -> int:
         return int(self.optimizer.state[self._flat_masters(self.optimizer)[0]]["step"])
 
-    def load_model_state(self, loaded: dict[str, Any]) -> None:
+    def load_model_state(self, loaded: StateDict) -> None:
         """See `Student`."""
         for name, entry in self._template.items():
             if isinstance(entry.data, torch.nn.Parameter):
@@ -292,7 +306,7 @@ class DeepSpeedStudent(Student):
         self._load_weights(parameter, values)
         self._load_shard(parameter, None, values)
 
-    def load_optimizer_state(self, loaded: dict[str, Any]) -> None:
+    def load_optimizer_state(self, loaded: StateDict) -> None:
         """See `Student`."""
         adam = loaded["optimizer"] if self._keeps_masters else loaded
         parameters = [parameter for group in self._grouped for parameter in group]

@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,12 +18,16 @@ from distill_pretrain.mcore.model.config import ModelConfig, OptimizerConfig, Pa
 from distill_pretrain.mcore.runtime.core import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
+    MegatronOptimizer,
+    ShardedStateDict,
+    StateDict,
     clip_grad_by_total_norm_fp32,
     finalize_model_grads,
     get_forward_backward_func,
     get_megatron_optimizer,
 )
 from distill_pretrain.mcore.student.base import (
+    Reduced,
     Student,
     forward_micro_batch,
     megatron_optimizer_config,
@@ -34,7 +37,9 @@ from distill_pretrain.mcore.student.base import (
 from distill_pretrain.processes.groups import ParallelGroups
 
 
-def _forward_step(data_iterator: Iterator[TokenBatch], model: torch.nn.Module) -> Any:
+def _forward_step(
+    data_iterator: Iterator[TokenBatch], model: torch.nn.Module
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], Reduced]]:
     batch = next(data_iterator)
     return forward_micro_batch(model, batch), partial(reduce_terms, valid_tokens(batch))
 
@@ -43,7 +48,7 @@ def _finalize_gradients(
     groups: ParallelGroups,
     chunks: list[torch.nn.Module],
     num_tokens: torch.Tensor,
-    **settings: Any,
+    **settings: object,
 ) -> None:
     """megatron-core's reduction of gradients, and their division by the tokens of the global batch.
 
@@ -60,13 +65,15 @@ def _finalize_gradients(
 class MegatronStudent(Student):
     """A student under megatron-core's schedules, data parallelism and optimizers."""
 
+    optimizer: MegatronOptimizer
+
     def _attach_optimizer(
         self,
         model: ModelConfig,
         parallel: ParallelConfig,
         optimizer: OptimizerConfig,
         precision: str,
-    ) -> Any:
+    ) -> MegatronOptimizer:
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=parallel.distributed_optimizer,
@@ -157,13 +164,15 @@ class MegatronStudent(Student):
             values = values.flatten()[span.start : span.end]
         master.copy_(values)
 
-    def optimizer_state(self, model_state: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+    def optimizer_state(
+        self, model_state: ShardedStateDict, *, is_loading: bool
+    ) -> ShardedStateDict:
         """See `Student`."""
-        state: dict[str, Any] = self.optimizer.sharded_state_dict(
+        state: ShardedStateDict = self.optimizer.sharded_state_dict(
             dict(model_state), is_loading=is_loading, metadata=sharding_metadata()
         )
         return state
 
-    def load_optimizer_state(self, loaded: dict[str, Any]) -> None:
+    def load_optimizer_state(self, loaded: StateDict) -> None:
         """See `Student`."""
         self.optimizer.load_state_dict(loaded)

@@ -9,7 +9,6 @@ import inspect
 from dataclasses import replace
 from pathlib import Path
 from queue import Queue
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +16,9 @@ import torch.distributed as dist
 from distill_pretrain.mcore.model.chunks import load_chunks, sharded_chunks
 from distill_pretrain.mcore.model.config import checkpoint_bytes_per_parameter
 from distill_pretrain.mcore.runtime.core import (
+    AsyncRequest,
+    ShardedStateDict,
+    ShardedTensor,
     ShardedTensorFactory,
     TorchDistSaveShardedStrategy,
     dist_checkpointing,
@@ -57,7 +59,7 @@ def _agree_on_step_counts(student: Student) -> None:
         group["step"] = max(counts)
 
 
-def _student_state(student: Student, *, is_loading: bool) -> dict[str, Any]:
+def _student_state(student: Student, *, is_loading: bool) -> ShardedStateDict:
     if not is_loading:
         _agree_on_step_counts(student)
     state = student.model_state(is_loading=is_loading)
@@ -84,7 +86,7 @@ def _layout(student: Student) -> list[int]:
     ]
 
 
-def plan_save(student: Student, folder: Path) -> Any:
+def plan_save(student: Student, folder: Path) -> AsyncRequest:
     """What is still to be written, as megatron-core's AsyncRequest; all but the sharded tensors is written.
 
     Every rank calls it. The request refers to the student's own tensors.
@@ -181,12 +183,14 @@ def load_weights(
         load_chunks(chunks, loaded)
 
 
-def _of_masters(entries: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
+def _of_masters(entries: ShardedStateDict, names: frozenset[str]) -> ShardedStateDict:
     """The entries of a chunk, of the fp32 weights beside them where there are such among the `names` of a folder."""
     return {name: _of_master(entry, entry.data, names) or entry for name, entry in entries.items()}
 
 
-def _of_master(entry: Any, values: torch.Tensor, names: frozenset[str]) -> Any:
+def _of_master(
+    entry: ShardedTensor, values: torch.Tensor, names: frozenset[str]
+) -> ShardedTensor | None:
     """An entry for the fp32 weights of `entry`, to be read into `values`; None where a folder has none."""
     for prefix in MASTERS:
         if f"{prefix}.{getattr(entry, 'key', None)}" in names:
@@ -216,7 +220,7 @@ def start_from_checkpoint(student: Student, folder: Path, *, part_bytes: int = P
             alive()
 
 
-def _into_fp32(entry: Any, shape: torch.Size, names: frozenset[str]) -> Any:
+def _into_fp32(entry: ShardedTensor, shape: torch.Size, names: frozenset[str]) -> ShardedTensor:
     """An entry that reads a parameter in fp32. Rows of padding that the checkpoint lacks stay zero."""
     values = torch.zeros(shape, dtype=torch.float32)
     found = _of_master(entry, values, names)
@@ -240,6 +244,6 @@ def _parts(
             room = part_bytes
         parts[-1].append(parameter)
         room -= size
-    counts: list[Any] = [None] * dist.get_world_size()
+    counts = [0] * dist.get_world_size()
     dist.all_gather_object(counts, len(parts))
     return parts + [[]] * (max(counts) - len(parts))

@@ -14,7 +14,7 @@ import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch.distributed.checkpoint import CheckpointException
@@ -26,7 +26,7 @@ from distill_pretrain.errors import CheckpointError, DistillPretrainError
 
 METADATA = ".metadata"
 _BACKENDS = {"sharded_backend": "torch_dist", "common_backend": "torch"}
-_CLASSES: dict[str, tuple[Any, tuple[str, ...]]] = {
+_CLASSES: dict[str, tuple[ModuleType, tuple[str, ...]]] = {
     "torch.distributed.checkpoint.metadata": (
         torch_metadata,
         (
@@ -56,14 +56,15 @@ def _layout(name: str) -> torch.layout:
     return found
 
 
-def _member(kind: Any, name: str) -> Any:
+def _member(kind: object, name: str) -> object:
     """The member of an enumeration, which Python 3.11.0 pickles as a call of getattr."""
-    if kind not in _ENUMS:
-        raise pickle.UnpicklingError("getattr of something else than an enumeration of torch")
-    return kind[name]
+    for known in _ENUMS:
+        if kind is known:
+            return known[name]
+    raise pickle.UnpicklingError("getattr of something else than an enumeration of torch")
 
 
-_OTHERS: dict[tuple[str, str], Any] = {
+_OTHERS: dict[tuple[str, str], object] = {
     ("builtins", "getattr"): _member,
     ("pathlib", "PosixPath"): PurePosixPath,
     ("pathlib._local", "PosixPath"): PurePosixPath,
@@ -76,13 +77,14 @@ _OTHERS: dict[tuple[str, str], Any] = {
 class _Limited(pickle.Unpickler):
     """Knows the names in `.metadata`, and refuses every other."""
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         """What a pickle means by a name."""
         if (module, name) in _OTHERS:
             return _OTHERS[module, name]
         source, names = _CLASSES.get(module, (None, ()))
         if name in names:
-            return getattr(source, name)
+            found: object = getattr(source, name)
+            return found
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
@@ -145,7 +147,7 @@ def check_pickles(folder: Path) -> frozenset[str]:
         return frozenset(found.state_dict_metadata)
 
 
-def _check_place(folder: Path, info: Any) -> None:
+def _check_place(folder: Path, info: _StorageInfo) -> None:
     """Refuse bytes outside the folder, and such as pass through a filter first."""
     name = info.relative_path
     if not isinstance(info, _StorageInfo) or not isinstance(name, str) or name != Path(name).name:
@@ -157,7 +159,7 @@ def _check_place(folder: Path, info: Any) -> None:
         raise ValueError(f"{name} is cut short")
 
 
-def _check_object(folder: Path, info: Any) -> None:
+def _check_object(folder: Path, info: _StorageInfo) -> None:
     with (folder / info.relative_path).open("rb") as file:
         file.seek(info.offset)
         torch.load(io.BytesIO(file.read(info.length)), map_location="cpu", weights_only=True)
