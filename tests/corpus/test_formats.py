@@ -6,6 +6,7 @@ import functools
 import gzip
 import http.server
 import importlib.util
+import itertools
 import json
 import random
 import re
@@ -227,7 +228,9 @@ def test_the_sample_of_what_is_unpacked_on_the_way_is_bounded_and_spread(tmp_pat
     sample = list(training._sample(config, TokenizerConfig(training_bytes=30_000), listed))
     assert 15_000 <= sum(map(len, sample)) <= 30_000
     assert sample == sorted(sample)
-    assert (int(sample[0]), int(sample[-1]) > 19_000) == (0, True)
+    numbers = [int(piece) for piece in sample]
+    assert numbers[0] == 0 and numbers[-1] > 19_000
+    assert len({after - before for before, after in itertools.pairwise(numbers)}) == 1
     long = "".join(random.Random(0).choices("ab ", k=200_000))
     assert [len(piece) for piece in training._thinned([long], 1000)] == [1000]
 
