@@ -18,6 +18,8 @@ from distill_pretrain.reports.curves import TrainingCurve
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = ("-", "--", "-.", ":")
 _INK = "#333333"
+HELD_OUT = "held_out_ce"
+"""Column of a run's log: cross-entropy with held-out text, at the steps at which it was taken."""
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,7 +57,7 @@ def smooth(values: npt.NDArray[np.float64], half_width: int) -> npt.NDArray[np.f
 
 
 def draw_curves(curves: Mapping[str, TrainingCurve], *, held_out: Mapping[str, float]) -> bytes:
-    """Training cross-entropy against step, one line per run, and held-out CE at each line's end.
+    """Training cross-entropy against step, one line per run, and held-out CE: while it trained, and at its end.
 
     Args:
         curves: name -> log of the run.
@@ -77,6 +79,11 @@ def draw_curves(curves: Mapping[str, TrainingCurve], *, held_out: Mapping[str, f
         axes.plot(steps, bold, style, color=colour, linewidth=2.0, label=name, zorder=3)
         seen.append(bold)
         ends += [float(value) for value in raw[-1:]]
+        if _was_scored(curve):
+            scored = ~np.isnan(curve[HELD_OUT])
+            of_run, values = steps[scored], curve[HELD_OUT][scored]
+            axes.plot(of_run, values, "o:", color=colour, mec="white", ms=5, lw=1.0, zorder=4)
+            ends.append(float(values[-1]))
         if name in held_out:
             axes.plot(
                 steps[-1:],
@@ -95,12 +102,20 @@ def draw_curves(curves: Mapping[str, TrainingCurve], *, held_out: Mapping[str, f
     axes.set_xlim(left=0)
     axes.margins(x=0.02)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if any(map(_was_scored, curves.values())):
+        label = "held-out CE, while training"
+        axes.plot([], [], "o:", color=_INK, mec="white", ms=5, lw=1.0, label=label)
     if set(held_out) & set(curves):
         axes.plot(
             [], [], "D", color=_INK, mec="white", ms=8, linestyle="none", label="held-out CE, final"
         )
     _finish(axes, "optimizer step", "cross-entropy, training text (nats per token)")
     return _png(figure)
+
+
+def _was_scored(curve: TrainingCurve) -> bool:
+    """Whether the run was evaluated on held-out text while it trained."""
+    return HELD_OUT in curve.columns
 
 
 def draw_reliability(scores: Mapping[str, Mapping[str, Any]]) -> bytes:

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from distill_pretrain.reports import picture
 from distill_pretrain.reports.curves import FILE_NAME, RunLogError, TrainingCurve
 from distill_pretrain.reports.picture import smooth
 
@@ -104,3 +106,18 @@ def test_smoothing_keeps_a_line_and_skips_nan() -> None:
     assert smooth(np.array([1.0, np.nan, 3.0]), 1)[1] == 2.0
     assert smooth(np.array([4.0]), 7).tolist() == [4.0]
     assert smooth(np.arange(4.0), 0).tolist() == [0, 1, 2, 3]
+
+
+def test_the_picture_has_the_held_out_figures_of_a_run_that_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(picture, "_png", lambda figure: figures.append(figure) or b"")
+    text = record(1) + record(2, held_out_ce=3.5) + record(3) + record(4, held_out_ce=3.25)
+    for log in (text, record(1) + record(2)):
+        picture.draw_curves({"run": load(tmp_path, log)}, held_out={})
+    scored, plain = (figure.axes[0] for figure in figures)
+    drawn = [(line.get_xdata(), line.get_ydata()) for line in scored.lines]
+    assert any(list(x) == [2, 4] and list(y) == [3.5, 3.25] for x, y in drawn)
+    assert "held-out CE, while training" in [text.get_text() for text in scored.get_legend().texts]
+    assert len(plain.lines) == 2
