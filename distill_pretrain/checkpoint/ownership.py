@@ -21,7 +21,10 @@ SHARED_FOLDER_WAIT_S = 10.0
 
 @contextmanager
 def job_owning(owner: Path, *, what: Path, remedy: str) -> Iterator[None]:
-    """As `files.ownership.owning`, for the whole job; every rank calls it, and raises what rank 0 finds."""
+    """Own a path for the whole job, as `files.ownership.owning` does for one process.
+
+    Every rank calls it, and raises what rank 0 finds.
+    """
     with ExitStack() as stack:
 
         def enter() -> None:

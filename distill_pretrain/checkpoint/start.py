@@ -87,7 +87,7 @@ class _Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class _FolderWeights(StartingWeights):
-    """Of a Hugging Face folder."""
+    """Weights that lie in a Hugging Face folder."""
 
     folder: Path
     files: WeightFiles
@@ -111,7 +111,7 @@ class _FolderWeights(StartingWeights):
 
 @dataclass(frozen=True, kw_only=True)
 class _CheckpointWeights(StartingWeights):
-    """Of a checkpoint."""
+    """Weights that lie in a checkpoint of this project."""
 
     checkpoint: Checkpoint
     description: str

@@ -238,7 +238,7 @@ def _read_text(file: SourceFile) -> bytes:
 
 
 def _line_number(part: Slice | Lines, offset: int) -> int:
-    """Of the line at an offset of the file, from 1; what is before it is read for that."""
+    """Number, from 1, of the line at an offset of the file; what is before it is read to count."""
     if isinstance(part, Lines):
         return part.first_line + part.data.count(b"\n", 0, offset - part.offset)
     number = 1

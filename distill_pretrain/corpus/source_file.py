@@ -69,12 +69,12 @@ class SourceFile:
 
     @property
     def where(self) -> str:
-        """As messages name it."""
+        """The name of the file in messages."""
         return self.url or str(self.path)
 
     @property
     def suffix(self) -> str:
-        """Of the name without what says that the file is packed: ".jsonl" of a.jsonl.gz."""
+        """The suffix of the name without what says that the file is packed: ".jsonl" of a.jsonl.gz."""
         path = self.path
         return path.with_suffix("").suffix.lower() if self._is_named_packed else path.suffix.lower()
 

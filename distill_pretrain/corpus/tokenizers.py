@@ -173,7 +173,7 @@ class HfTokenizer:
 
     @property
     def semantic_sha256(self) -> str | None:
-        """Of the loaded tokenizer: model, normaliser, pre-tokenizer, added words and the id of its eos token.
+        """Fingerprint of the loaded tokenizer: model, normaliser, pre-tokenizer, added words, the id of its eos token.
 
         Left out is what changes no id here, where nothing is added to a text and special tokens in it stay text:
         chat template, lengths, padding, other special tokens, post-processor, decoder.

@@ -74,7 +74,7 @@ class TeacherRows:
 
     @classmethod
     def of(cls, logits: torch.Tensor, labels: torch.Tensor) -> TeacherRows:
-        """From the teacher's logits float32[B, L, V] and labels int64[B, L] (negative: ignored)."""
+        """Take the rows that have a label: logits float32[B, L, V] of the teacher, labels int64[B, L] (< 0: none)."""
         logprobs = torch.log_softmax(logits[labels >= 0].float(), dim=-1)
         entropy = logprobs.new_empty(len(logprobs), dtype=torch.float64)
         for rows in _chunks(logprobs):
@@ -225,7 +225,7 @@ class ModelScores:
         has_teacher: bool,
         has_cache: bool,
     ) -> ModelScores:
-        """From float64[S, F] with at least one labelled position, and float64[M, 3]."""
+        """Make scores of sums float64[S, F], with at least one labelled position, and bins float64[M, 3]."""
         names = settings.columns
         total = {name: math.fsum(sums[:, column]) for column, name in enumerate(names)}
         positions = total["positions"]

@@ -71,7 +71,7 @@ def _is_shown_here(record: logging.LogRecord) -> bool:
 
 
 class _Formatter(logging.Formatter):
-    """Such as `2026-11-30 13:20:01 WARNING rank 0: the text`."""
+    """Writes lines such as `2026-11-30 13:20:01 WARNING rank 0: the text`."""
 
     def __init__(self, *, with_name: bool) -> None:
         name = " %(name)s" if with_name else ""

@@ -80,7 +80,7 @@ class Block(Protocol):
         ...
 
     def moments(self, rows: Int64Array) -> RowMoments:
-        """Of some rows of the block."""
+        """Moments of some rows of the block."""
         ...
 
 

@@ -87,7 +87,7 @@ class HostBlock:
         return LikeliestEntries(chosen.sum(axis=1), columns, self._logits[rows, columns], weights)
 
     def moments(self, rows: Int64Array) -> RowMoments:
-        """Of some rows."""
+        """Moments of some rows."""
         logits = self._logits[rows]
         weights = np.diff(self._cumulative[rows], axis=1, prepend=np.int64(0))
         depth = np.where(weights > 0, self._maxima[rows, None] - logits, 0)
@@ -117,7 +117,10 @@ def _locate(cumulative: Int64Array, points: Int64Array) -> Int64Array:
 
 
 def _run_lengths(drawn: Int64Array, vocab: int) -> DrawnEntries:
-    """Of ascending draws [T, N], those below `vocab`."""
+    """Count how often each id below `vocab` occurs among ascending draws [T, N].
+
+    Equal draws lie side by side, so an id is where a run begins and its count is how long the run is.
+    """
     starts_run = np.ones(drawn.shape, np.bool_)
     np.not_equal(drawn[:, 1:], drawn[:, :-1], out=starts_run[:, 1:])
     starts = np.flatnonzero(starts_run)

@@ -107,7 +107,7 @@ def sample_columns(
     valid: npt.NDArray[np.bool_] | None = None,
     figures: DistributionFigures | None = None,
 ) -> list[RaggedTargets]:
-    """As `sample_sets`, of logits that lie wherever."""
+    """Sample as `sample_sets` does, from logits that lie on any device."""
     return sample_split(
         columns, positions, samplers, WholeVocabulary(), valid=valid, figures=figures
     )
@@ -119,11 +119,11 @@ class WholeVocabulary:
     first_id = 0
 
     def rows_at_once(self, columns: int) -> int:
-        """As many as stay in cache."""
+        """Rows whose logits stay in the processor's cache together."""
         return max(1, _CHUNK_ELEMENTS // columns)
 
     def maxima(self, own: Float32Array) -> Float32Array:
-        """Its own."""
+        """The maxima over all columns: its own, since it holds them all."""
         return own
 
     def totals(self, own: Int64Array) -> tuple[Int64Array, Int64Array]:
@@ -131,7 +131,7 @@ class WholeVocabulary:
         return np.zeros_like(own), own
 
     def gathered(self, own: list[npt.NDArray[Any]]) -> list[list[npt.NDArray[Any]]]:
-        """Its own."""
+        """What every holder of columns has: its own alone."""
         return [own]
 
 
@@ -144,7 +144,7 @@ def sample_split(
     valid: npt.NDArray[np.bool_] | None = None,
     figures: DistributionFigures | None = None,
 ) -> list[RaggedTargets]:
-    """As `sample_sets`, from this rank's columns; every rank gets the targets of the whole rows, whatever the split.
+    """Sample as `sample_sets` does, from this rank's columns; every rank gets the targets of the whole rows, whatever the split.
 
     Weights are integers, so their sums do not depend on who adds them; each rank emits the draws that fall into its
     own stretch of [0, W), or the likeliest of its own ids, from which the likeliest of all are then chosen.

@@ -61,7 +61,7 @@ class SamplerFigures:
 def truncation(
     probs: Float64Array, targets: RaggedTargets
 ) -> tuple[Float64Array, Float64Array, Float64Array]:
-    """Of targets that keep some probabilities as they are.
+    """Missing mass and squared errors of targets that keep some probabilities as they are.
 
     Args:
         probs: float64[T, V], t.

@@ -128,7 +128,7 @@ class Correspondence:
         return {**before, **layers, **after}
 
     def _scaled(self, number: int, name: str, pieces: list[Piece]) -> list[Piece]:
-        """With the coefficient of the branch in what writes the branch to the residual stream."""
+        """Put the coefficient of a branch into the pieces that write the branch to the residual stream."""
         for branch, linear in enumerate(("self_attention.linear_proj.", "mlp.linear_fc2.")):
             if name.startswith(linear):
                 scale = self.scaling.coefficient(2 * number + branch)

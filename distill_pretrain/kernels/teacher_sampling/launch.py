@@ -46,12 +46,12 @@ class Draws(Protocol):
 
     @property
     def stream(self) -> int:
-        """Of the sampler."""
+        """Name of the sampler."""
         ...
 
     @property
     def num_draws(self) -> int:
-        """N."""
+        """Draws per position, N."""
         ...
 
     @property
@@ -187,7 +187,7 @@ class DeviceBlock:
         return LikeliestEntries(*_ragged(lengths, columns, logits, weights))
 
     def moments(self, rows: npt.NDArray[np.int64]) -> RowMoments:
-        """Of some rows of the block."""
+        """Moments of some rows of the block."""
         chosen = self._sent(rows.astype(np.int64))
         numbers, maxima = self._numbers[chosen], self._maxima[chosen]
         depths = self._new((len(rows),), torch.float64)
