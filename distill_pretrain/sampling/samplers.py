@@ -144,7 +144,7 @@ def sample_split(
     valid: npt.NDArray[np.bool_] | None = None,
     figures: DistributionFigures | None = None,
 ) -> list[RaggedTargets]:
-    """Sample as `sample_sets` does, from this rank's columns; every rank gets the targets of the whole rows, whatever the split.
+    """Sample as `sample_sets` does, from this rank's columns; every rank gets the targets of the whole rows.
 
     Weights are integers, so their sums do not depend on who adds them; each rank emits the draws that fall into its
     own stretch of [0, W), or the likeliest of its own ids, from which the likeliest of all are then chosen.

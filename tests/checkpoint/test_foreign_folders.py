@@ -193,6 +193,24 @@ def test_what_hides_in_the_metadata_is_refused(run, tmp_path):
         (folder / METADATA).write_bytes(sound)
 
 
+def test_a_checkpoint_of_a_torch_that_describes_tensors_more_closely_goes_on(
+    run, tokens, monkeypatch
+):
+    """torch 2.15 and later add the strides, which 2.6 to 2.14 do not know."""
+    from torch.distributed.checkpoint.metadata import TensorProperties
+
+    written = TensorProperties.__getstate__
+    with monkeypatch.context() as newer:
+        newer.setattr(TensorProperties, "__getstate__", lambda self: (*written(self)[:5], (8, 1)))
+        found = pickle.loads((newest(run) / METADATA).read_bytes())
+        (newest(run) / METADATA).write_bytes(pickle.dumps(found))
+    correct_hashes(newest(run))
+    restored = TensorProperties.__setstate__
+    run_cli(*training(tokens, run))
+    assert losses(run) == pytest.approx(LATER_LOSSES, abs=3e-7)
+    assert TensorProperties.__setstate__ is restored
+
+
 def test_names_that_newer_and_older_versions_write_are_known(run):
     """Enumerations by getattr (Python 3.11.0), paths (torch's own writer) and objects (other planners)."""
     import pathlib

@@ -3,7 +3,7 @@
 Several files of megatron-core's dist_checkpointing are pickles, and some are read without limits: `.metadata` (by
 torch's FileSystemReader), common.pt (by megatron-core 0.17) and the objects among the tensors (by torch's
 DefaultLoadPlanner). A pickle may name any function for the reader to call, so each of these is read here first by an
-unpickler that knows what megatron-core 0.16 to 0.19 and torch 2.6 to 2.14 write, and refuses every other name.
+unpickler that knows what megatron-core 0.16 to 0.19 and torch 2.6 to 2.15 write, and refuses every other name.
 """
 
 from __future__ import annotations
@@ -91,13 +91,33 @@ class _Limited(pickle.Unpickler):
 
 
 @contextmanager
+def _newer_descriptions() -> Iterator[None]:
+    """Let an older torch read in the block what torch 2.15 and later write of a tensor.
+
+    They say its strides in a sixth field, at which a torch that knows five fails. Loading needs none of them.
+    """
+    described = torch_metadata.TensorProperties
+    restore, known = described.__setstate__, len(described().__getstate__())  # type: ignore[no-untyped-call]
+
+    def restore_known(self: torch_metadata.TensorProperties, state: tuple[object, ...]) -> None:
+        restore(self, state[:known])  # type: ignore[no-untyped-call]
+
+    described.__setstate__ = restore_known  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        described.__setstate__ = restore  # type: ignore[method-assign]
+
+
+@contextmanager
 def reading(where: Path) -> Iterator[None]:
-    """Turns whatever goes wrong while a checkpoint is read into CheckpointError.
+    """Turns whatever goes wrong while a checkpoint is read into CheckpointError; knows what newer versions write.
 
     Memory that does not suffice stays what it is.
     """
     try:
-        yield
+        with _newer_descriptions():
+            yield
     except (DistillPretrainError, MemoryError, torch.OutOfMemoryError):
         raise
     except (Exception, CheckpointException) as error:
