@@ -24,6 +24,8 @@ def figures(printed: str) -> tuple[float, float]:
 
 def run_here(name: str, folder: Path, monkeypatch, capsys) -> tuple[float, float]:
     monkeypatch.setattr(sys, "argv", [name, str(folder)])
+    # A test of DeepSpeed that ran in this process before leaves it; accelerate takes it for a launcher.
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     capsys.readouterr()
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     return figures(capsys.readouterr().out)
