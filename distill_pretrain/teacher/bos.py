@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distill_pretrain.cache.plan import CachePlan
+from distill_pretrain.contracts import IGNORED_LABEL
 from distill_pretrain.corpus.sequence_plan import SequencePlan
 from distill_pretrain.corpus.token_index import TokenIndex
 from distill_pretrain.data.sources import SequenceData
@@ -132,4 +133,4 @@ class _BosFirst(SequencePlan):
         shifted = np.empty_like(tokens)
         shifted[:, 0] = self._bos
         shifted[:, 1:] = tokens[:, :-1]
-        return shifted, tokens
+        return shifted, np.where(self.valid(sequences), tokens, IGNORED_LABEL)

@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from distill_pretrain.checkpoint.hf.config import read_hf_model
+from distill_pretrain.checkpoint.identity import trained_model
+from distill_pretrain.checkpoint.start import open_weights
 from distill_pretrain.checkpoint.store import find_checkpoint
 from distill_pretrain.cli.main import main
+from distill_pretrain.errors import CheckpointError, TokenizerMismatch
 from tests.support.jobs import Job, run_cli
 
 TERMS = ("loss", "ce", "kl", "grad_norm")
@@ -209,3 +213,31 @@ def test_a_start_from_the_teacher_needs_one(job, tmp_path, capsys):
 
 def test_a_run_from_noise_records_no_start(job):
     assert "start_from" not in find_checkpoint(job.teacher).identity
+
+
+def test_a_run_of_another_tokenizer_or_vocabulary_is_refused(job):
+    checkpoint = find_checkpoint(job.teacher)
+    trained = trained_model(checkpoint.identity, checkpoint.folder)
+    own = trained.tokenizer_sha256
+    sizes = {"model": trained.model, "seq_len": trained.seq_len}
+
+    def opened(vocab_size: int, tokenizer: str) -> object:
+        digests = (tokenizer,)
+        return open_weights(job.teacher, **sizes, vocab_size=vocab_size, tokenizer_digests=digests)
+
+    assert own and opened(trained.vocab_size, own)
+    with pytest.raises(TokenizerMismatch, match="with another tokenizer"):
+        opened(trained.vocab_size, "0" * 64)
+    with pytest.raises(TokenizerMismatch, match="vocabulary is not the corpus's"):
+        opened(trained.vocab_size - 1, own)
+
+
+def test_learned_positions_must_reach_to_the_end_of_a_sequence(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 16, "vocab_size": 64}
+    config = transformers.GPT2Config(**sizes, activation_function="gelu")
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    model = read_hf_model(tmp_path).model
+    assert open_weights(tmp_path, model=model, vocab_size=64, seq_len=16)
+    with pytest.raises(CheckpointError, match=r"learned positions.*at least data.seq_len = 17"):
+        open_weights(tmp_path, model=model, vocab_size=64, seq_len=17)

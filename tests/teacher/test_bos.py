@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from distill_pretrain.contracts import LogitsChunk, Replica
+from distill_pretrain.corpus.sequence_plan import SequencePlan
 from distill_pretrain.corpus.token_index import TokenIndex
 from distill_pretrain.corpus.token_writer import TokenIndexWriter
 from distill_pretrain.data.config import DataConfig
 from distill_pretrain.data.sources import SequenceData, open_sequences
+from distill_pretrain.teacher import bos
 from distill_pretrain.teacher.bos import SEQUENCES, measure_bos, missing_bos
 from distill_pretrain.teacher.capture import make_plans
 from distill_pretrain.teacher.config import CaptureConfig
@@ -102,3 +104,13 @@ def test_a_capture_says_that_the_token_is_missing(tmp_path, sequences):
         (tmp_path / "config.json").write_text("{}")
         job._warn_of_missing_bos(tmp_path, crew, plan, partial(Crew, engine))
         assert said == [line]
+
+
+def test_padding_behind_the_text_is_no_label_after_a_token_in_front(sequences):
+    plan = SequencePlan(sequences.plan.index, seq_len=SEQ_LEN - 1, seed=1)
+    last = [plan.num_sequences - 1]
+    is_text = plan.valid(last)
+    assert not is_text.all()
+    tokens, labels = bos._BosFirst(plan, 1).read(last)
+    assert (tokens[:, 0] == 1).all()
+    assert np.array_equal(labels, np.where(is_text, plan.read(last)[0], -100))
