@@ -16,6 +16,7 @@ in IRRELEVANT if it does not decide the weights.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -130,13 +131,25 @@ def _completed(name: str, values: dict[str, Any], left_alone: list[Any]) -> dict
     return {**_defaults(name), **counting}
 
 
-def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], where: object) -> list[str]:
-    """One line for each key, as the recipe calls it, in which a checkpoint (`found`) and a run differ."""
+def differences(
+    found: Mapping[str, Any], wanted: Mapping[str, Any], where: object, *, step: int | None = None
+) -> list[str]:
+    """One line for each key, as the recipe calls it, in which a checkpoint (`found`) and a run differ.
+
+    Args:
+        found: identity of the checkpoint.
+        wanted: of the run.
+        where: the checkpoint, for messages.
+        step: of the checkpoint; a schedule decides nothing of it before its decay begins. None compares it whole.
+    """
     sides = [upgraded(found, where), upgraded(wanted, "this run")]
     not_set = "optimizer.decay_steps" in sides[1]["at_default"]
     for side in sides:
         del side["version"], side["at_default"]
     _compare_starts(*sides)
+    if step is not None and all(step <= _decay_begins(side.get("optimizer")) for side in sides):
+        for side in sides:
+            side["optimizer"] = {k: v for k, v in side["optimizer"].items() if k not in _DECAY}
     old, new = (dict(_leaves(side)) for side in sides)
     differing = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
     if "sequence_plan_id" not in differing and "sequence_plan_id" in old:
@@ -155,6 +168,21 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], where: obje
         f"{_in_words(key, decay_is_steps=not_set)}: checkpoint {_shown(old, key)}, this run {_shown(new, key)}"
         for key in sorted(differing)
     ]
+
+
+_DECAY = ("decay_style", "decay_steps", "wsd_decay_steps", "wsd_decay_style")
+
+
+def _decay_begins(optimizer: Any) -> float:
+    """Steps to which a schedule with a stable part is the same whatever its decay; -1 for one without."""
+    if not isinstance(optimizer, dict):
+        return -1
+    if optimizer.get("decay_style") == "constant":
+        return math.inf
+    end, length = optimizer.get("decay_steps"), optimizer.get("wsd_decay_steps")
+    if optimizer.get("decay_style") != "wsd" or not isinstance(end, int):
+        return -1
+    return end - length if isinstance(length, int) else -1
 
 
 def _compare_starts(*sides: dict[str, Any]) -> None:

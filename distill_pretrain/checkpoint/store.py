@@ -299,7 +299,7 @@ class CheckpointStore:
 
 def require_same_run(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
     """Raise CheckpointError listing every key of the recipe in which a checkpoint and this run differ."""
-    found = differences(checkpoint.identity, identity, checkpoint.folder)
+    found = differences(checkpoint.identity, identity, checkpoint.folder, step=checkpoint.step)
     if found:
         raise CheckpointError(
             "the checkpoint belongs to another run:\n" + "\n".join(f"  - {line}" for line in found),

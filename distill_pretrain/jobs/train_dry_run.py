@@ -21,6 +21,7 @@ from distill_pretrain.jobs.plan.student import (
 )
 from distill_pretrain.jobs.recipe import Recipe
 from distill_pretrain.jobs.start import open_start, start_folder
+from distill_pretrain.mcore.model.layout import require_schedule
 from distill_pretrain.planning.figures import quantity
 from distill_pretrain.planning.memory import StudentJob, fullest_rank
 from distill_pretrain.planning.parameters import num_parameters, rank_shapes
@@ -48,6 +49,7 @@ def dry_run(recipe: Recipe, world_size: int | None) -> None:
     processes = world_size or launch_world_size()
     corpus = corpus_of(recipe)
     job = student_job(recipe, corpus, world_size=processes)
+    require_schedule(recipe.optimizer, recipe.train.steps)
     _require_caches(recipe)
     say(f"dry run: {recipe.train.output_dir}, {processes} processes")
     for name, text in _facts(recipe, corpus, job):

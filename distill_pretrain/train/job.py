@@ -36,6 +36,7 @@ from distill_pretrain.mcore.model.layout import (
     require_backend,
     require_fusion,
     require_implementation,
+    require_schedule,
     require_spec,
 )
 from distill_pretrain.processes.env import launch_rank, launch_world_size
@@ -80,8 +81,8 @@ def run_identity(
 ) -> dict[str, Any]:
     """What a checkpoint must share with the run that goes on from it; see `checkpoint.identity`.
 
-    Megatron-core restores the learning-rate schedule and Adam's settings from the checkpoint, so a changed recipe
-    would be ignored without a word; and the distributed optimizer's state has a layout of its own.
+    Megatron-core restores Adam's settings and each group's rates from the checkpoint, so a changed recipe would be
+    ignored without a word; and the distributed optimizer's state has a layout of its own.
     """
     schedule = described("optimizer", optimizer)
     if optimizer.decay_style != "constant":
@@ -180,6 +181,7 @@ def train_student(
         documents=data.documents,
     )
     require_backend(optimizer)
+    require_schedule(optimizer, train.steps)
     require_spec(model)
     require_implementation(model)
     require_fusion(parallel)

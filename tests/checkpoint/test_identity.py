@@ -142,3 +142,41 @@ def test_irrelevant_keys_exist_and_do_not_count():
 def test_a_damaged_record_is_refused(change, complaint):
     with pytest.raises(CheckpointError, match=complaint):
         trained_model({**described(), **change}, "here")
+
+
+def test_the_same_weights_in_another_place_are_the_same_start():
+    start = {"path": "a", "sha256": "1" * 64}
+    assert differences({"start_from": start}, {"start_from": {**start, "path": "b"}}, "") == []
+    other = {"path": "b", "sha256": "2" * 64}
+    assert differences({"start_from": start}, {"start_from": other}, "") == [
+        "train.start_from: checkpoint a (sha256 111111111111), this run b (sha256 222222222222)"
+    ]
+    assert differences({}, {"start_from": other}, "") == [
+        "train.start_from: checkpoint nothing, this run b (sha256 222222222222)"
+    ]
+
+
+def wsd(end: int, length: int, **more: Any) -> dict[str, Any]:
+    return described(
+        optimizer={"decay_style": "wsd", "decay_steps": end, "wsd_decay_steps": length, **more}
+    )
+
+
+@pytest.mark.parametrize(
+    ("other", "last"),
+    [
+        (wsd(30, 4), 6),
+        (wsd(9, 4), 5),
+        (wsd(10, 4, wsd_decay_style="cosine"), 6),
+        (described(optimizer={"decay_style": "constant"}), 6),
+        (described(decay=10), -1),
+    ],
+)
+def test_a_decay_decides_nothing_before_it_begins(other, last):
+    for one, two in ((wsd(10, 4), other), (other, wsd(10, 4))):
+        for step in range(11):
+            assert (differences(one, two, "", step=step) == []) == (step <= last)
+    # What else differs still counts.
+    assert differences(wsd(10, 4), wsd(30, 4, lr=1.0), "", step=2) == [
+        "optimizer.lr: checkpoint 0.0003, this run 1.0"
+    ]

@@ -17,6 +17,7 @@ one width (set kv_channels), not one number of heads.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from distill_pretrain.mcore.model.config import ModelConfig, OptimizerConfig
 from distill_pretrain.mcore.runtime.core import ParamKey, ParamWithNamePredicate
@@ -31,9 +32,13 @@ class Multipliers:
     epsilon: float = 1.0
 
 
-def multipliers(model: ModelConfig, name: str, dim: int) -> Multipliers:
-    """Factors for a parameter by its name and number of dimensions; all 1 but for completep."""
+def multipliers(
+    model: ModelConfig, name: str, dim: int, *, decay_embeddings: bool = True
+) -> Multipliers:
+    """Factors for a parameter by its name and number of dimensions; all 1 but for completep and what does not decay."""
     decays = float(dim > 1 and not name.endswith(".bias"))
+    if not decay_embeddings and _is_embedding(model, name):
+        decays = 0.0
     if model.init != "completep":
         return Multipliers(weight_decay=decays)
     wide = model.hidden_size / (model.base_hidden_size or model.hidden_size)
@@ -46,12 +51,19 @@ def multipliers(model: ModelConfig, name: str, dim: int) -> Multipliers:
     return Multipliers(weight_decay=decays, epsilon=1 / wide)
 
 
+def _is_embedding(model: ModelConfig, name: str) -> bool:
+    """Whether a parameter is one; the last pipeline stage holds a tied one as its head."""
+    tied_head = model.tie_embeddings and name.endswith("output_layer.weight")
+    return tied_head or name.endswith(("word_embeddings.weight", "position_embeddings.weight"))
+
+
 def config_overrides(
     model: ModelConfig, optimizer: OptimizerConfig
 ) -> dict[ParamKey, dict[str, float]] | None:
     """What `get_megatron_optimizer` takes as `config_overrides`; None leaves megatron-core's groups alone."""
-    if model.init != "completep":
+    if model.init != "completep" and optimizer.decay_embeddings:
         return None
+    factors_of = partial(multipliers, model, decay_embeddings=optimizer.decay_embeddings)
 
     def override(factors: Multipliers) -> dict[str, float]:
         return {
@@ -67,7 +79,7 @@ def config_overrides(
         return ParamKey(
             with_name_predicate=ParamWithNamePredicate(
                 name=repr(factors),
-                fn=lambda parameter, name: multipliers(model, name, parameter.dim()) == factors,
+                fn=lambda parameter, name: factors_of(name, parameter.dim()) == factors,
             )
         )
 
@@ -78,5 +90,5 @@ def config_overrides(
         ("decoder.final_layernorm.weight", 1),
         ("output_layer.weight", 2),
     )
-    found = {multipliers(model, name, dim) for name, dim in kinds}
+    found = {factors_of(name, dim) for name, dim in kinds}
     return {key(factors): override(factors) for factors in sorted(found, key=repr)}

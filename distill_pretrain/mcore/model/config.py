@@ -179,10 +179,16 @@ class OptimizerConfig(Section):
     """Linear warm-up from zero."""
     decay_steps: int | None = Field(default=None, ge=1, le=1 << 38)
     """Steps until min_lr is reached; null means train.steps."""
-    decay_style: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the decay."""
+    decay_style: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape of the decay; wsd stays at lr but for the last wsd_decay_steps (warm-up, stable, decay)."""
+    wsd_decay_steps: int | None = Field(default=None, ge=1, le=1 << 38)
+    """Steps of the decay of decay_style: wsd, the last ones of decay_steps."""
+    wsd_decay_style: Literal["linear", "cosine", "minus_sqrt"] = "linear"
+    """Shape of that decay; minus_sqrt is 1 - sqrt(share of its steps done)."""
     weight_decay: float = Field(default=0.1, ge=0, le=1e6)
     """Decoupled weight decay (matrices only)."""
+    decay_embeddings: bool = True
+    """Whether embeddings, and a head tied to one, decay; norms and biases never do."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """Adam's first moment."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
@@ -205,6 +211,13 @@ class OptimizerConfig(Section):
                 f"min_lr: {self.min_lr:g} is above lr: {self.lr:g}; the rate falls from lr to min_lr, "
                 "so lower min_lr or raise lr"
             )
+        if (self.decay_style == "wsd") != (self.wsd_decay_steps is not None):
+            raise ValueError(
+                f"decay_style: {self.decay_style} and wsd_decay_steps: {self.wsd_decay_steps}; "
+                "wsd needs the length of its decay, and nothing else has one"
+            )
+        if self.decay_style != "wsd" and self.wsd_decay_style != "linear":
+            raise ValueError(f"wsd_decay_style: only for decay_style: wsd, not {self.decay_style}")
         wanted = {"zero_stage": self.zero_stage is not None, "offload": self.offload}
         used = [name for name, is_set in wanted.items() if is_set]
         if self.backend != "deepspeed" and used:

@@ -58,6 +58,25 @@ def require_backend(optimizer: OptimizerConfig) -> None:
         )
 
 
+def require_schedule(optimizer: OptimizerConfig, steps: int) -> None:
+    """Raise ConfigError where a wsd decay would begin before the warm-up has ended.
+
+    Args:
+        optimizer: its section.
+        steps: of the run.
+    """
+    length = optimizer.decay_steps or steps
+    room = length - optimizer.warmup_steps
+    if optimizer.wsd_decay_steps is not None and optimizer.wsd_decay_steps > room:
+        raise ConfigError(
+            "the decay would begin before the warm-up has ended",
+            where="optimizer.wsd_decay_steps",
+            found=optimizer.wsd_decay_steps,
+            expected=f"at most {max(room, 0)}: optimizer.decay_steps (or train.steps) {length} less "
+            f"optimizer.warmup_steps {optimizer.warmup_steps}",
+        )
+
+
 def require_spec(model: ModelConfig) -> None:
     """Raise MissingDependency where `model.spec: te` is asked for and Transformer Engine is not installed."""
     if model.spec == "te" and importlib.util.find_spec("transformer_engine") is None:

@@ -191,11 +191,13 @@ class Student(ABC):
             min_lr=optimizer.min_lr,
             lr_warmup_steps=optimizer.warmup_steps,
             lr_decay_steps=max(optimizer.decay_steps or steps, optimizer.warmup_steps + 1),
-            lr_decay_style=optimizer.decay_style,
+            lr_decay_style="WSD" if optimizer.decay_style == "wsd" else optimizer.decay_style,
             start_wd=optimizer.weight_decay,
             end_wd=optimizer.weight_decay,
             wd_incr_steps=steps,
             wd_incr_style="constant",
+            wsd_decay_steps=optimizer.wsd_decay_steps,
+            lr_wsd_decay_style=optimizer.wsd_decay_style,
         )
 
     @abstractmethod

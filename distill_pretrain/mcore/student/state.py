@@ -140,9 +140,9 @@ def load_student(student: Student, folder: Path) -> bool:
         student.load_model_state(loaded)
         student.load_optimizer_state(loaded["optimizer"])
         _agree_on_step_counts(student)  # older checkpoints lack some
-        # Loading adds to the steps counted so far: none when a job starts, some when it goes back to a checkpoint.
+        # The count alone: the recipe has the schedule. A branch of a stable part decays where its own recipe says.
         student.scheduler.num_steps = 0
-        student.scheduler.load_state_dict(loaded["scheduler"])
+        student.scheduler.step(increment=int(loaded["scheduler"]["num_steps"]))
     return on_every_rank(lambda: _load_streams(student, rng_file(folder, dist.get_rank())))
 
 
