@@ -33,13 +33,14 @@ PACKAGES = ("torch", "megatron-core", "transformers", "deepspeed", "numpy")
 FATES = ("passed", "failed", "skipped")
 
 RESUME = (
+    "tests/test_every_module.py",
     "tests/mcore/test_state.py",
     "tests/mcore/test_resume_table.py",
     "tests/train/test_async_save.py",
     "tests/checkpoint/test_versions.py",
     "tests/checkpoint/test_foreign_folders.py",
 )
-"""Training, checkpoints, resuming."""
+"""Imports, training, checkpoints, resuming."""
 ENGINE = (
     *RESUME,
     "tests/train/test_parallel_layouts.py",

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from distill_pretrain.errors import ConfigError
 from distill_pretrain.processes.env import launch_rank
@@ -84,7 +84,13 @@ class _Formatter(logging.Formatter):
         return super().format(record)
 
 
-class _StandardError(logging.StreamHandler[TextIO]):
+if TYPE_CHECKING:
+    _TextHandler = logging.StreamHandler[TextIO]
+else:  # Python 3.10's takes no type as it runs
+    _TextHandler = logging.StreamHandler
+
+
+class _StandardError(_TextHandler):
     """Writes to what `sys.stderr` is at that moment: a command may exchange it."""
 
     def __init__(self) -> None:
