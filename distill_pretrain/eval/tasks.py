@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_pretrain.contracts import LogitsEngine
+from distill_pretrain.corpus.tokenizers import load_recorded_tokenizer
+from distill_pretrain.corpus.tokens_record import TokensRecord
 from distill_pretrain.errors import ConfigError, DistillPretrainError, MissingDependency
+from distill_pretrain.processes.process import on_first_rank
 
 if TYPE_CHECKING:
+    from distill_pretrain.eval.config import EvalConfig
     from distill_pretrain.eval.harness_model import TextTokenizer
 
 _BOOTSTRAP_ITERATIONS = 1000
@@ -26,6 +30,56 @@ def require_harness() -> None:
         raise MissingDependency("lm-eval", extra="tasks", needed_for="eval.tasks")
 
 
+def task_figures(
+    config: EvalConfig, tokens: Path, models: Mapping[str, LogitsEngine], *, max_length: int
+) -> dict[str, Any]:
+    """Run the tasks of eval.tasks on rank 0, and return their figures on every rank.
+
+    They are run anew each time: the files of a task may have changed.
+
+    Args:
+        config: the section; it names the tasks.
+        tokens: prefix of the .bin/.idx whose tokenizer is the models'.
+        models: name -> model.
+        max_length: tokens that a model sees at once.
+
+    Returns:
+        {"inputs", "models": what `run_tasks` returns}.
+
+    Raises:
+        ConfigError: the tokenizer is unknown; see also `run_tasks`.
+    """
+    record = TokensRecord.beside(tokens)
+    if record is None:
+        raise ConfigError(
+            "tasks are text, and the models' tokenizer is unknown",
+            where="eval.tasks",
+            found=f"no tokens.json beside {tokens}",
+            remedy="tokenise the held-out text with `distill-pretrain tokenize`",
+        )
+    tokenizer = load_recorded_tokenizer(tokens.parent, record)
+    # A task's texts are one document each: an engine that is shown documents one by one has nothing to divide.
+    models = {name: getattr(engine, "engine", engine) for name, engine in models.items()}
+    found = on_first_rank(
+        lambda: run_tasks(
+            models,
+            tokenizer,
+            config.tasks,
+            tasks_path=config.tasks_path,
+            max_length=max_length,
+            batch_size=config.micro_batch_size,
+        )
+    )
+    inputs = {
+        "tasks": list(config.tasks),
+        "tasks_path": None if config.tasks_path is None else str(config.tasks_path),
+        "num_fewshot": 0,
+        "max_length": max_length,
+        "models": {name: engine.identity for name, engine in models.items()},
+    }
+    return {"inputs": inputs, "models": found}
+
+
 def run_tasks(
     engines: Mapping[str, LogitsEngine],
     tokenizer: TextTokenizer,
@@ -35,7 +89,7 @@ def run_tasks(
     max_length: int,
     batch_size: int,
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Figures of every model in every task, without examples in the prompt.
+    """Run every model through every task, without examples in the prompt.
 
     Args:
         engines: name -> model.

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from distill_pretrain.config import dump_recipe, require
 from distill_pretrain.jobs.console import progress
 from distill_pretrain.jobs.recipe import Recipe
-from distill_pretrain.jobs.teachers import load_replica
 from distill_pretrain.processes.env import launch_rank
 from distill_pretrain.processes.logs import ANY_RANK
+from distill_pretrain.teacher.loading import load_replica
 
 if TYPE_CHECKING:
     from distill_pretrain.cache.codec.hc.tables import HcTables

@@ -93,7 +93,7 @@ def _say_teacher(
     processes: int | None,
     problems: list[str],
 ) -> None:
-    from distill_pretrain.jobs.teachers import require_own_tokenizer, require_plausible_width
+    from distill_pretrain.teacher.loading import require_own_tokenizer, require_plausible_width
 
     world = launch_world_size() if processes is None else processes
     layout = ", ".join(

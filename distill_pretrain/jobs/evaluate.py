@@ -11,18 +11,14 @@ from distill_pretrain.config import dump_recipe, require
 from distill_pretrain.errors import ConfigError
 from distill_pretrain.jobs.console import progress, say
 from distill_pretrain.jobs.recipe import Recipe
-from distill_pretrain.jobs.teachers import apart, load_teacher
 from distill_pretrain.processes.env import launch_rank, launch_world_size
+from distill_pretrain.teacher.loading import apart, load_teacher
 
 if TYPE_CHECKING:
-    import torch
-
-    from distill_pretrain.cache.reader import CacheReader
-    from distill_pretrain.contracts import LogitsEngine
     from distill_pretrain.data.config import DataConfig
     from distill_pretrain.data.sources import SequenceData
-    from distill_pretrain.eval.config import EvalConfig, GradientsConfig
-    from distill_pretrain.eval.metrics import ModelScores
+    from distill_pretrain.eval.config import EvalConfig
+    from distill_pretrain.eval.subject import Subject
     from distill_pretrain.reports.results import EvalResults
     from distill_pretrain.teacher.config import TeacherConfig
 
@@ -69,13 +65,9 @@ def evaluate_models(recipe: Recipe) -> EvalResults:
             ),
             model_parallel(ParallelConfig(), seed=0),
         ):
-            return _score(
-                recipe.data,
-                recipe.eval,
-                recipe.teacher,
-                models,
-                held_out,
-                save_recipe=lambda path: dump_recipe(recipe, path),
+            subject = _opened(recipe.data, recipe.eval, recipe.teacher, models, held_out)
+            return _evaluate(
+                subject, recipe.data, recipe.eval, lambda path: dump_recipe(recipe, path)
             )
 
 
@@ -97,7 +89,7 @@ def _models(config: EvalConfig, teacher: TeacherConfig | None) -> dict[str, Path
 
 
 def _check_extras(config: EvalConfig, *, has_teacher: bool) -> None:
-    """Raises before anything is scored if gradients or tasks could not be computed."""
+    """Raise before anything is scored if gradients or tasks could not be computed."""
     if config.gradients is not None:
         if not has_teacher:
             raise ConfigError(
@@ -119,24 +111,21 @@ def _check_extras(config: EvalConfig, *, has_teacher: bool) -> None:
         require_harness()
 
 
-def _score(
+def _opened(
     data: DataConfig,
     config: EvalConfig,
     reference: TeacherConfig | None,
     models: dict[str, Path],
     held_out: SequenceData,
-    *,
-    save_recipe: Callable[[Path], None],
-) -> EvalResults:
-    """The figures of all models, kept where eval.output has them, and eval.output."""
+) -> Subject:
+    """Open all that is scored; a file that does not fit is refused here."""
     from distill_pretrain.data.sources import open_cache_of
     from distill_pretrain.eval.heldout import TEACHER
-    from distill_pretrain.files.disk import require_writable
-    from distill_pretrain.processes.process import on_first_rank
-    from distill_pretrain.reports.report import installed_versions, today
-    from distill_pretrain.reports.results import EvalResults
+    from distill_pretrain.eval.metrics import ScoreSettings
+    from distill_pretrain.eval.subject import Subject
     from distill_pretrain.teacher.engines import open_engine
 
+    assert data.held_out_tokens
     available = held_out.plan.num_sequences
     count = min(config.num_sequences or available, available)
     cache = None
@@ -149,7 +138,6 @@ def _score(
             corpus_key="data.held_out_tokens",
         )
     teacher = None
-    assert data.held_out_tokens
     if reference is not None:
         teacher = load_teacher(reference, held_out, data.held_out_tokens)
     engines = {
@@ -166,18 +154,40 @@ def _score(
         )
         for name, path in models.items()
     }
-    paths = models if reference is None else {**models, TEACHER: reference.path}
-    inputs = _inputs(config, held_out, engines, paths, teacher, cache, count)
-    output = config.output
+    return Subject(
+        held_out=held_out,
+        num_sequences=count,
+        engines=engines,
+        paths=models if reference is None else {**models, TEACHER: reference.path},
+        teacher=teacher,
+        cache=cache,
+        settings=ScoreSettings(
+            ece_bins=config.ece_bins, draft_lengths=tuple(sorted(set(config.draft_lengths)))
+        ),
+    )
+
+
+def _evaluate(
+    subject: Subject, data: DataConfig, config: EvalConfig, save_recipe: Callable[[Path], None]
+) -> EvalResults:
+    """Compute the figures that eval.output does not hold yet, and write all of them there."""
+    from distill_pretrain.files.disk import require_writable
+    from distill_pretrain.processes.process import on_first_rank
+    from distill_pretrain.reports.report import installed_versions, today
+    from distill_pretrain.reports.results import EvalResults
+
+    inputs, output = subject.inputs(), config.output
     earlier = on_first_rank(lambda: _earlier(output))
     found = earlier if earlier is not None and earlier.inputs == inputs else None
     if found is None or config.gradients is not None or config.tasks:
         on_first_rank(lambda: require_writable(output))
     # What other files can spoil comes first.
-    gradients = _gradients(data, config.gradients, teacher, earlier)
-    tasks = _tasks(config, data.held_out_tokens, engines, teacher, held_out)
+    gradients, tasks = _on_request(
+        subject, data, config, before=None if earlier is None else earlier.gradients
+    )
     if found is None:
-        scores = _figures(config, held_out, engines, teacher, cache, count)
+        with progress(subject.share, "scoring", unit="sequences per process") as bar:
+            scores = subject.scores(micro_batch_size=config.micro_batch_size, progress=bar.advance)
         found = EvalResults.of(scores, inputs=inputs, software=installed_versions(), date=today())
     found = replace(found, gradients=gradients, tasks=tasks)
     if found == earlier:
@@ -190,207 +200,40 @@ def _score(
     return found
 
 
-def _figures(
-    config: EvalConfig,
-    held_out: SequenceData,
-    engines: dict[str, LogitsEngine],
-    teacher: LogitsEngine | None,
-    cache: CacheReader | None,
-    count: int,
-) -> dict[str, ModelScores]:
-    """Every model's scores on the first `count` held-out sequences."""
-    from distill_pretrain.eval.heldout import evaluate
-    from distill_pretrain.eval.metrics import ScoreSettings
+def _on_request(
+    subject: Subject, data: DataConfig, config: EvalConfig, *, before: dict[str, Any] | None
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Return the figures of eval.gradients and of eval.tasks, None where they are not asked for.
 
-    share = -(-count // launch_world_size())
-    with progress(share, "scoring", unit="sequences per process") as bar:
-        return evaluate(
-            engines,
-            teacher,
-            held_out.plan,
-            cache=cache,
-            settings=ScoreSettings(ece_bins=config.ece_bins, draft_lengths=_draft_lengths(config)),
-            num_sequences=count,
-            micro_batch_size=config.micro_batch_size,
-            rank=launch_rank(),
-            world_size=launch_world_size(),
-            all_reduce_sum=_all_reduce_sum,
-            progress=bar.advance,
+    `before` has the gradients of an earlier run, which are kept if their inputs are the same.
+    """
+    gradients = tasks = None
+    if config.gradients is not None:
+        from distill_pretrain.eval.gradient_figures import gradient_figures
+
+        assert subject.teacher is not None
+        with progress(max(config.gradients.num_batches), "gradients", unit="micro-batches") as bar:
+            gradients = gradient_figures(
+                data, config.gradients, subject.teacher, before, progress=bar.advance
+            )
+    if config.tasks:
+        from distill_pretrain.eval.tasks import task_figures
+
+        assert data.held_out_tokens
+        tasks = task_figures(
+            config,
+            data.held_out_tokens,
+            subject.models,
+            max_length=subject.held_out.plan.seq_len,
         )
-
-
-def _gradients(
-    source: DataConfig,
-    config: GradientsConfig | None,
-    teacher: LogitsEngine | None,
-    earlier: EvalResults | None,
-) -> dict[str, Any] | None:
-    """Gradients of eval.gradients, or those of an earlier run with the same inputs."""
-    if config is None:
-        return None
-    assert teacher is not None
-    from distill_pretrain.data.sources import open_cache_of, open_sequences
-    from distill_pretrain.eval.gradients import compare_gradients
-    from distill_pretrain.eval.student import CheckpointStudent
-    from distill_pretrain.eval.targets import gradient_batches
-
-    if source.documents == "separate":
-        what = "gradients are compared on joined documents alone"
-        raise ConfigError(what, where="eval.gradients", found="data.documents: separate")
-    data = open_sequences(source)
-    most = max(config.num_batches)
-    if most * config.micro_batch_size > data.num_sequences:
-        raise ConfigError(
-            "data.tokens has too few sequences for the gradients",
-            where="eval.gradients.num_batches",
-            found=f"{most} micro-batches of {config.micro_batch_size}",
-            expected=f"at most {data.num_sequences // config.micro_batch_size} micro-batches",
-            remedy="lower num_batches or micro_batch_size",
-        )
-    caches = {
-        name: open_cache_of(
-            location,
-            data,
-            num_sequences=most * config.micro_batch_size,
-            key=f"eval.gradients.caches.{name}",
-            corpus_key="data.tokens",
-        )
-        for name, location in config.caches.items()
-    }
-    student = CheckpointStudent(config.model, vocab_size=data.vocab_size)
-    inputs = {
-        "model": {"path": str(config.model), "checkpoint_sha256": student.sha256},
-        "teacher": teacher.identity,
-        "sequence_plan_id": data.plan.plan_id,
-        "caches": {name: _cache_identity(cache) for name, cache in caches.items()},
-        "num_batches": sorted(set(config.num_batches)),
-        "micro_batch_size": config.micro_batch_size,
-        "residual": config.residual,
-    }
-    if earlier is not None and earlier.gradients and earlier.gradients["inputs"] == inputs:
-        return earlier.gradients
-    with progress(most, "gradients", unit="micro-batches") as bar:
-        batches = gradient_batches(
-            data, caches, num_batches=most, micro_batch_size=config.micro_batch_size
-        )
-        found = compare_gradients(
-            student,
-            teacher,
-            batches,
-            num_batches=config.num_batches,
-            residual=config.residual,
-            progress=bar.advance,
-        )
-    return {"inputs": inputs, "caches": found}
-
-
-def _tasks(
-    config: EvalConfig,
-    tokens: Path,
-    engines: dict[str, LogitsEngine],
-    teacher: LogitsEngine | None,
-    held_out: SequenceData,
-) -> dict[str, Any] | None:
-    """Figures of eval.tasks, from rank 0; always anew, since the files of a task may have changed."""
-    if not config.tasks:
-        return None
-    from distill_pretrain.corpus.tokenizers import load_recorded_tokenizer
-    from distill_pretrain.corpus.tokens_record import TokensRecord
-    from distill_pretrain.eval.heldout import TEACHER
-    from distill_pretrain.eval.tasks import run_tasks
-    from distill_pretrain.processes.process import on_first_rank
-
-    record = TokensRecord.beside(tokens)
-    if record is None:
-        raise ConfigError(
-            "tasks are text, and the models' tokenizer is unknown",
-            where="eval.tasks",
-            found=f"no tokens.json beside {tokens}",
-            remedy="tokenise the held-out text with `distill-pretrain tokenize`",
-        )
-    tokenizer = load_recorded_tokenizer(tokens.parent, record)
-    models = engines if teacher is None else {**engines, TEACHER: teacher}
-    # Its texts are one document each.
-    models = {name: getattr(engine, "engine", engine) for name, engine in models.items()}
-    found = on_first_rank(
-        lambda: run_tasks(
-            models,
-            tokenizer,
-            config.tasks,
-            tasks_path=config.tasks_path,
-            max_length=held_out.plan.seq_len,
-            batch_size=config.micro_batch_size,
-        )
-    )
-    inputs = {
-        "tasks": list(config.tasks),
-        "tasks_path": None if config.tasks_path is None else str(config.tasks_path),
-        "num_fewshot": 0,
-        "max_length": held_out.plan.seq_len,
-        "models": {name: engine.identity for name, engine in models.items()},
-    }
-    return {"inputs": inputs, "models": found}
-
-
-def _inputs(
-    config: EvalConfig,
-    held_out: SequenceData,
-    engines: dict[str, LogitsEngine],
-    paths: dict[str, Path],
-    teacher: LogitsEngine | None,
-    cache: CacheReader | None,
-    count: int,
-) -> dict[str, Any]:
-    """All that decides the figures."""
-    from distill_pretrain.eval.heldout import TEACHER
-
-    reference = None
-    if teacher is not None:
-        reference = {"path": str(paths[TEACHER]), "identity": teacher.identity}
-    return {
-        "held_out": held_out.index.fingerprint.as_dict(),
-        "sequence_plan_id": held_out.plan.plan_id,
-        "seq_len": held_out.plan.seq_len,
-        "vocab_size": held_out.vocab_size,
-        "num_sequences": count,
-        "models": {
-            name: {"path": str(paths[name]), "identity": engine.identity}
-            for name, engine in engines.items()
-        },
-        "teacher": reference,
-        "cache": None if cache is None else _cache_identity(cache),
-        "ece_bins": config.ece_bins,
-        "draft_lengths": list(_draft_lengths(config)),
-    }
-
-
-def _draft_lengths(config: EvalConfig) -> tuple[int, ...]:
-    return tuple(sorted(set(config.draft_lengths)))
-
-
-def _cache_identity(cache: CacheReader) -> dict[str, Any]:
-    return {
-        "location": cache.location,
-        "manifest_sha256": cache.manifest_sha256,
-        "sampler": cache.plan.sampler,
-    }
+    return gradients, tasks
 
 
 def _earlier(output: Path) -> EvalResults | None:
-    """The results of an earlier run, if there are any."""
+    """Read the results of an earlier run; None if there are none that can be read."""
     from distill_pretrain.reports.results import EvalFileError, EvalResults
 
     try:
         return EvalResults.load(output)
     except EvalFileError:
         return None
-
-
-def _all_reduce_sum(state: torch.Tensor) -> None:
-    import torch.distributed as dist
-
-    from distill_pretrain.processes.process import local_device
-
-    moved = state.to(local_device())
-    dist.all_reduce(moved)
-    state.copy_(moved)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill_pretrain.jobs.recipe import Recipe
-from distill_pretrain.jobs.teachers import (
+from distill_pretrain.teacher.loading import (
     model_width,
     require_own_tokenizer,
     require_plausible_width,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from distill_pretrain.config import dump_recipe, require
 from distill_pretrain.jobs.recipe import Recipe
 from distill_pretrain.jobs.start import FROM_TEACHER, start_of
-from distill_pretrain.jobs.teachers import load_teacher
+from distill_pretrain.teacher.loading import load_teacher
 
 if TYPE_CHECKING:
     from distill_pretrain.contracts import LogitsEngine

@@ -10,17 +10,15 @@ import pytest
 import torch
 from small_cache import VOCAB, SmallCache, make_small_cache
 
-import distill_pretrain.corpus.tokenizers
-import distill_pretrain.eval.student
 import distill_pretrain.eval.tasks
 import distill_pretrain.mcore.runtime.parallel
 import distill_pretrain.teacher.engines
 from distill_pretrain.cli.main import main
 from distill_pretrain.corpus.sequence_plan import SequencePlan
 from distill_pretrain.corpus.token_index import TokenIndex
+from distill_pretrain.eval import gradient_figures
 from distill_pretrain.files import ownership
 from distill_pretrain.files.ownership import owner_beside
-from distill_pretrain.jobs import evaluate
 from tests.support.owner import owned_elsewhere
 
 
@@ -219,7 +217,7 @@ def test_gradients_are_compared_once_and_kept(
             taken.append(len(tokens))
             return self.parameters[0][tokens]
 
-    monkeypatch.setattr(distill_pretrain.eval.student, "CheckpointStudent", Student)
+    monkeypatch.setattr(gradient_figures, "CheckpointStudent", Student)
     root = recipe.parent
     settings = f"model: {root / 'a'}, caches: {{draws: {root / 'cache'}}}, micro_batch_size: 2"
     wanted = f"eval.gradients={{{settings}, num_batches: [2, 1]}}"
@@ -253,7 +251,7 @@ def test_tasks_are_run_with_the_tokenizer_of_the_tokens(
     monkeypatch.setattr(distill_pretrain.eval.tasks, "run_tasks", run_tasks)
     monkeypatch.setattr(distill_pretrain.eval.tasks, "require_harness", lambda: None)
     monkeypatch.setattr(
-        distill_pretrain.corpus.tokenizers,
+        distill_pretrain.eval.tasks,
         "load_recorded_tokenizer",
         lambda folder, record: (folder.name, record.tokenizer["sha256"]),
     )
@@ -272,7 +270,7 @@ def test_an_output_that_cannot_be_written_is_found_before_anything_is_scored(
     def score(*_: object, **__: object) -> None:
         raise AssertionError("scored")
 
-    monkeypatch.setattr(evaluate, "_figures", score)
+    monkeypatch.setattr(ScaledTable, "logits", score)
     output = recipe.parent / "taken" / "eval.json"
     output.mkdir(parents=True)
     assert run(recipe, f"eval.output={output}") == 2

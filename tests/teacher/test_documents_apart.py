@@ -175,7 +175,7 @@ def test_a_corpus_that_does_not_say_what_ends_its_documents_cannot_be_separate(t
 
 
 def test_every_verb_opens_its_teacher_with_documents_apart(folders, corpora):
-    from distill_pretrain.jobs.teachers import load_replica, load_teacher
+    from distill_pretrain.teacher.loading import load_replica, load_teacher
 
     teacher = TeacherConfig(kind="hf", path=folders["llama"])
     for documents in ("separate", "joined"):

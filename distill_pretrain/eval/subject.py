@@ -1,0 +1,119 @@
+"""The subject of an evaluation: models, a teacher and a cache, opened, and the held-out text they are scored on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from distill_pretrain.cache.reader import CacheReader
+from distill_pretrain.contracts import LogitsEngine
+from distill_pretrain.data.sources import SequenceData
+from distill_pretrain.eval.heldout import TEACHER, evaluate
+from distill_pretrain.eval.metrics import ModelScores, ScoreSettings
+from distill_pretrain.processes.env import launch_rank, launch_world_size
+from distill_pretrain.processes.process import local_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """The models of an evaluation and the held-out text they are scored on; every process of the job has all of them.
+
+    Attributes:
+        held_out: the text.
+        num_sequences: S; the text's first S sequences are scored.
+        engines: name -> model, without the teacher.
+        paths: name -> folder of each model, and of the teacher under "teacher".
+        teacher: the model that the others are compared with, and that is scored too; None where there is none.
+        cache: stored targets of the held-out text; None where there are none.
+        settings: calibration bins and draft lengths.
+    """
+
+    held_out: SequenceData
+    num_sequences: int
+    engines: Mapping[str, LogitsEngine]
+    paths: Mapping[str, Path]
+    teacher: LogitsEngine | None
+    cache: CacheReader | None
+    settings: ScoreSettings
+
+    @property
+    def models(self) -> dict[str, LogitsEngine]:
+        """Every model by its name, the teacher last."""
+        return (
+            dict(self.engines) if self.teacher is None else {**self.engines, TEACHER: self.teacher}
+        )
+
+    def inputs(self) -> dict[str, Any]:
+        """Return all that decides the scores, as JSON values."""
+        reference = None
+        if self.teacher is not None:
+            reference = {"path": str(self.paths[TEACHER]), "identity": self.teacher.identity}
+        return {
+            "held_out": self.held_out.index.fingerprint.as_dict(),
+            "sequence_plan_id": self.held_out.plan.plan_id,
+            "seq_len": self.held_out.plan.seq_len,
+            "vocab_size": self.held_out.vocab_size,
+            "num_sequences": self.num_sequences,
+            "models": {
+                name: {"path": str(self.paths[name]), "identity": engine.identity}
+                for name, engine in self.engines.items()
+            },
+            "teacher": reference,
+            "cache": None if self.cache is None else cache_identity(self.cache),
+            "ece_bins": self.settings.ece_bins,
+            "draft_lengths": list(self.settings.draft_lengths),
+        }
+
+    @property
+    def share(self) -> int:
+        """The number of sequences that a process scores; some processes may have one less."""
+        return -(-self.num_sequences // launch_world_size())
+
+    def scores(
+        self, *, micro_batch_size: int, progress: Callable[[int], None]
+    ) -> dict[str, ModelScores]:
+        """Score every model; each process of the job calls this, and scores its share of the sequences.
+
+        Args:
+            micro_batch_size: sequences of one forward pass; it does not change the scores.
+            progress: called with the number of sequences that this process has just scored.
+
+        Returns:
+            Name -> scores, the same on every process.
+
+        Raises:
+            DistillPretrainError: see `heldout.evaluate`.
+        """
+        return evaluate(
+            dict(self.engines),
+            self.teacher,
+            self.held_out.plan,
+            cache=self.cache,
+            settings=self.settings,
+            num_sequences=self.num_sequences,
+            micro_batch_size=micro_batch_size,
+            rank=launch_rank(),
+            world_size=launch_world_size(),
+            all_reduce_sum=_all_reduce_sum,
+            progress=progress,
+        )
+
+
+def cache_identity(cache: CacheReader) -> dict[str, Any]:
+    """Return what tells one cache from another, as JSON values."""
+    return {
+        "location": cache.location,
+        "manifest_sha256": cache.manifest_sha256,
+        "sampler": cache.plan.sampler,
+    }
+
+
+def _all_reduce_sum(state: torch.Tensor) -> None:
+    moved = state.to(local_device())
+    dist.all_reduce(moved)
+    state.copy_(moved)
