@@ -145,7 +145,7 @@ class LogitsEngine(Protocol):
         ...
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Next-token logits, float32[B, L, V], for tokens int64[B, L] (causal, no padding)."""
+        """Compute next-token logits, float32[B, L, V], for tokens int64[B, L] (causal, no padding)."""
         ...
 
 
@@ -194,7 +194,7 @@ class Replica:
         return dist.get_rank() == self.leader
 
     def share(self, value: Value) -> Value:
-        """The leader's value, on every rank of the replica; the others' is ignored."""
+        """Return the leader's value on every rank of the replica; the others' is ignored."""
         if self.group is None:
             return value
         import torch.distributed as dist
@@ -221,7 +221,7 @@ class TeacherEngine(Protocol):
         ...
 
     def chunks(self, tokens: torch.Tensor) -> Iterator[LogitsChunk]:
-        """Logits of tokens int64[B, L], chunk by chunk, so that [B * L, V] is never whole.
+        """Compute the logits of tokens int64[B, L], chunk by chunk, so that [B * L, V] is never whole.
 
         Every rank of the replica calls it with the same tokens and exhausts it. Ranks with the LM head get the same
         chunks, each its own columns; the others get none.

@@ -58,7 +58,7 @@ def require_tensor(
 
 
 def section(kind: type[S], settings: Mapping[str, Any]) -> S:
-    """A section of the recipe made from the arguments of a function, checked as a recipe is.
+    """Make a section of a recipe of a function's arguments, checked as a recipe is.
 
     Raises:
         ConfigError: lists every argument that it does not take.

@@ -129,7 +129,7 @@ class DistillationDataset(Dataset[dict[str, torch.Tensor]]):
 
 
 def collate_distillation(items: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """A batch of items of `DistillationDataset`: tokens and labels [B, L], ids and probs [B, L, K], K the largest.
+    """Make a batch of items of `DistillationDataset`: tokens and labels [B, L], ids and probs [B, L, K], K the largest.
 
     Raises:
         TokenDataError: there is no item, some have targets and some none, or they differ in length.

@@ -127,7 +127,7 @@ def export_model(
 
 
 def as_recipe(recipe: RecipeLike, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe that is meant.
+    """Return the recipe that is meant.
 
     Raises:
         ConfigError: lists every problem; or overrides are given where there is no file to override.

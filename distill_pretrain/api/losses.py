@@ -80,7 +80,9 @@ def sparse_kd_loss(
     return_terms: bool = False,
     **settings: Unpack[LossKeywords],
 ) -> torch.Tensor | tuple[torch.Tensor, Terms]:
-    """ce_weight * cross-entropy + kd_weight * KL(targets || softmax(logits)), differentiable once, by the logits.
+    """Compute ce_weight * cross-entropy + kd_weight * KL(targets || softmax(logits)).
+
+    It is differentiable once, by the logits.
 
     A position whose label is negative has no loss at all. A position without targets has no KL.
 
@@ -192,7 +194,7 @@ def linear_sparse_kd_loss(
     return_terms: bool = False,
     **settings: Unpack[LossKeywords],
 ) -> torch.Tensor | tuple[torch.Tensor, Terms]:
-    """`sparse_kd_loss` of the logits hidden @ head_weight.T, which are never whole; by hidden states and weight.
+    """Compute `sparse_kd_loss` of hidden @ head_weight.T, logits that are never whole; by hidden states and weight.
 
     The logits of `chunk_tokens` positions exist at a time, and turn into their gradient in the same pass: the memory is
     that of one chunk and of the two gradients, and the backward pass only multiplies these by one number. So there is

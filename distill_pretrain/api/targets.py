@@ -32,7 +32,7 @@ def sample_targets(
     top_p: float | None = None,
     valid: npt.ArrayLike | torch.Tensor | None = None,
 ) -> RaggedTargets:
-    """Sparse targets of a teacher's distributions, bit for bit those that `capture` stores of the same logits.
+    """Sample sparse targets of a teacher's distributions, bit for bit those that `capture` stores of the same logits.
 
     A position's targets depend on its own logits, `positions` entry, and the settings, and on nothing else: not on the
     other rows, the batch, or whether logits are numpy's or torch's. On a GPU kernels sample where the logits are.
@@ -97,7 +97,7 @@ def pad_targets(
     *,
     device: torch.device | str | None = None,
 ) -> SparseTargets:
-    """Targets of T positions as the tensors that a loss takes.
+    """Turn the targets of T positions into the tensors that a loss takes.
 
     Args:
         targets: of `sample_targets` or `CacheReader.read`.

@@ -52,7 +52,7 @@ class FinishedShards:
         }
 
     def open(self, shard: int) -> ShardFile:
-        """A finished shard, for positioned reads.
+        """Open a finished shard for positioned reads.
 
         Raises:
             CacheCorrupt: header, footer, index or tables are damaged.
@@ -68,7 +68,7 @@ class FinishedShards:
         return ShardFile(file, ShardSpec(self.plan, shard, codec), where)
 
     def record(self, shard: int) -> ShardRecord:
-        """The record of a shard that must be finished.
+        """Return the record of a shard that must be finished.
 
         Raises:
             CacheIncomplete: its file is not there, or not as long as recorded.
@@ -78,7 +78,7 @@ class FinishedShards:
         return self.records[shard]
 
     def done(self) -> list[int]:
-        """Ascending shards with a done record and a file of that size: those a writer leaves as they are."""
+        """List the shards with a done record and a file of that size, ascending: those a writer leaves as they are."""
         done = []
         for shard in shards_in(self.plan, self.sizes):
             record = self._done_record(shard)

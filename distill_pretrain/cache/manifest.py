@@ -51,7 +51,7 @@ class ShardRecord:
     codec_sha256: str | None
 
     def to_json_bytes(self) -> bytes:
-        """Contents of the done record."""
+        """Return the contents of the done record."""
         return canonical_json(asdict(self))
 
     @classmethod
@@ -75,12 +75,12 @@ class ShardRecord:
 
 
 def extent_bytes(num_sequences: int) -> bytes:
-    """Contents of extent.json: how many sequences the largest capture so far was asked for."""
+    """Return the contents of extent.json: how many sequences the largest capture so far was asked for."""
     return canonical_json({"num_sequences": num_sequences})
 
 
 def extent_from(data: bytes) -> int | None:
-    """Number of sequences that extent.json says; None if it is damaged."""
+    """Read the number of sequences that extent.json says; None if it is damaged."""
     try:
         number = json.loads(data)["num_sequences"]
         sound = type(number) is int and 1 <= number <= MOST_SEQUENCES
@@ -128,7 +128,7 @@ class Manifest:
         return hashlib.sha256("\n".join([self.plan.plan_id, *digests]).encode()).hexdigest()
 
     def to_json_bytes(self) -> bytes:
-        """Contents of manifest.json: a pure function of the plan and the shards."""
+        """Return the contents of manifest.json: a pure function of the plan and the shards."""
         return canonical_json(
             {
                 "format": FORMAT_NAME,

@@ -26,7 +26,7 @@ def record_name(plan: CachePlan, shard: int) -> str:
 
 
 def shards_in(plan: CachePlan, names: Iterable[str]) -> list[int]:
-    """Ascending shards of the plan that have a file of either kind among `names`."""
+    """Return the shards of the plan, ascending, that have a file of either kind among `names`."""
     found = set()
     for name in names:
         match = _SHARD_FILE.fullmatch(name)
@@ -37,7 +37,7 @@ def shards_in(plan: CachePlan, names: Iterable[str]) -> list[int]:
 
 
 def extent_of(plan: CachePlan, names: Iterable[str]) -> int:
-    """Sequences up to the end of the last shard that has a file of either kind among `names`; 0 for none."""
+    """Return the end of the last shard, in sequences, that has a file of either kind among `names`; 0 for none."""
     extent = 0
     for name in names:
         match = _SHARD_FILE.fullmatch(name)
@@ -49,7 +49,7 @@ def extent_of(plan: CachePlan, names: Iterable[str]) -> int:
 
 
 def missing_ranges(plan: CachePlan, present: Iterable[int]) -> list[tuple[int, int]]:
-    """(first, last) sequence of every run of shards that are not among the ascending `present`.
+    """Return the (first, last) sequence of every run of shards that are not among the ascending `present`.
 
     The work is that of `present`: a damaged extent may ask for any number of shards.
     """
@@ -68,12 +68,12 @@ def ranges_text(ranges: list[tuple[int, int]]) -> str:
 
 
 def sequence_ranges(plan: CachePlan, shards: list[int]) -> str:
-    """The sequences of some ascending shards, neighbours joined: "0 to 511, 1024 to 1535"."""
+    """Write the sequences of some ascending shards, neighbours joined: "0 to 511, 1024 to 1535"."""
     return ranges_text(merged_ranges(plan, shards))
 
 
 def merged_ranges(plan: CachePlan, shards: list[int]) -> list[tuple[int, int]]:
-    """(first, last) sequence of every run of neighbouring shards."""
+    """Return the (first, last) sequence of every run of neighbouring shards."""
     ranges: list[tuple[int, int]] = []
     for shard in shards:
         first, count = plan.shard_range(shard)

@@ -120,28 +120,28 @@ class CachePlan:
         return -(-self.seq_len // self.block_tokens)
 
     def shard_range(self, shard: int) -> tuple[int, int]:
-        """(first sequence, number of sequences) of a shard."""
+        """Return (first sequence, number of sequences) of a shard."""
         assert 0 <= shard < self.num_shards, shard
         first = shard * self.shard_sequences
         return first, min(self.shard_sequences, self.num_sequences - first)
 
     def shard_blocks(self, shard: int) -> int:
-        """Blocks of a shard."""
+        """Return the number of blocks of a shard."""
         return self.shard_range(shard)[1] * self.blocks_per_sequence
 
     def block_place(self, shard: int, block: int) -> tuple[int, int, int]:
-        """(sequence, offset of the first position, positions) of a shard's block."""
+        """Return (sequence, offset of the first position, number of positions) of a shard's block."""
         row, part = divmod(block, self.blocks_per_sequence)
         first = self.shard_range(shard)[0]
         return first + row, part * self.block_tokens, self.block_size(block)
 
     def block_size(self, block: int) -> int:
-        """Positions of a shard's block."""
+        """Return the number of positions of a shard's block."""
         part = block % self.blocks_per_sequence
         return min(self.block_tokens, self.seq_len - part * self.block_tokens)
 
     def to_json_bytes(self) -> bytes:
-        """Canonical JSON: the contents of plan.json."""
+        """Return the contents of plan.json, canonical JSON."""
         values = {"format": FORMAT_NAME, "version": FORMAT_VERSION, **asdict(self)}
         del values["num_sequences"]
         return canonical_json(values)
@@ -181,19 +181,19 @@ class CachePlan:
         return plan
 
     def with_tables(self, codec_sha256: str) -> CachePlan:
-        """The same plan with the codec's tables named."""
+        """Return the same plan with the codec's tables named."""
         return replace(self, codec_sha256=codec_sha256)
 
     def with_extent(self, num_sequences: int) -> CachePlan:
-        """The same contents for another number of sequences (CacheError if that is impossible)."""
+        """Return the same contents for another number of sequences (CacheError if that is impossible)."""
         return replace(self, num_sequences=num_sequences)
 
     def differences(self, other: CachePlan) -> list[str]:
-        """One line per field of plan.json in which `self` (found) differs from `other` (expected)."""
+        """Say, in a line each, in which fields of plan.json `self` (found) differs from `other` (expected)."""
         return _differences("", asdict(self), asdict(other.with_extent(self.num_sequences)))
 
     def joining(self, stored: CachePlan) -> CachePlan:
-        """This plan as the cache it joins would say it.
+        """Return this plan as the cache it joins would say it.
 
         That is with the cache's tables, if it has none of its own, and with the cache's name of the tokenizer, if the
         corpus is the same: the teacher sees ids, whatever the tokenizer's files say beside them.
@@ -273,7 +273,7 @@ def _problems(plan: CachePlan) -> list[str]:
 
 
 def is_sha256(value: object) -> bool:
-    """Whether a value is a lower-case hex sha256; digests become parts of file names."""
+    """Say whether a value is a lower-case hex sha256; digests become parts of file names."""
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 

@@ -199,7 +199,7 @@ class CacheReader(Closing):
         start: int = 0,
         stop: int | None = None,
     ) -> RaggedTargets:
-        """Targets of one sequence, if its tokens are those the teacher saw.
+        """Read the targets of one sequence, if its tokens are those the teacher saw.
 
         Only the blocks that overlap the positions asked for are read and checked.
 
@@ -293,7 +293,7 @@ class CacheReader(Closing):
 
 
 def concatenate_targets(parts: list[RaggedTargets]) -> RaggedTargets:
-    """Targets of consecutive positions as one."""
+    """Join the targets of consecutive positions into one record."""
     return RaggedTargets(
         kind=parts[0].kind,
         num_draws=parts[0].num_draws,
@@ -317,7 +317,7 @@ def _slice_targets(targets: RaggedTargets, start: int, stop: int) -> RaggedTarge
 
 
 def load_plan(storage: Storage) -> CachePlan:
-    """The plan of a cache; its extent is that of extent.json, and 1 without one.
+    """Load the plan of a cache; its extent is that of extent.json, and 1 without one.
 
     Raises:
         CacheIncomplete: there is none.

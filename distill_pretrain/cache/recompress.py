@@ -107,7 +107,7 @@ def recompress_cache(
 
 
 def ascending(targets: RaggedTargets) -> RaggedTargets:
-    """The same targets with the ids of every position in ascending order."""
+    """Return the same targets with the ids of every position in ascending order."""
     lengths, ids = targets.entries_per_token, targets.ids
     if order_problem(lengths, ids) is None:
         return targets

@@ -55,14 +55,14 @@ class Frame(NamedTuple):
 
 
 def token_hash(tokens: npt.NDArray[np.int32]) -> int:
-    """blake2b-64 (person "dpt-tok") of a block's input ids as little-endian int32."""
+    """Return the blake2b-64 (person "dpt-tok") of a block's input ids as little-endian int32."""
     data = np.ascontiguousarray(tokens, _TOKEN_DTYPE).tobytes()
     digest = hashlib.blake2b(data, digest_size=8, person=b"dpt-tok").digest()
     return int.from_bytes(digest, "little")
 
 
 def frame_length(payload_bytes: int) -> int:
-    """Bytes of a frame."""
+    """Return the bytes of a frame."""
     return FRAME_HEAD_BYTES + payload_bytes + -payload_bytes % 8 + _FRAME_END.size
 
 
@@ -115,7 +115,7 @@ class ShardSpec:
         return frame_length(self.codec.payload_bounds(tokens, entries)[1])
 
     def frame_bytes(self, block: int, targets: RaggedTargets, tokens_hash: int) -> bytes:
-        """The frame of one block."""
+        """Return the frame of one block, as it is stored."""
         payload = self.codec.encode(targets)
         num_tokens, num_entries = len(targets.entries_per_token), len(targets.ids)
         head = _FRAME.pack(_FRAME_MAGIC, len(payload), num_entries, num_tokens, block, tokens_hash)
@@ -123,13 +123,13 @@ class ShardSpec:
         return body + _FRAME_END.pack(zlib.crc32(body), 0)
 
     def claimed_length(self, head: bytes) -> int:
-        """Bytes to read for a frame whose head is given; `parse` judges what they hold."""
+        """Return the bytes to read for a frame whose head is given; `parse` judges what they hold."""
         if len(head) < FRAME_HEAD_BYTES:
             return 0
         return min(frame_length(_FRAME.unpack(head)[1]), self.max_frame_length)
 
     def parse(self, data: memoryview, block: int) -> Frame:
-        """The frame at the start of `data`, checked in full but for its payload's contents.
+        """Parse the frame at the start of `data`, checked in full but for its payload's contents.
 
         Raises:
             CacheCorrupt: the bytes are not the frame of this block.
@@ -160,7 +160,7 @@ class ShardSpec:
         return Frame(length, tokens, entries, tokens_hash, payload)
 
     def decode(self, frame: Frame, block: int) -> RaggedTargets:
-        """Targets of a block.
+        """Decode the targets of a block.
 
         Raises:
             CacheCorrupt: the payload breaks the codec's rules.
@@ -171,7 +171,7 @@ class ShardSpec:
             raise self._corrupt(block, "the block's payload is wrong", error) from None
 
     def where(self, block: int) -> str:
-        """How messages name a block."""
+        """Name a block for messages."""
         sequence, offset, _ = self.plan.block_place(self.shard, block)
         return f"shard {self.shard}, block {block} (sequence {sequence}, offset {offset})"
 
@@ -180,7 +180,7 @@ class ShardSpec:
 
 
 def closing_bytes(index: npt.NDArray[np.void]) -> bytes:
-    """Index and footer of a shard whose frames end where the index says."""
+    """Return index and footer of a shard whose frames end where the index says."""
     table = index.tobytes()
     offset = int(index["offset"][-1]) + int(index["length"][-1])
     head = struct.pack("<QQI", offset, len(index), zlib.crc32(table))
@@ -212,7 +212,7 @@ class ShardFile(Closing):
             raise
 
     def frames(self, first: int, count: int) -> list[Frame]:
-        """Frames of `count` blocks from `first`, in one read.
+        """Read the frames of `count` blocks from `first`, at once.
 
         Raises:
             CacheCorrupt: a frame is damaged or contradicts the index.
@@ -237,7 +237,7 @@ class ShardFile(Closing):
         return frames
 
     def sha256(self) -> str:
-        """Hex digest of the whole file."""
+        """Return the hex digest of the whole file."""
         digest, offset = hashlib.sha256(), 0
         while data := self._file.read(_CHUNK_BYTES, offset):
             digest.update(data)

@@ -44,14 +44,14 @@ class ShardFiles:
         self._labels_of = labels_of
 
     def path(self, shard: int, suffix: str) -> Path:
-        """The file of a shard that ends in ".dpt" (finished), ".json" (its record), ".part" (unfinished) or ".bad"."""
+        """Return the file of a shard that ends in ".dpt" (finished), ".json" (its record), ".part" or ".bad"."""
         name = shard_name(self._plan, shard)
         if suffix == ".part":
             return self._folder / f"{name}.part"
         return self._folder / (name.removesuffix(".dpt") + suffix)
 
     def record(self, shard: int) -> ShardRecord | None:
-        """The done record of a finished shard whose file has the recorded size."""
+        """Return the done record of a finished shard whose file has the recorded size."""
         path = self.path(shard, ".json")
         try:
             with io_errors(path, besides=FileNotFoundError):
@@ -69,7 +69,7 @@ class ShardFiles:
             fsync_path(self._folder)
 
     def adopt(self, spec: ShardSpec, canary: Canary | None) -> bool:
-        """Whether a finished file without record is sound; its record is written if so."""
+        """Say whether a finished file without record is sound, and write its record if so."""
         final = self.path(spec.shard, ".dpt")
         if not final.exists():
             return False

@@ -62,7 +62,7 @@ class ShardWriter(Closing):
         self._resume()
 
     def place(self, block: int) -> tuple[int, int, int]:
-        """(sequence, offset of the first position, positions) of a block."""
+        """Return (sequence, offset of the first position, number of positions) of a block."""
         return self._spec.plan.block_place(self.shard, block)
 
     @property

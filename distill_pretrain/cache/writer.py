@@ -120,7 +120,7 @@ class CacheWriter:
         return cls(folder, plan, labels_of, sync_every)
 
     def pending(self) -> list[int]:
-        """Shards that are not finished, whether or not someone is writing them."""
+        """List the shards that are not finished, whether or not someone is writing them."""
         return [shard for shard in range(self.plan.num_shards) if self._files.record(shard) is None]
 
     def claim(
@@ -130,7 +130,7 @@ class CacheWriter:
         canary: Canary | None = None,
         choose_tables: Callable[[], HcTables | None] | None = None,
     ) -> ShardWriter | None:
-        """Ownership of a shard, or None when it is finished or a live process owns it.
+        """Take ownership of a shard; None when it is finished or a live process owns it.
 
         A finished file without its done record is verified in full and gets the record (None), or
         is set aside as `.bad` and written anew.

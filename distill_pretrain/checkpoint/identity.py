@@ -70,12 +70,12 @@ _ABSENT = "nothing"
 
 
 def described(name: str, section: Section) -> dict[str, Any]:
-    """The keys of a section that decide the weights, as JSON."""
+    """Return the keys of a section that decide the weights, as JSON values."""
     return section.model_dump(mode="json", exclude=set(IRRELEVANT[name]))
 
 
 def at_default(sections: Mapping[str, Section]) -> list[str]:
-    """The keys of sections that have their default value, as `section.key`."""
+    """List the keys of sections that have their default value, as `section.key`."""
     found = []
     for name, section in sections.items():
         defaults = _defaults(name)
@@ -93,7 +93,7 @@ def _defaults(name: str) -> dict[str, Any]:
 
 
 def upgraded(identity: Mapping[str, Any], where: object) -> dict[str, Any]:
-    """An identity in the form of this version.
+    """Bring an identity into the form of this version.
 
     Raises:
         CheckpointError: a newer version wrote it, or it is damaged.
@@ -134,7 +134,7 @@ def _completed(name: str, values: dict[str, Any], left_alone: list[Any]) -> dict
 def differences(
     found: Mapping[str, Any], wanted: Mapping[str, Any], where: object, *, step: int | None = None
 ) -> list[str]:
-    """One line for each key, as the recipe calls it, in which a checkpoint (`found`) and a run differ.
+    """Say, in a line for each key as the recipe calls it, where a checkpoint (`found`) and a run differ.
 
     Args:
         found: identity of the checkpoint.
@@ -195,7 +195,7 @@ def _compare_starts(*sides: dict[str, Any]) -> None:
 
 
 def start_in_words(start: Any) -> str:
-    """The weights that a run started from, as its identity records them."""
+    """Describe the weights that a run started from, as its identity records them."""
     if not isinstance(start, dict):
         return f"{start}"
     return f"{start.get('path')} (sha256 {str(start.get('sha256'))[:12]})"
@@ -254,7 +254,7 @@ class TrainedModel:
 
 
 def trained_model(identity: Mapping[str, Any], where: object) -> TrainedModel:
-    """The model of a checkpoint's identity.
+    """Return the model that a checkpoint's identity describes.
 
     Args:
         identity: of any version.

@@ -36,7 +36,7 @@ def job_owning(owner: Path, *, what: Path, remedy: str) -> Iterator[None]:
 
 @contextmanager
 def lease(folder: Path) -> Iterator[bool]:
-    """Whether this job alone may write a run folder while the block runs; every rank calls it.
+    """Yield whether this job alone may write a run folder while the block runs; every rank calls it.
 
     Unlike `job_owning` it does not wait for another owner, and keeps out other blocks of this process, too.
     """

@@ -63,7 +63,7 @@ class Checkpoint:
             ) from None
 
     def damage(self) -> CheckpointError | None:
-        """The first file that is not what was saved, or None. In a job every rank calls it and gets the same."""
+        """Return the first file that is not what was saved, or None; in a job every rank calls it and gets the same."""
         found = hash_files(self.folder, sorted(self.files))
         for name, expected in self.files.items():
             if found[name] != expected:
@@ -87,14 +87,16 @@ class Checkpoint:
 
 
 def on_first_rank(action: Callable[[], Result]) -> Result:
-    """`processes.on_first_rank`, which brings torch: `inspect` looks at checkpoints without it."""
+    """Call `processes.on_first_rank`, which brings torch: `inspect` looks at checkpoints without it."""
     from distill_pretrain.processes import process
 
     return process.on_first_rank(action)
 
 
 def hash_files(folder: Path, names: list[str], *, durable: bool = False) -> dict[str, str]:
-    """sha256 of files by name ("missing" for none); the ranks of a job share the work, and all get the result.
+    """Return the sha256 of files by name ("missing" for none).
+
+    The ranks of a job share the work, and all get the result.
 
     Args:
         folder: where they are.

@@ -65,7 +65,7 @@ class StartingWeights(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """sha256 of all that decides the weights, every byte of which is read; every rank calls it.
+        """Return the sha256 of all that decides the weights, every byte of which is read; every rank calls it.
 
         Raises:
             CheckpointError: files are not what was saved.
@@ -292,7 +292,7 @@ class Start:
     def look(
         self, store: CheckpointStore, sequences: SequenceData
     ) -> tuple[dict[str, str], StartingWeights | None]:
-        """What the run records of its start, and the weights unless it has started already. Every rank calls it.
+        """Return what the run records of its start, and the weights unless it has started already; every rank calls it.
 
         Args:
             store: the run's checkpoints. Where they name the same folder it is not opened; what is there by now

@@ -41,7 +41,7 @@ _STEP_FOLDER = re.compile(r"step-\d{8,}")
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in a folder, or the newest of a run folder."""
+    """Open the checkpoint in a folder, or the newest one of a run folder."""
     if (path / RECORD).exists():
         return Checkpoint.open(path)
     for root in (path / "checkpoints", path):
@@ -115,12 +115,12 @@ class CheckpointStore:
         self.num_bytes: int | None = None
 
     def complete(self) -> list[Path]:
-        """Folders of complete checkpoints, oldest first."""
+        """List the folders of complete checkpoints, oldest first."""
         found = [p for p in self.root.glob("step-*") if _STEP_FOLDER.fullmatch(p.name)]
         return sorted(p for p in found if (p / RECORD).exists())
 
     def newest(self) -> Checkpoint | None:
-        """The complete checkpoint of the highest step."""
+        """Open the complete checkpoint of the highest step."""
         folders = self.complete()
         return Checkpoint.open(folders[-1]) if folders else None
 
@@ -245,7 +245,7 @@ class CheckpointStore:
         on_first_rank(publish)
 
     def find(self, identity: dict[str, Any]) -> Checkpoint | None:
-        """The newest sound checkpoint, if it belongs to this run; None where there is none yet.
+        """Find the newest sound checkpoint, if it belongs to this run; None where there is none yet.
 
         Every file is compared with its hash. A damaged checkpoint is set aside under another name, and the one
         before is taken. Every rank calls it and gets the same answer.

@@ -10,7 +10,7 @@ from distill_pretrain.mcore.model.config import ParallelConfig
 
 
 def load_whole_model(checkpoint: Checkpoint, *, precision: str) -> torch.nn.Module:
-    """The model without dropout; (tokens, positions, None) -> logits [B, L, V_pad] in its own arithmetic.
+    """Load the model without dropout; (tokens, positions, None) -> logits [B, L, V_pad] in its own arithmetic.
 
     See `load_model_part`; each process is alone.
     """
@@ -20,7 +20,7 @@ def load_whole_model(checkpoint: Checkpoint, *, precision: str) -> torch.nn.Modu
 def load_model_part(
     checkpoint: Checkpoint, parallel: ParallelConfig, *, precision: str
 ) -> torch.nn.Module:
-    """This rank's part of the model without dropout, under any layout without virtual stages.
+    """Load this rank's part of the model without dropout, under any layout without virtual stages.
 
     Args:
         checkpoint: of a training run, under any layout; checked in full before it is read.
@@ -48,7 +48,7 @@ def load_model_part(
 
 
 def model_logits(model: torch.nn.Module, tokens: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Next-token logits, float32[B, L, V], for tokens int64[B, L]; differentiable where gradients are on."""
+    """Compute next-token logits, float32[B, L, V], for tokens int64[B, L]; differentiable where gradients are on."""
     positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
     logits: torch.Tensor = model(tokens, positions, None)[..., :vocab_size].float()
     return logits

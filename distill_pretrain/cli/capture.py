@@ -30,7 +30,7 @@ capture.num_sequences extends a finished cache: full shards are kept.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of this verb."""
+    """Add the options of this verb."""
     parser.add_argument(
         "--dry-run",
         action="store_true",

@@ -47,7 +47,7 @@ Example
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options beside the recipe."""
+    """Add the options that stand beside the recipe."""
     parser.add_argument(
         "--cells", metavar="NAME,...", default="", help="train only these cells (as compare.only)"
     )

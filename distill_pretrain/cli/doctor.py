@@ -32,7 +32,7 @@ class MachineNotReady(DistillPretrainError):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of this verb."""
+    """Add the options of this verb."""
     parser.add_argument(
         "folder",
         metavar="FOLDER",

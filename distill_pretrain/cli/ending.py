@@ -20,7 +20,7 @@ NOT_READ = 141
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """The first Ctrl-C inside the block is a KeyboardInterrupt; a second one ends the process where it stands.
+    """Let the first Ctrl-C inside the block be a KeyboardInterrupt; a second one ends the process where it stands.
 
     What is written under its own name is complete at any moment, so the second one spoils nothing, and no clean-up
     of the first can hang. Outside a main thread, or where Ctrl-C is ignored, nothing changes.
@@ -45,7 +45,7 @@ def interruptible() -> Iterator[None]:
 
 
 def nobody_reads() -> bool:
-    """Whether what reads standard output or standard error has gone; then both lead nowhere from now on."""
+    """Tell whether what reads standard output or standard error has gone; then both lead nowhere from now on."""
     poll = select.poll()
     numbers = []
     for stream in (sys.stdout, sys.stderr):
@@ -63,7 +63,7 @@ def nobody_reads() -> bool:
 
 @contextmanager
 def output_may_end() -> Iterator[None]:
-    """Inside the block prints do not fail where nobody reads them any more: a job outlives who watches it."""
+    """Let prints inside the block not fail where nobody reads them any more: a job outlives who watches it."""
     with ExitStack() as stack:
         stack.enter_context(redirect_stdout(cast(TextIO, _Patient(sys.stdout))))
         stack.enter_context(redirect_stderr(cast(TextIO, _Patient(sys.stderr))))

@@ -33,7 +33,7 @@ A model that one process cannot hold is exported by several, under any layout:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of this verb."""
+    """Add the arguments of this verb."""
     parser.add_argument(
         "checkpoint", metavar="RUN_OR_CHECKPOINT", help="run folder or checkpoint folder"
     )

@@ -43,7 +43,7 @@ Examples
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of this verb."""
+    """Add the arguments of this verb."""
     parser.add_argument(
         "path",
         metavar="PATH",

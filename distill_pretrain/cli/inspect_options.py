@@ -18,7 +18,7 @@ MOST_TOKENS = 1024
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options beside the path."""
+    """Add the options that stand beside the path."""
     _add_estimators(parser)
     _add_signal(parser)
 
@@ -86,7 +86,7 @@ def _numbers(kind: type) -> Any:
 
 
 def recipe(args: argparse.Namespace) -> Recipe:
-    """The recipe that PATH is."""
+    """Return the recipe that PATH is."""
     from distill_pretrain.config import load_recipe
     from distill_pretrain.jobs.recipe import Recipe
 

@@ -163,7 +163,7 @@ def _leave(status: int) -> int:
 
 
 def overview() -> str:
-    """The text of `--help`."""
+    """Return the text of `--help`."""
     width = max(map(len, VERBS))
     return "\n".join(
         [
@@ -185,7 +185,7 @@ def overview() -> str:
 
 
 def verb_parser(verb: str, module: ModuleType) -> argparse.ArgumentParser:
-    """The argument parser of one verb."""
+    """Make the argument parser of one verb."""
     takes_recipe = verb in RECIPE_VERBS
     keys = ""
     if takes_recipe:

@@ -34,7 +34,7 @@ Example
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of this verb."""
+    """Add the arguments of this verb."""
     parser.add_argument("dest", metavar="DEST", help="folder of the merged cache; may exist")
     parser.add_argument("sources", metavar="SOURCE", nargs="+", help="folder or URL of a cache")
     parser.add_argument(

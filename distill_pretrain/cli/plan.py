@@ -40,7 +40,7 @@ assumption.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of this verb."""
+    """Add the arguments of this verb."""
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 

@@ -31,7 +31,7 @@ Example
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of this verb."""
+    """Add the arguments of this verb."""
     parser.add_argument("source", metavar="SOURCE", help="folder or URL of a finished cache")
     parser.add_argument("dest", metavar="DEST", help="folder of the new cache")
     parser.add_argument(
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(recipe: Recipe | None, args: argparse.Namespace) -> None:
-    """Recompresses a cache; every process of the job takes part."""
+    """Recompress a cache; every process of the job takes part."""
     recompress(
         args.source,
         args.dest,

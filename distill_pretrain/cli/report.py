@@ -41,7 +41,7 @@ RUN/run.html, or the file that --html names.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of this verb."""
+    """Add the arguments of this verb."""
     parser.add_argument(
         "--html", type=Path, metavar="FILE.html", help="with a run folder: where its page goes"
     )

@@ -45,7 +45,7 @@ Example
 
 
 def run(recipe: Recipe, args: argparse.Namespace) -> None:
-    """Tokenises the corpus; one process does it, with its own worker processes."""
+    """Tokenise the corpus; one process does it, with its own worker processes."""
     require(recipe, "tokenize", "corpus")
     if launch_rank() != 0:
         return

@@ -30,7 +30,7 @@ after the step and ends with exit code 143; Ctrl-C ends at once, with 130.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of this verb."""
+    """Add the arguments of this verb."""
     parser.add_argument(
         "--dry-run",
         action="store_true",

@@ -28,7 +28,7 @@ Example
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of this verb."""
+    """Add the options of this verb."""
     parser.add_argument(
         "--repair",
         action="store_true",

@@ -35,7 +35,7 @@ class Section(BaseModel):
 
 
 def nameable(location: str | None) -> str | None:
-    """The same path or URL; for validators of keys that take either, which are no `Path`."""
+    """Return the same path or URL; for validators of keys that take either, which are no `Path`."""
     if location is not None:
         _require_nameable(location)
     return location

@@ -34,7 +34,7 @@ def _section_lines(schema: type[Section], name: str) -> Iterator[str]:
 
 
 def type_text(annotation: Any) -> str:
-    """A type in a recipe writer's words."""
+    """Name a type in a recipe writer's words."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Literal:
         return " | ".join(str(choice) for choice in args)
@@ -48,7 +48,7 @@ def type_text(annotation: Any) -> str:
 
 
 def default_text(field: FieldInfo) -> str:
-    """What follows the type of a key: its default, or that it is required."""
+    """Return what follows the type of a key: its default, or that it is required."""
     if field.is_required():
         return "  (required)"
     default = field.get_default(call_default_factory=True)

@@ -34,7 +34,7 @@ class Layer:
     reported: set[KeyPath] = field(default_factory=set)
 
     def origin(self, path: KeyPath) -> str:
-        """Where the key, or the nearest mapping around it, was set."""
+        """Tell where the key, or the nearest mapping around it, was set."""
         while path:
             if path in self.origins:
                 return self.origins[path]

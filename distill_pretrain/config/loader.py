@@ -54,7 +54,7 @@ def load_recipe(schema: type[S], path: Path | None, overrides: Sequence[str] = (
 
 
 def recipe_text(recipe: Section) -> str:
-    """The recipe as YAML that `load_recipe` reads back to an equal one; absent sections are left out."""
+    """Write the recipe as YAML that `load_recipe` reads back to an equal one; absent sections are left out."""
     values = {k: v for k, v in recipe.model_dump(mode="json").items() if v is not None}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
@@ -100,7 +100,7 @@ def require(recipe: Section, verb: str, *sections: str) -> None:
 
 
 def section_of(annotation: Any) -> type[Section] | None:
-    """The section class that a field's annotation holds (`X` or `X | None`), if any."""
+    """Return the section class that a field's annotation holds (`X` or `X | None`), if any."""
     for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, Section):
             return candidate
@@ -190,7 +190,7 @@ def _known_part(
 
 
 def annotation_takes_number_only(annotation: Any) -> bool:
-    """Whether a field is int or float (or null), so that true and false are mistakes."""
+    """Tell whether a field is int or float (or null), so that true and false are mistakes."""
     parts = set(get_args(annotation) or (annotation,)) - {type(None)}
     return bool(parts) and parts <= {int, float}
 

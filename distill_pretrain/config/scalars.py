@@ -68,7 +68,7 @@ RecipeLoader.add_constructor(f"{_TAG}float", _construct_float)
 
 
 def read_yaml(text: str) -> Any:
-    """The value of a YAML text; numbers are `WrittenInt` and `WrittenFloat`.
+    """Read the value of a YAML text; numbers become `WrittenInt` and `WrittenFloat`.
 
     Raises:
         yaml.YAMLError, ValueError: it is no YAML.
@@ -77,7 +77,7 @@ def read_yaml(text: str) -> Any:
 
 
 def as_annotated(value: Any, annotation: Any) -> Any:
-    """A value as read, with the words themselves wherever the type takes text and no number.
+    """Return a value as read, with the words themselves wherever the type takes text and no number.
 
     Args:
         value: from `read_yaml`.

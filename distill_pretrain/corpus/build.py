@@ -146,7 +146,7 @@ def load_tokenizer_of(tokens_dir: Path) -> Tokenizer:
 
 
 def is_held_out(document: int, *, seed: int, fraction: float) -> bool:
-    """Whether a document, by its number in the corpus, is kept out of training."""
+    """Tell whether a document, by its number in the corpus, is kept out of training."""
     digest = hashlib.blake2b(f"{seed}:{document}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < int(fraction * 2**64)
 

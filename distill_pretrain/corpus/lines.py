@@ -14,7 +14,7 @@ LONGEST_DOCUMENT = (1 << 31) - 1
 
 
 def decode(data: bytes, offset: int, file: SourceFile) -> str:
-    """The text of some bytes, which begin at an offset of the (unpacked) file.
+    """Decode some bytes as UTF-8 text; they begin at an offset of the (unpacked) file.
 
     Raises:
         CorpusError: it is binary data, or not UTF-8.
@@ -52,7 +52,7 @@ def decode(data: bytes, offset: int, file: SourceFile) -> str:
 
 
 def json_text(line: str, file: SourceFile, text_key: str, line_number: Callable[[], int]) -> str:
-    """The text of a line of JSONL; empty of an empty line.
+    """Return the text of a line of JSONL; empty of an empty line.
 
     Args:
         line: the line.
@@ -101,7 +101,7 @@ def _is_encodable(text: str) -> bool:
 
 
 def too_long(file: SourceFile, line: int | None) -> CorpusError:
-    """A document, or a line of JSONL, is longer than any may be."""
+    """Make the error for a document, or a line of JSONL, that is longer than any may be."""
     return CorpusError(
         "a document is too long",
         where=file.where if line is None else f"{file.where}:{line}",

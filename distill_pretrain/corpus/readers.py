@@ -95,7 +95,7 @@ def _weight(part: Unit) -> int:
 
 
 def units_of(file: SourceFile, text_key: str, slice_bytes: int = SLICE_BYTES) -> Iterator[Unit]:
-    """The parts of a file, in order."""
+    """Yield the parts of a file, in order."""
     if is_sliced(file):
         yield from slices_of(file, slice_bytes)
         return
@@ -112,7 +112,7 @@ def units_of(file: SourceFile, text_key: str, slice_bytes: int = SLICE_BYTES) ->
 
 
 def is_sliced(file: SourceFile) -> bool:
-    """Whether any part of a file can be read alone: plain, and on this machine."""
+    """Tell whether any part of a file can be read alone: plain, and on this machine."""
     if file.url is not None:
         return False
     try:
@@ -123,7 +123,7 @@ def is_sliced(file: SourceFile) -> bool:
 
 
 def slices_of(file: SourceFile, slice_bytes: int = SLICE_BYTES) -> Iterator[Slice]:
-    """The whole of a plain text file, or ranges of a plain JSONL file."""
+    """Yield the whole of a plain text file, or ranges of a plain JSONL file."""
     if not file.is_jsonl:
         yield Slice(file=file, start=0, end=file.size)
         return
@@ -171,7 +171,7 @@ def _lines_of(source: Opened, file: SourceFile, data: bytes, offset: int, first_
 
 
 def read_documents(part: Unit, text_key: str) -> Iterator[str]:
-    """The non-empty documents of a unit.
+    """Yield the non-empty documents of a unit.
 
     Raises:
         CorpusError: unreadable or binary file, bytes that are not UTF-8, a malformed JSONL line.
@@ -191,7 +191,7 @@ def read_documents(part: Unit, text_key: str) -> Iterator[str]:
 
 
 def read_sample(part: Slice, text_key: str) -> Iterator[str]:
-    """Text of the lines that start in a slice; a text file need not be read whole."""
+    """Read the text of the lines that start in a slice; a text file need not be read whole."""
     if part.file.is_jsonl:
         yield from read_documents(part, text_key)
         return

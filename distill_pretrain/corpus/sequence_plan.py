@@ -86,7 +86,7 @@ class SequencePlan:
         return hashlib.sha256(canonical_json(identity)).hexdigest()
 
     def read(self, sequences: npt.ArrayLike) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """Tokens and labels of some sequences.
+        """Read tokens and labels of some sequences.
 
         Args:
             sequences: int64[B] numbers in [0, num_sequences), any order, repeats allowed.
@@ -120,7 +120,7 @@ class SequencePlan:
         return tokens, labels
 
     def valid(self, sequences: npt.ArrayLike) -> npt.NDArray[np.bool_]:
-        """bool[B, L]: False where a position is padding behind the end of the stream."""
+        """Return bool[B, L]: False where a position is padding behind the end of the stream."""
         numbers = _whole_numbers(sequences).reshape(-1, 1)
         result: npt.NDArray[np.bool_] = (
             numbers * self.seq_len + np.arange(self.seq_len) < self.num_tokens
@@ -165,7 +165,10 @@ class SequencePlan:
 
 
 def pieces_of(tokens: npt.NDArray[np.integer[Any]], document_end: int) -> npt.NDArray[np.int64]:
-    """int64[N, 3]: (row, start, stop) of the documents in sequences [B, L], in order; whole or cut at a border."""
+    """Find the documents, whole or cut at a border, in sequences [B, L].
+
+    They come in order, as int64[N, 3] of (row, start, stop).
+    """
     rows, length = tokens.shape
     places = np.flatnonzero(tokens.reshape(-1) == document_end) + 1
     borders = np.union1d(np.arange(rows + 1) * length, places)
@@ -187,7 +190,7 @@ def _whole_numbers(sequences: npt.ArrayLike) -> npt.NDArray[np.int64]:
 
 
 def document_order(num_documents: int, seed: int) -> npt.NDArray[np.int64]:
-    """int64[D]: documents sorted by a 64-bit hash of (seed, document number), ties by number.
+    """Order documents by a 64-bit hash of (seed, document number), ties by number; int64[D].
 
     The hash is splitmix64 (Steele, Lea, Flood 2014) started at mix(seed); it is written out here
     so that the order never depends on a library's generator.
@@ -199,7 +202,7 @@ def document_order(num_documents: int, seed: int) -> npt.NDArray[np.int64]:
 
 
 def mix64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The output function of splitmix64 (Steele, Lea, Flood 2014), element by element."""
+    """Compute the output function of splitmix64 (Steele, Lea, Flood 2014), element by element."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed: npt.NDArray[np.uint64] = x ^ (x >> np.uint64(31))

@@ -40,7 +40,7 @@ class SourceFile:
 
     @classmethod
     def local(cls, path: Path, *, from_directory: bool) -> SourceFile:
-        """A file of this machine, which is there."""
+        """Describe a file of this machine, which is there."""
         status = path.stat()
         return cls(
             path=path,
@@ -51,7 +51,7 @@ class SourceFile:
 
     @classmethod
     def remote(cls, url: str, info: dict[str, Any], *, from_directory: bool) -> SourceFile:
-        """A file of a store, by the store's own record of it."""
+        """Describe a file of a store, by the store's own record of it."""
         if info.get("size") is None:
             raise CorpusError(
                 "the store does not tell the size of the file",
@@ -95,7 +95,7 @@ class SourceFile:
         return "remove it from corpus.paths, or convert it to UTF-8 text"
 
     def is_unchanged(self) -> bool:
-        """Whether it still has the size and version that it was found with."""
+        """Tell whether the file still has the size and version that it was found with."""
         if self.url is not None:
             info = Store(self.url).info()
             return (info.get("size"), version_of(info)) == (self.size, self.version)
@@ -119,25 +119,25 @@ class StoredFile(io.RawIOBase):
         self.position = 0
 
     def readable(self) -> bool:
-        """Yes."""
+        """Say that the file can be read (see `io.RawIOBase`)."""
         return True
 
     def seekable(self) -> bool:
-        """Whether the store lets one begin anywhere."""
+        """Tell whether the store lets one begin anywhere."""
         return self._handle.seekable()
 
     def tell(self) -> int:
-        """The position."""
+        """Return the position of the byte that is read next."""
         return self.position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Move."""
+        """Move to another position, and return it (see `io.RawIOBase`)."""
         with self._reading():
             self.position = self._handle.seek(offset, whence)
         return self.position
 
     def readinto(self, buffer: Any) -> int:
-        """Up to as many bytes as fit; 0 at the end."""
+        """Read up to as many bytes as fit into the buffer, and return their number; 0 at the end."""
         view = memoryview(buffer)
         with self._reading():
             data = self._handle.read(len(view))
@@ -164,7 +164,7 @@ class StoredFile(io.RawIOBase):
 
 
 def unreadable(file: SourceFile, error: OSError) -> CorpusError:
-    """What a disk refuses."""
+    """Make the error for a file that the disk refuses to read."""
     return CorpusError(
         "corpus file cannot be read", where=file.where, found=error.strerror, remedy=file.remedy
     )

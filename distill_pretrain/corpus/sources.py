@@ -44,7 +44,7 @@ class SourceList:
         return sum(file.size for file in self.files)
 
     def fingerprint(self) -> str:
-        """sha256 over names and sizes in order: tells whether files came, went or grew."""
+        """Return the sha256 over names and sizes in order: it tells whether files came, went or grew."""
         digest = hashlib.sha256()
         for file in self.files:
             lines = "\0lines" if file.holds_json_lines else ""
@@ -52,7 +52,7 @@ class SourceList:
         return digest.hexdigest()
 
     def stamp(self) -> str:
-        """sha256 over names, sizes and times in order: while it is the same, so are the contents."""
+        """Return the sha256 over names, sizes and times in order: while it is the same, so are the contents."""
         digest = hashlib.sha256()
         for file in self.files:
             version = file.version if file.url else file.modified_ns
@@ -60,7 +60,7 @@ class SourceList:
         return digest.hexdigest()
 
     def content_sha256(self) -> str:
-        """sha256 over the contents in order; reads every local file, and takes a store's word for its own.
+        """Return the sha256 over the contents in order; every local file is read, and a store's word taken for its own.
 
         Raises:
             CorpusError: a file cannot be read.
@@ -79,7 +79,7 @@ class SourceList:
         return digest.hexdigest()
 
     def is_unchanged(self) -> bool:
-        """Whether every file still has the size and time that it was found with."""
+        """Tell whether every file still has the size and time that it was found with."""
         try:
             return all(file.is_unchanged() for file in self.files)
         except (OSError, CorpusError):

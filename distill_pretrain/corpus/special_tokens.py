@@ -33,7 +33,7 @@ class FoundTokens:
     vocab_size: int
 
     def begin(self, mode: BosMode, *, where: object) -> int | None:
-        """The id that begins a document; None for none.
+        """Return the id that begins a document; None for none.
 
         Raises:
             ConfigError: there always has to be one, and the tokenizer has none.
@@ -51,7 +51,7 @@ class FoundTokens:
     def end(
         self, token: str | int | None, id_of: Callable[[str], int | None], *, where: object
     ) -> int:
-        """The id that ends a document.
+        """Return the id that ends a document.
 
         Args:
             token: a token, an id, or None for the tokenizer's own.
@@ -92,18 +92,18 @@ class FoundTokens:
 
 
 def ends_of_documents(tokenizer: Tokenizer) -> str:
-    """Which tokens begin and end a document, in words."""
+    """Say in words which tokens begin and end a document."""
     begins = "their text" if tokenizer.bos_id is None else shown(tokenizer, tokenizer.bos_id)
     return f"documents begin with {begins} and end with {shown(tokenizer, tokenizer.eod_id)}"
 
 
 def shown(tokenizer: Tokenizer, token_id: int) -> str:
-    """A token as the vocabulary writes it, and its id."""
+    """Write a token as the vocabulary does, and its id."""
     return f"{tokenizer.id_to_piece(token_id)!r} (id {token_id})"
 
 
 def first_tokens(index: TokenIndex, tokenizer: Tokenizer) -> str:
-    """The first tokens of the first document, one by one and as text."""
+    """Write the first tokens of the first document, one by one and as text."""
     ids = index.read(0, 0, min(FIRST_TOKENS, int(index.document_lengths[0]))).tolist()
     pieces = " ".join(tokenizer.id_to_piece(token_id) for token_id in ids)
     return f"{pieces!r}, as text {tokenizer.decode(ids)!r}"

@@ -15,7 +15,7 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def table_texts(source: Opened, file: SourceFile, key: str) -> Iterator[tuple[list[str], int]]:
-    """The column's texts in the order of the rows, some rows at a time.
+    """Yield the column's texts in the order of the rows, some rows at a time.
 
     Args:
         source: the file, open.

@@ -55,7 +55,7 @@ class TokenFingerprint:
     max_token_id: int
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able fields."""
+        """Return the fields as JSON values."""
         return asdict(self)
 
 
@@ -143,7 +143,7 @@ class TokenIndex:
             )
 
     def read(self, document: int, offset: int, length: int) -> npt.NDArray[np.int32]:
-        """int32[length]: tokens `offset` to `offset + length` of one document.
+        """Read tokens `offset` to `offset + length` of one document, int32[length].
 
         Raises:
             TokenDataError: the corpus has no such document, or the document no such tokens.
@@ -173,7 +173,7 @@ class _Layout:
 
 
 def with_suffix(prefix: Path, suffix: str) -> Path:
-    """PREFIX + suffix; unlike Path.with_suffix it keeps dots in the prefix."""
+    """Return PREFIX + suffix; unlike Path.with_suffix it keeps dots in the prefix."""
     return prefix.with_name(prefix.name + suffix)
 
 

@@ -52,15 +52,15 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, nothing added."""
+        """Return the token ids of each text, with nothing added."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids."""
+        """Return the text of the ids."""
         ...
 
     def id_to_piece(self, token_id: int) -> str:
-        """How the tokenizer writes one token."""
+        """Return how the tokenizer writes one token."""
         ...
 
     def save(self, folder: Path) -> str:
@@ -110,15 +110,15 @@ class SentencePieceTokenizer:
         return None
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text."""
+        """Return the token ids of each text."""
         return [list(ids) for ids in self._processor.encode(texts, num_threads=1)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids."""
+        """Return the text of the ids."""
         return str(self._processor.decode([int(token_id) for token_id in ids]))
 
     def id_to_piece(self, token_id: int) -> str:
-        """The piece, with U+2581 for a space."""
+        """Return the piece, with U+2581 for a space."""
         return str(self._processor.id_to_piece(int(token_id)))
 
     def save(self, folder: Path) -> str:
@@ -204,19 +204,19 @@ class HfTokenizer:
         return first[0] == [bos] != first[1]
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens."""
+        """Return the token ids of each text, without special tokens."""
         encoded = self._tokenizer(
             texts, add_special_tokens=False, verbose=False, split_special_tokens=True
         )
         return [list(ids) for ids in encoded["input_ids"]]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids."""
+        """Return the text of the ids."""
         plain = [int(token_id) for token_id in ids]
         return str(self._tokenizer.decode(plain, clean_up_tokenization_spaces=False))
 
     def id_to_piece(self, token_id: int) -> str:
-        """The token as the vocabulary writes it."""
+        """Return the token as the vocabulary writes it."""
         return str(self._tokenizer.convert_ids_to_tokens(int(token_id)))
 
     def save(self, folder: Path) -> str:
@@ -266,14 +266,14 @@ def load_tokenizer(
 
 
 def tokenizer_sha256(kind: str, path: Path) -> str:
-    """The fingerprint of the tokenizer at a path, as tokens.json records it."""
+    """Compute the fingerprint of the tokenizer at a path, as tokens.json records it."""
     if kind == "hf":
         return _sha256_of_hf_folder(path)
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def is_same_tokenizer(record: TokensRecord, folder: Path, path: Path) -> bool:
-    """Whether the tokenizer at a path gives the ids of the one that made a folder of tokens.
+    """Tell whether the tokenizer at a path gives the ids of the one that made a folder of tokens.
 
     Files that are equal byte for byte are not loaded.
 

@@ -76,13 +76,13 @@ class TokensRecord:
 
     @classmethod
     def beside(cls, prefix: Path) -> TokensRecord | None:
-        """The record in the folder of a corpus prefix; None when that folder has none."""
+        """Read the record in the folder of a corpus prefix; None when that folder has none."""
         folder = Path(prefix).parent
         return cls.load(folder) if (folder / FILE_NAME).exists() else None
 
 
 def document_end_of(documents: str, tokens: Path) -> int | None:
-    """The token that keeps separate documents of a corpus apart; None where they are joined.
+    """Return the token that keeps separate documents of a corpus apart; None where they are joined.
 
     Raises:
         ConfigError: nothing tells which token ends a document.

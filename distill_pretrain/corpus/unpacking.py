@@ -35,7 +35,7 @@ _LONGEST_FIRST_LINE = 1 << 26
 
 
 def kind_of(head: bytes) -> str | None:
-    """What a file is by its first bytes; None for text, or what nobody knows."""
+    """Tell what a file is by its first bytes; None for text, or what nobody knows."""
     if len(head) >= 4 and head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5:
         return ZSTD
     return next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None)
@@ -77,7 +77,7 @@ def opened(file: SourceFile) -> Iterator[Opened]:
 
 @contextmanager
 def unpacking(file: SourceFile, kind: str | None, unpacked: str) -> Iterator[None]:
-    """Errors of packed data as ones that say where.
+    """Turn errors of packed data inside the block into ones that say where.
 
     Args:
         file: that is read in the block.
@@ -100,7 +100,7 @@ def unpacking(file: SourceFile, kind: str | None, unpacked: str) -> Iterator[Non
 
 
 def with_lines_found(file: SourceFile, text_key: str) -> SourceFile:
-    """The file; one that is called .json, packed or not, is known by its first line.
+    """Return the file; one that is called .json, packed or not, is known by its first line.
 
     Raises:
         CorpusError, MissingDependency: as `opened`.
@@ -128,7 +128,7 @@ def _first_line(content: BinaryIO) -> bytes:
 
 
 def pyarrow(module: str, *, needed_for: str) -> Any:
-    """The package pyarrow, or a module of it.
+    """Import the package pyarrow, or a module of it.
 
     Raises:
         MissingDependency: it is not installed.

@@ -51,7 +51,7 @@ class Store:
         self.root = str(root)
 
     def is_folder(self) -> bool:
-        """Whether the URL names a folder; a web address does where it ends with a slash."""
+        """Tell whether the URL names a folder; a web address does where it ends with a slash."""
         if self.url.partition("://")[0] in _WEB:
             return self.url.endswith("/")
         with answering(self.url):
@@ -60,13 +60,13 @@ class Store:
             return bool(self._files.isdir(self.root))
 
     def info(self) -> dict[str, Any]:
-        """The record of the file that the URL names, with "size"."""
+        """Return the record of the file that the URL names, with "size"."""
         with answering(self.url):
             found: dict[str, Any] = self._files.info(self.root)
             return found
 
     def find(self) -> dict[str, dict[str, Any]]:
-        """Path -> record of every file below the URL."""
+        """Return path -> record of every file below the URL."""
         with answering(self.url):
             found: dict[str, dict[str, Any]] = self._files.find(self.root, detail=True)
             # Some servers list names only.
@@ -76,29 +76,29 @@ class Store:
             }
 
     def url_of(self, path: str) -> str:
-        """The URL of a path that `find` gave."""
+        """Return the URL of a path that `find` gave."""
         return str(self._files.unstrip_protocol(path))
 
     def open(self) -> BinaryIO:
-        """The file that the URL names, for reading."""
+        """Open the file that the URL names, for reading."""
         with answering(self.url):
             return cast(BinaryIO, self._files.open(self.root, "rb"))
 
     def read(self, path: str) -> bytes:
-        """The contents of a small file that `find` gave."""
+        """Read the contents of a small file that `find` gave."""
         with answering(self.url_of(path)):
             data: bytes = self._files.cat_file(path)
             return data
 
 
 def version_of(info: dict[str, Any]) -> str:
-    """What a store says of a file's version; empty where it says nothing."""
+    """Return what a store says of a file's version; empty where it says nothing."""
     return " ".join(f"{name}={info[name]}" for name in _VERSIONS if info.get(name))
 
 
 @contextmanager
 def answering(url: str) -> Iterator[None]:
-    """The many failures of stores and networks as one error."""
+    """Turn the many failures of stores and networks inside the block into one error."""
     try:
         yield
     except DistillPretrainError:

@@ -33,7 +33,7 @@ class SequenceSource(Protocol):
     def read(
         self, sequences: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """Tokens and labels, int32[B, L] each."""
+        """Read tokens and labels, int32[B, L] each."""
         ...
 
 
@@ -47,7 +47,7 @@ class TargetSource(Protocol):
         start: int = 0,
         stop: int | None = None,
     ) -> RaggedTargets:
-        """Targets of positions [start, stop) of one sequence, whose tokens int32[L] are given whole."""
+        """Read the targets of positions [start, stop) of one sequence, whose tokens int32[L] are given whole."""
         ...
 
 
@@ -89,7 +89,7 @@ class HostBatch:
     pieces: torch.Tensor | None = None
 
     def pinned(self) -> HostBatch:
-        """The same in page-locked memory, from which a GPU copies while the CPU goes on."""
+        """Copy the batch into page-locked memory, from which a GPU copies while the CPU goes on."""
         return HostBatch(
             tokens=self.tokens.pin_memory(),
             labels=self.labels.pin_memory(),
@@ -99,7 +99,7 @@ class HostBatch:
         )
 
     def to(self, device: torch.device) -> TokenBatch:
-        """The batch as a model takes it; ids are widened to int64 on the device."""
+        """Return the batch as a model takes it; ids are widened to int64 on the device."""
 
         def moved(x: torch.Tensor) -> torch.Tensor:
             return x.to(device, non_blocking=True)
@@ -120,7 +120,9 @@ class HostBatch:
 def micro_batches(
     batches: Sequence[HostBatch], device: torch.device, *, readers: int
 ) -> list[Iterator[TokenBatch]]:
-    """Each batch on the device once the first reader takes it, until the last one has.
+    """Return an iterator for each reader.
+
+    A batch goes to the device once the first reader takes it, and stays until the last one has.
 
     Args:
         batches: in order.
@@ -133,7 +135,7 @@ def micro_batches(
 def pad_targets(
     parts: Sequence[RaggedTargets], *, rows: int
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """Ragged targets to rectangles: ids int32[B, P, K] padded with -1, probs fp32[B, P, K] padded with 0.
+    """Pad ragged targets to rectangles: ids int32[B, P, K] with -1, probs fp32[B, P, K] with 0.
 
     Args:
         parts: targets of B * P consecutive positions in all, in any pieces and of any kinds.
@@ -218,17 +220,17 @@ class StudentBatches:
     def sequences(
         self, step: int, micro_batch: int
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Source and sequence numbers, int64[B] each, of one micro-batch of this rank."""
+        """Return source and sequence numbers, int64[B] each, of one micro-batch of this rank."""
         first = step * self.global_batch_size
         first += (micro_batch * self.data_size + self.data_rank) * self.micro_batch_size
         return self.order.span(first, self.micro_batch_size)
 
     def step_batches(self, step: int, *, with_targets: bool) -> list[TokenBatch]:
-        """This rank's micro-batches of one step; targets are read only where the loss is computed."""
+        """Read this rank's micro-batches of one step; targets are read only where the loss is computed."""
         return [batch.to(self.device) for batch in self.host_batches(step, with_targets)]
 
     def host_batches(self, step: int, with_targets: bool) -> list[HostBatch]:
-        """The same before they go to the device; pinned when that is a GPU."""
+        """Read the same batches, before they go to the device; pinned when that is a GPU."""
         batches = [
             self._batch(*self.sequences(step, number), with_targets)
             for number in range(self.num_micro_batches)

@@ -63,7 +63,7 @@ class BlendOrder:
         return sources, sequences
 
     def span(self, first: int, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """The same at `count` positions from `first` on.
+        """Return the same at `count` positions from `first` on.
 
         Made and kept by the block: a few positions take as long as thousands.
         """
@@ -79,7 +79,7 @@ class BlendOrder:
     def split(
         self, positions: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Source int64[n], and how often it was taken before, int64[n]; positions below 2^62."""
+        """Return the source int64[n], and how often it was taken before, int64[n]; positions below 2^62."""
         sources = np.empty_like(positions)
         places = np.empty_like(positions)
         left = np.arange(len(positions))

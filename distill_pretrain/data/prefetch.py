@@ -58,7 +58,7 @@ class PrefetchedBatches:
         self._ahead.clear()
 
     def host_batches(self, step: int) -> list[HostBatch]:
-        """This rank's micro-batches of the next step; raises what its preparation raised."""
+        """Return this rank's micro-batches of the next step; raise what its preparation raised."""
         if self._thread is None:
             assert self._depth == 0, "outside the with block"
             return self._batches.host_batches(step, self._with_targets)

@@ -187,7 +187,7 @@ def open_blend(data: DataConfig) -> list[SequenceData]:
 
 @contextmanager
 def open_sources(data: DataConfig, *, kd_weight: float) -> Iterator[list[TrainingSource]]:
-    """Every corpus of the recipe, and its cache where the loss needs one, open for as long as the block lasts.
+    """Open every corpus of the recipe, and its cache where the loss needs one, for as long as the block lasts.
 
     In a job every rank calls it. Rank 0 reads what decides whether a cache fits, and tells the others.
     """
@@ -284,7 +284,7 @@ def open_cache_of(
 
 
 def open_together(open_first: Callable[[], CacheReader]) -> CacheReader:
-    """A cache opened by all ranks of a job: rank 0 reads and checks, another rank reads only the shards it needs."""
+    """Open a cache with all ranks of a job: rank 0 reads and checks, another rank reads only the shards it needs."""
     opened: list[CacheReader] = []
 
     def head_of_first() -> CacheHead:

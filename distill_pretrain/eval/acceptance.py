@@ -9,7 +9,9 @@ import torch
 
 
 def acceptance_rates(teacher_probs: torch.Tensor, student_probs: torch.Tensor) -> torch.Tensor:
-    """Probability that the teacher accepts a token drafted from the student (Leviathan et al. 2023, theorem 3.5).
+    """Compute the probability that the teacher accepts a token drafted from the student.
+
+    Leviathan et al. 2023, theorem 3.5: it is the mass that the two distributions share.
 
     Args:
         teacher_probs: float32[T, V].
@@ -23,7 +25,7 @@ def acceptance_rates(teacher_probs: torch.Tensor, student_probs: torch.Tensor) -
 
 
 def accepted_drafts(rates: torch.Tensor, known: torch.Tensor, k: int) -> torch.Tensor:
-    """Expected accepted drafts, summed over every round of k drafts that fits into a sequence.
+    """Sum the expected number of accepted drafts over every round of k drafts that fits into a sequence.
 
     A round stands at k consecutive positions of the text with rates a_1 .. a_k; it is expected to accept
     sum_{j=1..k} prod_{i<=j} a_i drafts. The drafts follow the held-out text, not text sampled from the student, and

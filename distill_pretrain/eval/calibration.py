@@ -57,7 +57,7 @@ class Calibration:
         return float(np.abs(hits - confidence).sum() / positions.sum())
 
     def as_dict(self) -> dict[str, list[Any]]:
-        """The reliability diagram.
+        """Return the reliability diagram as JSON values.
 
         Returns:
             bins: M + 1 edges; positions: M counts; confidence and accuracy: M means, None in an empty bin.

@@ -36,7 +36,7 @@ class DifferentiableModel(Protocol):
     """What the gradients are taken by."""
 
     def logits_with_grad(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Next-token logits, float32[B, L, V], for tokens int64[B, L], on the autograd tape."""
+        """Compute next-token logits, float32[B, L, V], for tokens int64[B, L], on the autograd tape."""
         ...
 
 
@@ -64,7 +64,7 @@ def compare_gradients(
     residual: Residual = "drop",
     progress: Callable[[int], None] = lambda batches: None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Angle and size of every cache's mean gradient against FullKD's, over growing numbers of micro-batches.
+    """Compare every cache's mean gradient with FullKD's, in angle and size, over growing numbers of micro-batches.
 
     Both are gradients of the mean over the same labelled positions of KL(target || student), by all parameters; a row
     for n takes the first n micro-batches.
@@ -165,7 +165,7 @@ def _add(totals: Sequence[torch.Tensor], parts: Sequence[torch.Tensor | None]) -
 
 
 def dense_kl(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
-    """KL(teacher || student) per position, float32[T], from logits float32[T, V] of both."""
+    """Compute KL(teacher || student) per position, float32[T], from logits float32[T, V] of both."""
     log_t = torch.log_softmax(teacher_logits.float(), -1)
     log_p = torch.log_softmax(logits.float(), -1)
     return (log_t.exp() * (log_t - log_p)).sum(-1)

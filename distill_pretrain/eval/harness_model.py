@@ -25,7 +25,7 @@ class TextTokenizer(Protocol):
     """Token that ends a document, and stands before the first where none begins it."""
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, nothing added."""
+        """Return the token ids of each text, with nothing added."""
         ...
 
 
@@ -64,13 +64,13 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Token ids, after the BOS token that begins the documents of the corpus, if one does."""
+        """Return the token ids, after the BOS token that begins the documents of the corpus, if one does."""
         ids = self._text_tokenizer.encode([string])[0]
         bos = self._text_tokenizer.bos_id
         return ids if bos is None or add_special_tokens is False else [bos, *ids]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts in nats, in windows where they are longer than `max_length`.
+        """Score whole texts by their log-likelihood in nats, in windows where they are longer than `max_length`.
 
         Every token is scored once, the first after `prefix_token_id` (lm_eval's `get_rolling_token_windows`).
         """
@@ -92,7 +92,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
         return totals
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Refused: the engines keep no state between tokens."""
+        """Refuse to generate: the engines keep no state between tokens."""
         raise ConfigError(
             "a task generates text, which the scoring engines cannot",
             where="eval.tasks",

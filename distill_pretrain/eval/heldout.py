@@ -47,7 +47,7 @@ class HeldOutPlan(Protocol):
     def read(
         self, sequences: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """Tokens int32[B, L] and labels int32[B, L] (-100: none)."""
+        """Read tokens int32[B, L] and labels int32[B, L] (-100: none)."""
         ...
 
 

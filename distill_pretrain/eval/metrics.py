@@ -104,7 +104,7 @@ def batch_sums(
     *,
     settings: ScoreSettings,
 ) -> BatchSums:
-    """What a micro-batch contributes to a model's scores.
+    """Compute what a micro-batch contributes to a model's scores.
 
     Log-softmax in float32, sums in float64; KL(teacher || student) = sum_v t_v (log t_v - log p_v) over the
     whole vocabulary. A state over S sequences is these rows; states of ranks that scored different sequences
@@ -161,7 +161,7 @@ def _cache_terms(logprobs: torch.Tensor, ids: torch.Tensor, probs: torch.Tensor)
 
 
 def finite_sequences(logits: torch.Tensor) -> torch.Tensor:
-    """bool[B]: whether every logit, float32[B, L, V], of the sequence is finite."""
+    """Tell of each sequence, bool[B], whether every logit of it, float32[B, L, V], is finite."""
     flat = logits.flatten(1)
     return torch.isfinite(flat.amax(1)) & torch.isfinite(flat.amin(1))
 
@@ -257,7 +257,7 @@ class ModelScores:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able figures."""
+        """Return the figures as JSON values."""
         return {k: v for k, v in asdict(self).items() if k != "sums"}
 
 
@@ -280,7 +280,7 @@ class PairedDifference:
 
     @classmethod
     def of(cls, model: ModelScores, other: ModelScores, field: str) -> PairedDifference:
-        """`model` minus `other` in one of `FIELDS`; both scored the same sequences."""
+        """Compute `model` minus `other` in one of `FIELDS`; both scored the same sequences."""
         column = FIELDS.index(field)
         sizes = FIELDS.index(POSITIONS_OF.get(field, "positions"))
         positions = model.sums[:, sizes]

@@ -46,5 +46,5 @@ class CheckpointStudent:
         self.parameters: Sequence[torch.Tensor] = list(self._model.parameters())
 
     def logits_with_grad(self, tokens: torch.Tensor) -> torch.Tensor:
-        """float32[B, L, V] for tokens int64[B, L]."""
+        """Compute logits float32[B, L, V], on the autograd tape, for tokens int64[B, L]."""
         return model_logits(self._model, tokens, self.vocab_size)

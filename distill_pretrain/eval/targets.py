@@ -20,7 +20,7 @@ from distill_pretrain.eval.gradients import GradientBatch
 def read_targets(
     cache: TargetSource, sequences: npt.NDArray[np.int64], tokens: npt.NDArray[np.int32]
 ) -> SparseTargets:
-    """Targets [B, L, K] of whole sequences, if their tokens int32[B, L] are those the teacher saw."""
+    """Read the targets [B, L, K] of whole sequences, if their tokens int32[B, L] are those the teacher saw."""
     parts = [
         cache.read(number, row) for number, row in zip(sequences.tolist(), tokens, strict=True)
     ]
@@ -35,7 +35,7 @@ def gradient_batches(
     num_batches: int,
     micro_batch_size: int,
 ) -> Iterator[GradientBatch]:
-    """The first micro-batches of a corpus, in the order of its plan, with the targets of every cache."""
+    """Yield the first micro-batches of a corpus, in the order of its plan, with the targets of every cache."""
     for start in range(0, num_batches * micro_batch_size, micro_batch_size):
         numbers = np.arange(start, start + micro_batch_size, dtype=np.int64)
         tokens, labels = data.plan.read(numbers)

@@ -15,7 +15,7 @@ _CHUNK_BYTES = 1 << 20
 
 
 def canonical_json(value: object) -> bytes:
-    """One byte string per value: sorted keys, no spaces, ASCII, no NaN, one trailing newline."""
+    """Write one byte string per value: sorted keys, no spaces, ASCII, no NaN, one trailing newline."""
     text = json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
     )
@@ -80,13 +80,13 @@ def discard_stale_temporaries(folder: Path, *, min_age_s: float = 3600.0) -> Non
 
 
 def sha256_file(path: Path, told: Callable[[], None] = lambda: None) -> str:
-    """Lower-case hex sha256 of a file's bytes; `told` is called again and again while they are read."""
+    """Return the lower-case hex sha256 of a file's bytes; `told` is called again and again while they are read."""
     with open(path, "rb") as file:
         return sha256_fd(file.fileno(), told)
 
 
 def sha256_fd(fd: int, told: Callable[[], None] = lambda: None) -> str:
-    """Lower-case hex sha256 of an open file, by positioned reads (the file offset stays)."""
+    """Return the lower-case hex sha256 of an open file, by positioned reads (the file offset stays)."""
     digest = hashlib.sha256()
     offset = 0
     while chunk := os.pread(fd, _CHUNK_BYTES, offset):

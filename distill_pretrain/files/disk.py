@@ -43,7 +43,7 @@ _PROBLEMS = {
 def storage_error(
     error: OSError, where: object = None, *, needed: int | None = None
 ) -> StorageError:
-    """An error of the operating system as one that a user can act on.
+    """Turn an error of the operating system into one that a user can act on.
 
     Args:
         error: as raised.
@@ -62,20 +62,20 @@ def storage_error(
 
 
 def problem(error: OSError, where: Path) -> str:
-    """The reason alone, for errors that have words of their own for the rest; on a full disk the room left."""
+    """Return the reason alone, for errors that have words of their own for the rest; on a full disk the room left."""
     reason = error.strerror or str(error)
     return f"{reason}, {free_bytes(where):,} bytes free" if error.errno in FULL else reason
 
 
 def is_of_storage(error: OSError) -> bool:
-    """Whether an error is about files: it names one, or only a disk raises its kind."""
+    """Tell whether an error is about files: it names one, or only a disk raises its kind."""
     about_disk = (*FULL, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
     return error.filename is not None or error.errno in about_disk
 
 
 @contextmanager
 def naming(where: Path) -> Iterator[None]:
-    """Errors of the operating system inside the block become StorageErrors, which name a path.
+    """Turn errors of the operating system inside the block into StorageErrors, which name a path.
 
     numpy reports a short write without saying why; that it could not write tells enough.
     """
@@ -88,17 +88,17 @@ def naming(where: Path) -> Iterator[None]:
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that this user may still write below a path, which need not exist yet."""
+    """Return the bytes that this user may still write below a path, which need not exist yet."""
     return shutil.disk_usage(existing_parent(path)).free
 
 
 def is_full(path: Path) -> bool:
-    """Whether so little is left that a write has failed for it."""
+    """Tell whether so little is left that a write has failed for it."""
     return free_bytes(path) < _PROBE_BYTES
 
 
 def existing_parent(path: Path) -> Path:
-    """The path itself, or the nearest folder above it that exists."""
+    """Return the path itself, or the nearest folder above it that exists."""
     place = path.absolute()
     while not place.exists():
         place = place.parent
@@ -106,7 +106,7 @@ def existing_parent(path: Path) -> Path:
 
 
 def missing_folders(path: Path) -> list[Path]:
-    """The folders above a path that do not exist yet, the innermost first."""
+    """List the folders above a path that do not exist yet, the innermost first."""
     return [folder for folder in path.absolute().parents if not folder.exists()]
 
 

@@ -73,11 +73,11 @@ class FileLock:
 
     @classmethod
     def held_here(cls, path: Path) -> FileLock | None:
-        """The lock of a file that this process holds."""
+        """Return the lock of a file that this process holds, if it holds one."""
         return cls._held.get(_key(path))
 
     def is_current(self) -> bool:
-        """Whether the locked file still is the one under its name (not renamed or removed)."""
+        """Tell whether the locked file still is the one under its name (not renamed or removed)."""
         try:
             found = os.stat(self.path)
         except FileNotFoundError:
@@ -86,7 +86,7 @@ class FileLock:
         return (found.st_dev, found.st_ino) == (mine.st_dev, mine.st_ino)
 
     def release(self) -> None:
-        """Let the file go, once."""
+        """Release the lock; a second call does nothing."""
         if self.fd >= 0:
             self._held.pop(self._key, None)
             os.close(self.fd)
@@ -109,12 +109,12 @@ class Holder:
 
     @classmethod
     def here(cls) -> Holder:
-        """This process, from now on."""
+        """Describe this process as a holder, from now on."""
         return cls(host=socket.gethostname(), pid=os.getpid(), since=round(time.time(), 3))
 
     @classmethod
     def read(cls, path: Path) -> Holder | None:
-        """Who holds a file that another process has locked; None where it has not said so."""
+        """Read who holds a file that another process has locked; None where it has not said so."""
         try:
             return cls(**json.loads(path.read_bytes()))
         except (OSError, ValueError, TypeError):
@@ -126,7 +126,7 @@ class Holder:
 
 
 def try_to_own(owner: Path) -> FileLock | None:
-    """The lock of an owner file, with this process noted in it; None while somebody else has it, or this process.
+    """Lock an owner file and note this process in it; None while somebody else, or this process, has the lock.
 
     Args:
         owner: `owner_of` a folder, or any other file that is there for this alone.
@@ -155,18 +155,18 @@ def _take(owner: Path) -> FileLock | None:
 
 
 def owner_of(folder: Path) -> Path:
-    """The file by which the one who writes below a folder owns it."""
+    """Return the file by which the one who writes below a folder owns it."""
     return folder / OWNER
 
 
 def owner_beside(path: Path) -> Path:
-    """The file by which the one who makes or replaces `path` as a whole owns that name."""
+    """Return the file by which the one who makes or replaces `path` as a whole owns that name."""
     return path.with_name(f".{path.name}{OWNER}")
 
 
 @contextmanager
 def owning(owner: Path, *, what: Path, remedy: str) -> Iterator[None]:
-    """Nobody else is in a block of the same owner file, on any host; blocks of one process may lie in another.
+    """Keep everybody else, on any host, out of blocks of the same owner file; blocks of one process may lie in another.
 
     Where this process may not create the file it cannot write anything beside it either, and the block just runs:
     what is finished and kept read-only can be used, and the first write says what is wrong. The same on a file system

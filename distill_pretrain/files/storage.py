@@ -51,7 +51,7 @@ class RangeFile(Protocol):
     """Bytes when it was opened."""
 
     def read(self, length: int, offset: int) -> bytes:
-        """Bytes of a range; fewer only at the end of the file."""
+        """Read the bytes of a range; fewer only at the end of the file."""
 
     def close(self) -> None:
         """Give the file up."""
@@ -64,25 +64,25 @@ class Storage(Protocol):
     """Folder or URL, as messages name it."""
 
     def read(self, name: str) -> bytes:
-        """A whole file; FileNotFoundError if there is none."""
+        """Read a whole file; FileNotFoundError if there is none."""
 
     def names(self) -> set[str]:
         """Names of what is there, from one listing; empty if there is no such folder."""
 
     def sizes(self) -> dict[str, int]:
-        """Bytes by name of every file, each of which may be asked for; empty if there is no such folder."""
+        """Return the bytes by name of every file, each of which may be asked for; empty if there is no such folder."""
 
     def open(self, name: str) -> RangeFile:
-        """A file for positioned reads; FileNotFoundError if there is none."""
+        """Open a file for positioned reads; FileNotFoundError if there is none."""
 
 
 def is_remote(location: str | Path) -> bool:
-    """Whether a location is a URL and not a path."""
+    """Tell whether a location is a URL and not a path."""
     return "://" in str(location)
 
 
 def open_storage(location: str | Path) -> Storage:
-    """The storage of a folder, or of a URL such as s3://bucket/cache.
+    """Open the storage of a folder, or of a URL such as s3://bucket/cache.
 
     Raises:
         MissingDependency: the package for this kind of URL is not installed.
@@ -93,7 +93,7 @@ def open_storage(location: str | Path) -> Storage:
 
 
 def read_exactly(fd: int, length: int, offset: int) -> bytes:
-    """Positioned read; fewer bytes only at the end of the file."""
+    """Read bytes at a position; fewer only at the end of the file."""
     parts = []
     while length > 0 and (part := os.pread(fd, length, offset)):
         parts.append(part)
@@ -124,7 +124,7 @@ class LocalFile(Closing):
             return cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC), str(path))
 
     def read(self, length: int, offset: int) -> bytes:
-        """Bytes of a range; fewer only at the end of the file."""
+        """Read the bytes of a range; fewer only at the end of the file."""
         with _reading_errors(self.name):
             return read_exactly(self.fd, length, offset)
 
@@ -287,7 +287,10 @@ def _unreadable(where: str, error: Exception) -> CacheError:
 def missing_package(
     url: str, error: ImportError, kind: type[DistillPretrainError] = CacheError
 ) -> DistillPretrainError:
-    """The package for a URL as an error: MissingDependency, or `kind` where nobody knows what brings it."""
+    """Make the error for a URL whose package is missing.
+
+    It is MissingDependency, or `kind` where nobody knows what brings the package.
+    """
     protocol = url.rpartition("://")[0].rpartition("::")[2]
     purpose = f"reading {url}"
     if (error.name or "").partition(".")[0] == "fsspec":

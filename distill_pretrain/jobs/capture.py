@@ -170,7 +170,7 @@ def _shown(log: CaptureLog) -> dict[str, str]:
 
 @contextmanager
 def open_replica(recipe: Recipe) -> Iterator[tuple[SequenceData, TeacherEngine]]:
-    """The sequences of a recipe and this process's part of its teacher, for as long as the block lasts.
+    """Open the sequences of a recipe and this process's part of its teacher, for as long as the block lasts.
 
     The recipe has the sections data, teacher and capture.
     """

@@ -82,7 +82,7 @@ class Progress:
         self.advance(done - self.done, **facts)
 
     def line(self) -> str:
-        """The current state in words."""
+        """Return the current state in words."""
         seconds = time.monotonic() - self._started
         unit = f" {self.unit}" if self.unit else ""
         if self.total:
@@ -112,7 +112,7 @@ class Progress:
 def progress(
     total: int | None, desc: str, *, unit: str = "", quiet: bool | None = None
 ) -> Progress:
-    """Progress on standard error; use it in a `with` and call `advance`."""
+    """Show progress on standard error; use it in a `with` and call `advance`."""
     return Progress(total, desc, unit=unit, quiet=quiet)
 
 

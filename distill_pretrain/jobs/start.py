@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 def start_folder(recipe: Recipe) -> Path | None:
-    """Where the student's initial weights are; None where they are drawn."""
+    """Return where the student's initial weights are; None where they are drawn."""
     assert recipe.train
     if recipe.train.start_from == FROM_TEACHER:
         assert recipe.teacher
@@ -33,7 +33,7 @@ def start_folder(recipe: Recipe) -> Path | None:
 
 
 def start_of(recipe: Recipe) -> Start | None:
-    """What a training job needs to know of them; nothing is opened yet."""
+    """Return what a training job needs to know of train.start_from; nothing is opened yet."""
     folder = start_folder(recipe)
     if folder is None:
         return None

@@ -28,7 +28,7 @@ class LossBackend:
     is_insisted: bool = False
 
     def fitting(self, *, num_entries: int, num_columns: int) -> Backend:
-        """The backend of rows of so many target entries and columns: the same wherever these numbers are.
+        """Return the backend of rows of so many target entries and columns: the same wherever these numbers are.
 
         Raises:
             ConfigError: the kernels are insisted on and do not take such rows.

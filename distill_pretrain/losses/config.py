@@ -52,7 +52,7 @@ class ObjectiveConfig(Section):
     """`chunked`: LM head and loss by 4096 tokens, less memory; `full`: logits of all; `auto`: chunked on a GPU."""
 
     def at(self, step: int) -> LossSettings:
-        """The loss of optimizer step `step`; 1 is the first."""
+        """Return the loss of optimizer step `step`; 1 is the first."""
         return LossSettings(
             ce_weight=value_at(self.ce_weight, step),
             kd_weight=value_at(self.kd_weight, step),
@@ -70,7 +70,7 @@ class ObjectiveConfig(Section):
         return extremes(self.kd_weight)[1]
 
     def chunk_tokens(self, *, on_gpu: bool) -> int | None:
-        """Tokens whose logits are made at a time; None for those of a whole micro-batch."""
+        """Return the number of tokens whose logits are made at a time; None for those of a whole micro-batch."""
         chosen = (
             on_gpu and self.target == "cache" if self.head == "auto" else self.head == "chunked"
         )

@@ -239,7 +239,7 @@ def dense_kd_loss(
     vocab_size: int,
     tensor_group: dist.ProcessGroup | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per-token loss and its terms, student softmax(z / tau) against teacher softmax(x / tau).
+    """Compute the per-token loss and its terms, student softmax(z / tau) against teacher softmax(x / tau).
 
     A position without a label has no loss at all, as a cache has no target there. Beside the student's logits and
     their gradient in fp32, memory holds one sequence of teacher logits and buffers of `CHUNK_ELEMENTS`.

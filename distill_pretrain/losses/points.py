@@ -12,7 +12,7 @@ Points = float | tuple[tuple[float, float], ...]
 
 
 def value_at(points: Points, step: int) -> float:
-    """The value at optimizer step `step` (1 is the first): linear between the points, constant outside them."""
+    """Return the value at optimizer step `step` (1 is the first): linear between the points, constant outside them."""
     if not isinstance(points, tuple):
         return points
     # numpy is not imported with the recipe's sections, which every --help reads.
@@ -23,7 +23,7 @@ def value_at(points: Points, step: int) -> float:
 
 
 def extremes(points: Points) -> tuple[float, float]:
-    """The least and the largest value over all steps."""
+    """Return the least and the largest value over all steps."""
     values = [value for _, value in points] if isinstance(points, tuple) else [points]
     return min(values), max(values)
 
@@ -38,7 +38,7 @@ def _number(value: object) -> float:
 
 
 def parse_points(value: object) -> Points:
-    """A recipe's value as `Points`.
+    """Parse a recipe's value as `Points`.
 
     Raises:
         ValueError: it is neither a number nor a list of points.

@@ -34,7 +34,7 @@ def sparse_kd_loss(
     tensor_group: dist.ProcessGroup | None,
     implementation: Implementation | LossBackend = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per-token loss and its terms; the formulas are in kernels/sparse_kd/README.md.
+    """Compute the per-token loss and its terms; the formulas are in kernels/sparse_kd/README.md.
 
     Labels and targets are checked, which waits for a GPU; not while torch.compile traces. Unchecked, a label or an id
     at or beyond V makes the row's loss NaN.
@@ -105,7 +105,7 @@ def prepare_loss(
     tensor_group: dist.ProcessGroup | None,
     backend: LossBackend,
 ) -> Loss:
-    """What the kernels compute, without a look at any value; arguments as of `sparse_kd_loss`.
+    """Prepare what the kernels compute, without a look at any value; arguments as of `sparse_kd_loss`.
 
     Raises:
         ConfigError: K is above the kernel's limit.
@@ -167,7 +167,7 @@ class DistillationObjective(Objective):
     def from_hidden(
         self, hidden: torch.Tensor, weight: torch.Tensor, *, batch: TokenBatch
     ) -> torch.Tensor:
-        """The same from hidden states [L, B, H] and this rank's LM head [V_pad / tp, H].
+        """Compute the same from hidden states [L, B, H] and this rank's LM head [V_pad / tp, H].
 
         The gradient by the hidden states is this rank's part of the sum over `tensor_group`.
         """

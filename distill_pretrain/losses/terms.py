@@ -17,14 +17,14 @@ from distill_pretrain.losses.points import extremes
 def column_slice(
     logits: torch.Tensor, vocab_size: int, tensor_group: dist.ProcessGroup | None
 ) -> slice[int]:
-    """Global ids of this rank's real columns; an empty slice where it holds padding alone."""
+    """Return the global ids of this rank's real columns; an empty slice where it holds padding alone."""
     rank = dist.get_rank(tensor_group) if tensor_group is not None else 0
     first = rank * logits.size(-1)
     return slice(first, max(first, min(first + logits.size(-1), vocab_size)))
 
 
 def sequence_first(x: torch.Tensor) -> torch.Tensor:
-    """[B, L, ...] -> [T, ...] in the order of megatron-core's logits [L, B, V/tp]."""
+    """Reorder [B, L, ...] to [T, ...], in the order of megatron-core's logits [L, B, V/tp]."""
     return x.transpose(0, 1).flatten(0, 1)
 
 
@@ -73,7 +73,7 @@ class Objective:
         raise NotImplementedError
 
     def summed(self, loss: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:
-        """The sums from the loss, fp32[T] or already summed, and all other terms fp32[3, T]."""
+        """Add up the terms: from the loss, fp32[T] or already summed, and all other terms, fp32[3, T]."""
         every = dict(zip(TERMS, terms.unbind(0), strict=True))
         wanted = torch.stack([every[name] for name in self.term_names[1:]])
         return torch.cat((loss.sum().reshape(1), wanted.sum(dim=1)))

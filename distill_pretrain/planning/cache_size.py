@@ -155,7 +155,7 @@ class Pilot:
         )
 
     def density(self, wanted: Targets) -> Density:
-        """Density of a kind of targets: as measured, or scaled from the nearest N of the same sampler.
+        """Return the density of a kind of targets: as measured, or scaled from the nearest N of the same sampler.
 
         Raises:
             ConfigError: the pilot has no such sampler.
@@ -234,13 +234,13 @@ class CacheGeometry:
 
 
 def tables_bytes(geometry: CacheGeometry, targets: Targets) -> int:
-    """Size of codec-*.bin (FORMAT.md): rank map and code lengths."""
+    """Return the size of codec-*.bin (FORMAT.md): rank map and code lengths."""
     contexts = 151 if targets.values == "counts" else 116
     return 24 + 4 * geometry.vocab_size + 81 * contexts + 4 if geometry.codec == "hc" else 0
 
 
 def raw_entry_bytes(vocab_size: int, targets: Targets) -> int:
-    """Bytes of an entry of the raw codecs (FORMAT.md)."""
+    """Return the bytes of an entry of the raw codecs (FORMAT.md)."""
     id_bits = max(1, (vocab_size - 1).bit_length())
     if targets.values == "counts":
         return -(-(id_bits + (targets.num_draws - 1).bit_length()) // 8)
@@ -248,7 +248,7 @@ def raw_entry_bytes(vocab_size: int, targets: Targets) -> int:
 
 
 def shard_bytes(geometry: CacheGeometry, targets: Targets, density: Density) -> float:
-    """Bytes of all shard files: 296 per shard, 75.5 (hc: 83.5) per block, and the payload of every entry.
+    """Return the bytes of all shard files: 296 per shard, 75.5 (hc: 83.5) per block, and the payload of every entry.
 
     Raw payloads also have a length of 1 byte (2 above N = 255) per position.
     """
@@ -261,13 +261,13 @@ def shard_bytes(geometry: CacheGeometry, targets: Targets, density: Density) -> 
 
 
 def cache_bytes(geometry: CacheGeometry, targets: Targets, density: Density) -> float:
-    """Bytes of the whole folder: shards, records, manifest and tables."""
+    """Return the bytes of the whole folder: shards, records, manifest and tables."""
     others = RECORD_BYTES * geometry.shards + tables_bytes(geometry, targets)
     return shard_bytes(geometry, targets, density) + others
 
 
 def load_pilot(path: Path | None) -> Pilot | None:
-    """The pilot of a recipe, if it names one.
+    """Load the pilot of a recipe, if it names one.
 
     Raises:
         ConfigError: it cannot be read.

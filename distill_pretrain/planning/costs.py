@@ -18,14 +18,14 @@ SKIPPED_STEPS = 5
 
 
 def gpu_hours(tokens: float, tokens_per_second: float, gpus: int) -> float:
-    """GPU-hours of so many tokens at a speed that so many GPUs reach together."""
+    """Return the GPU-hours of so many tokens at a speed that so many GPUs reach together."""
     return tokens / tokens_per_second * gpus / 3600
 
 
 def model_speed(
     parameters: float, *, gpus: int, tflops: float, utilization: float, training: bool
 ) -> float:
-    """Tokens per second: gpus x tflops x utilization / (2 parameters forward, 6 in training)."""
+    """Return tokens per second: gpus x tflops x utilization / (2 parameters forward, 6 in training)."""
     operations = FORWARD_OPERATIONS * parameters * (3 if training else 1)
     return gpus * tflops * 1e12 * utilization / operations
 
@@ -56,7 +56,7 @@ def reading(
     gpus: int,
     gpus_per_node: int,
 ) -> Reading:
-    """Traffic of a training job.
+    """Compute the traffic of a training job.
 
     Each of the tensor-parallel ranks of the last stage reads its replica's targets; those ranks are next to each other.
 
@@ -104,11 +104,11 @@ class BreakEven:
         return math.floor((self.capture + self.storage) / saved) + 1
 
     def offline(self, students: int) -> float:
-        """GPU-hours of the teacher's part with a cache."""
+        """Return the GPU-hours of the teacher's part with a cache."""
         return self.capture + self.storage + students * self.per_student_offline
 
     def online(self, students: int) -> float:
-        """GPU-hours of the teacher's part without one."""
+        """Return the GPU-hours of the teacher's part without one."""
         return students * self.per_student_online
 
 
@@ -172,7 +172,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 
 def telemetry_speed(folder: Path) -> float | None:
-    """Positions per second of one replica, from the telemetry beside a cache; None if there is none."""
+    """Read the positions per second of one replica from the telemetry beside a cache; None if there is none."""
     speeds = [
         float(record["positions_per_s"])
         for path in sorted(folder.parent.glob(f"{folder.name}.telemetry/*.jsonl"))
@@ -183,7 +183,7 @@ def telemetry_speed(folder: Path) -> float | None:
 
 
 def hf_parameters(folder: Path) -> float | None:
-    """Parameters of a llama-like model from its config.json; None where it does not say enough."""
+    """Count the parameters of a llama-like model by its config.json; None where it does not say enough."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         hidden, layers = config["hidden_size"], config["num_hidden_layers"]

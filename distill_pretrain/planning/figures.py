@@ -71,7 +71,7 @@ class Table:
     how: str
 
     def lines(self) -> Iterator[str]:
-        """Aligned text."""
+        """Write the table as aligned text."""
         widths = [max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]
         for row in (self.columns, *self.rows):
             first, *others = (cell for cell in row)
@@ -97,11 +97,11 @@ class PlanReport:
     parts: list[Part] = field(default_factory=list)
 
     def figure(self, name: str) -> Figure:
-        """The figure of that name."""
+        """Return the figure of that name."""
         return next(f for part in self.parts for f in part.figures if f.name == name)
 
     def text(self) -> str:
-        """The plan as a person reads it; every line says its basis."""
+        """Write the plan as a person reads it; every line says its basis."""
         lines = [
             "Figures marked exact, measured or given are that; pilot, estimate and assumption are not measurements.",
         ]
@@ -119,10 +119,10 @@ class PlanReport:
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able: the same, with what every basis means."""
+        """Return the same as JSON values, with what every basis means."""
         return {"bases": BASES, "parts": [asdict(part) for part in self.parts]}
 
 
 def derived(basis: Basis) -> Basis:
-    """What follows from a figure of this basis."""
+    """Return the basis of what follows from a figure of this basis."""
     return "estimate" if basis in ("given", "measured") else basis

@@ -121,7 +121,7 @@ class RankMemory:
 
 
 def rank_memory(job: StudentJob, stage: int) -> RankMemory:
-    """Memory of a rank of a pipeline stage."""
+    """Compute the memory of a rank of a pipeline stage."""
     numels = _numels(job, stage)
     weights, gradients, optimizer = _states(job, numels)
     is_last = stage == job.parallel.pipeline - 1
@@ -145,7 +145,7 @@ def rank_memory(job: StudentJob, stage: int) -> RankMemory:
 
 
 def cpu_process_bytes(memory: RankMemory, base: float) -> float:
-    """Peak resident memory of a process that trains on a CPU.
+    """Return the peak resident memory of a process that trains on a CPU, in bytes.
 
     Args:
         memory: of its rank.
@@ -156,7 +156,7 @@ def cpu_process_bytes(memory: RankMemory, base: float) -> float:
 
 
 def fullest_rank(job: StudentJob) -> RankMemory:
-    """The pipeline stage that needs most."""
+    """Return the memory of the pipeline stage that needs most."""
     return max((rank_memory(job, stage) for stage in stages(job.parallel)), key=lambda r: r.total)
 
 
@@ -251,7 +251,7 @@ def _recomputed_bytes(job: StudentJob) -> int:
 
 
 def norm_bytes(job: StudentJob, width: float) -> float:
-    """What a norm of `width` columns keeps per position, beside its output.
+    """Return what a norm of `width` columns keeps per position, beside its output, in bytes.
 
     RMSNorm is composed of plain operations: an fp32 input, the normalised fp32 rows and a scale. LayerNorm is one
     operation: its input, mean and scale.
@@ -262,7 +262,10 @@ def norm_bytes(job: StudentJob, width: float) -> float:
 
 
 def layer_bytes(job: StudentJob) -> float:
-    """What one transformer layer keeps for its backward pass, per position, but for what is recomputed selectively."""
+    """Return the bytes per position that a transformer layer keeps for its backward pass.
+
+    What is recomputed selectively is left out.
+    """
     selective = job.parallel.recompute == "selective"
     return _layer_bytes(job, frozenset(job.parallel.recompute_modules if selective else ()))
 

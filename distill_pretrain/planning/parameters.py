@@ -16,12 +16,12 @@ Shape = tuple[int, ...]
 
 
 def head_width(model: ModelConfig) -> int:
-    """Channels of one attention head."""
+    """Return the number of channels of one attention head."""
     return model.kv_channels or model.hidden_size // model.num_attention_heads
 
 
 def layer_shapes(model: ModelConfig, tensor: int) -> list[Shape]:
-    """Parameters of one transformer layer on a tensor-parallel rank."""
+    """Return the shapes of the parameters of one transformer layer on a tensor-parallel rank."""
     llama = model.arch == "llama"
     width, hidden = head_width(model), model.hidden_size
     groups = model.num_query_groups or model.num_attention_heads
@@ -50,7 +50,7 @@ def layer_shapes(model: ModelConfig, tensor: int) -> list[Shape]:
 def rank_shapes(
     model: ModelConfig, parallel: ParallelConfig, *, vocab_size: int, seq_len: int, stage: int
 ) -> list[Shape]:
-    """Parameters of a rank of a pipeline stage, over all its model chunks.
+    """Return the shapes of the parameters of a rank of a pipeline stage, over all its model chunks.
 
     Args:
         model: architecture.
@@ -78,11 +78,11 @@ def rank_shapes(
 
 
 def num_parameters(model: ModelConfig, *, vocab_size: int, seq_len: int, tensor: int = 1) -> int:
-    """Parameters of the whole model, padding of the vocabulary included."""
+    """Count the parameters of the whole model, padding of the vocabulary included."""
     whole = rank_shapes(model, ParallelConfig(), vocab_size=vocab_size, seq_len=seq_len, stage=0)
     return sum(map(math.prod, whole))
 
 
 def stages(parallel: ParallelConfig) -> Iterator[int]:
-    """Pipeline stages that differ in memory: the first, one between, the last."""
+    """Yield the pipeline stages that differ in memory: the first, one between, the last."""
     yield from sorted({0, min(1, parallel.pipeline - 1), parallel.pipeline - 1})

@@ -6,7 +6,7 @@ from distill_pretrain.errors import LayoutError
 
 
 def context_spans(seq_len: int, rank: int, size: int) -> list[tuple[int, int]]:
-    """The pieces [start, stop) of a sequence that a context-parallel rank holds, in order.
+    """Return the pieces [start, stop) of a sequence that a context-parallel rank holds, in order.
 
     Of 2 * size equal chunks these are number `rank` and number `2 * size - 1 - rank`: under causal attention every
     rank has the same work (megatron-core's load-balanced order).

@@ -9,22 +9,22 @@ import os
 
 
 def launch_rank() -> int:
-    """Global rank, 0 without a launcher."""
+    """Return the rank of this process in the job, 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
 
 
 def launch_world_size() -> int:
-    """Number of processes of the job, 1 without a launcher."""
+    """Return the number of processes of the job, 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def launch_local_rank() -> int:
-    """Rank within this node, 0 without a launcher."""
+    """Return the rank of this process within its node, 0 without a launcher."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def launch_local_world_size() -> int:
-    """Processes of this job on this node, 1 without a launcher."""
+    """Return the number of processes of this job on this node, 1 without a launcher."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", str(launch_world_size())))
 
 

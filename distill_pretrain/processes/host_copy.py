@@ -26,7 +26,10 @@ class HostCopy:
         self._copied.record()
 
     def read(self) -> torch.Tensor:
-        """The copy. Waits for the device, unless the host has since waited for something that was started later."""
+        """Return the copy once it is there.
+
+        The host waits for the device, unless it has since waited for something that was started later.
+        """
         if self._copied is not None:
             self._copied.synchronize()
         return self._values
@@ -49,5 +52,5 @@ class MostAnywhere:
         self._most = HostCopy(most)
 
     def read(self) -> dict[str, float]:
-        """The figures by name; see `HostCopy.read`."""
+        """Return the figures by name; see `HostCopy.read`."""
         return dict(zip(self._names, self._most.read().tolist(), strict=True))

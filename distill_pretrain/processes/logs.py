@@ -26,7 +26,7 @@ notices are the same on all ranks, and only rank 0 shows them."""
 
 
 def chosen_level(option: str | None) -> int:
-    """The level of a command: its option, else DISTILL_PRETRAIN_LOG, else info.
+    """Return the level of a command: its option, else DISTILL_PRETRAIN_LOG, else info.
 
     Raises:
         ConfigError: the variable holds no level.
@@ -46,7 +46,7 @@ def chosen_level(option: str | None) -> int:
 
 @contextmanager
 def shown(level: int) -> Iterator[None]:
-    """Inside the block the notices of this package from `level` on are lines of standard error.
+    """Write the notices of this package, inside the block and from `level` on, as lines of standard error.
 
     The loggers of other packages are left alone, and so is the root logger: nothing is shown twice.
     """

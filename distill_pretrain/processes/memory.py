@@ -10,7 +10,7 @@ import torch
 
 
 def peak_rss_bytes() -> int:
-    """Most resident host memory of this process since it started."""
+    """Return the most resident host memory of this process since it started, in bytes."""
     # getrusage would count what a parent held before this program was started in its place.
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -20,5 +20,5 @@ def peak_rss_bytes() -> int:
 
 
 def peak_gpu_bytes(device: torch.device) -> int:
-    """Most bytes of tensors on this process's GPU; 0 on a CPU."""
+    """Return the most bytes of tensors on this process's GPU; 0 on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 
 def local_device() -> torch.device:
-    """This process's GPU, or the CPU where there is none."""
+    """Return this process's GPU, or the CPU where there is none."""
     if torch.cuda.is_available():
         return torch.device("cuda", launch_local_rank() % torch.cuda.device_count())
     return torch.device("cpu")
@@ -49,7 +49,7 @@ def _free_port() -> int:
 
 @contextmanager
 def process_group(timeout: timedelta = timedelta(hours=2)) -> Iterator[None]:
-    """The job's default process group (NCCL on GPUs, gloo on CPUs), closed when the block succeeds.
+    """Open the job's default process group (NCCL on GPUs, gloo on CPUs), which is closed when the block succeeds.
 
     Without a launcher this is a group of one process. A group that exists already is used and left open. After an
     error in a job of several processes it is left to the end of the process: taking it down while other ranks wait

@@ -197,7 +197,7 @@ class Watchdog:
 
 @contextmanager
 def watchdog(timeout: float | None) -> Iterator[Callable[[str], None]]:
-    """Watches the block; yields what to call with each new activity.
+    """Watch the block; yield what to call with each new activity.
 
     Args:
         timeout: seconds without a new activity after which the process reports the ranks it waits for and ends, with

@@ -33,7 +33,7 @@ def require_matplotlib() -> None:
 
 
 def smooth(values: npt.NDArray[np.float64], half_width: int) -> npt.NDArray[np.float64]:
-    """Centred mean over up to 2 * half_width + 1 values, over fewer at the ends; NaN is left out.
+    """Average over up to 2 * half_width + 1 centred values, over fewer at the ends; NaN is left out.
 
     Args:
         values: float64[n].
@@ -57,7 +57,7 @@ def smooth(values: npt.NDArray[np.float64], half_width: int) -> npt.NDArray[np.f
 
 
 def draw_curves(curves: Mapping[str, TrainingCurve], *, held_out: Mapping[str, float]) -> bytes:
-    """Training cross-entropy against step, one line per run, and held-out CE: while it trained, and at its end.
+    """Draw training cross-entropy against step, one line per run, and held-out CE: while it trained, and at its end.
 
     Args:
         curves: name -> log of the run.
@@ -119,7 +119,7 @@ def _was_scored(curve: TrainingCurve) -> bool:
 
 
 def draw_reliability(scores: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """Reliability diagram: accuracy of the likeliest token against its probability, and positions per bin below.
+    """Draw the accuracy of the likeliest token against its probability, and positions per bin below.
 
     Args:
         scores: name -> `ModelScores.as_dict()`; a model without "reliability" is left out.
@@ -139,7 +139,7 @@ def draw_reliability(scores: Mapping[str, Mapping[str, Any]]) -> bytes:
 
 
 def draw_diagram(above: Axes, below: Axes, scores: Mapping[str, Mapping[str, Any]]) -> None:
-    """Lines of accuracy against confidence over the bins in use, and steps of the share of positions in all bins."""
+    """Draw lines of accuracy against confidence over the bins in use, and steps of each bin's share of positions."""
     for number, (name, score) in enumerate(scores.items()):
         diagram = score["reliability"]
         if diagram is None:

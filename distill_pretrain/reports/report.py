@@ -70,7 +70,7 @@ class ReportRow:
         return None if self.curve is None else float(np.nanmean(self.curve["ce"][-FINAL_STEPS:]))
 
     def cells(self) -> list[str]:
-        """The row's text, in the order of the table's columns."""
+        """Return the row's text, in the order of the table's columns."""
         training = [sections.ABSENT] * 3
         speed = sections.ABSENT
         if self.curve is not None:
@@ -154,7 +154,7 @@ def write_report(config: ReportConfig, *, recipe: str | None = None) -> Path:
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of what decides the figures."""
+    """Return the versions of what decides the figures."""
     versions = {"python": ".".join(map(str, sys.version_info[:3]))}
     for package in ("distill-pretrain", "torch", "megatron-core", "numpy"):
         try:
@@ -165,7 +165,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def today() -> str:
-    """Now, ISO 8601, UTC, to the second."""
+    """Return the time now, ISO 8601, UTC, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 

@@ -72,7 +72,7 @@ def write_run_page(run: Path, output: Path | None = None) -> Path:
 
 
 def read_events(run: Path) -> list[dict[str, Any]]:
-    """events.jsonl of a run, a torn line left out; empty for a run of an earlier version."""
+    """Read events.jsonl of a run, a torn line left out; it is empty for a run of an earlier version."""
     try:
         lines = (run / "events.jsonl").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -51,7 +51,10 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Logarithms, to base 10, of 1, 2 and 5 times powers of ten; of the powers alone where those are enough."""
+    """Return the logarithms, to base 10, of 1, 2 and 5 times powers of ten.
+
+    Where the powers alone are enough, the others are left out.
+    """
     decades = range(math.floor(low), math.ceil(high) + 1)
     firsts = (1,) if high - low > 3 else (1, 2, 5)
     places = [decade + math.log10(first) for decade in decades for first in firsts]
@@ -67,7 +70,7 @@ def tick_label(value: float) -> str:
 
 
 def limits(series: Sequence[Values], *, from_zero: bool) -> tuple[float, float]:
-    """The y range: all of the late part; the first tenth, a steep drop from log V, may run out of the top."""
+    """Return the y range: all of the late part; the first tenth, a steep drop from log V, may run out of the top."""
     late = np.concatenate([values[len(values) // 10 :] for values in series] or [np.zeros(0)])
     shown = late[np.isfinite(late)]
     if not len(shown):
@@ -82,7 +85,7 @@ def limits(series: Sequence[Values], *, from_zero: bool) -> tuple[float, float]:
 
 
 def groups(steps: Values, values: Values) -> tuple[Values, Values, Values, Values]:
-    """Middles of at most MOST_POINTS groups of known neighbours, and the least, mean and greatest value in each."""
+    """Return the middles of at most MOST_POINTS groups of known neighbours, and each one's least, mean and greatest."""
     known = np.isfinite(values)
     steps, values = steps[known], values[known]
     if not len(values):
@@ -107,7 +110,7 @@ def draw(
     log_scale: bool = False,
     smoothed: bool = True,
 ) -> str:
-    """An SVG element: faint as logged, bold averaged over neighbouring steps.
+    """Draw the lines as an SVG element: faint as logged, bold averaged over neighbouring steps.
 
     Args:
         steps: float64[n], ascending.
@@ -177,7 +180,7 @@ def draw(
 
 
 def legend(names: Sequence[str]) -> str:
-    """Coloured names, in the order of `draw`."""
+    """Write the coloured names, in the order of `draw`."""
     return "".join(
         f'<span class="key"><i style="background:{COLOURS[number % len(COLOURS)]}"></i>{html.escape(name)}</span>'
         for number, name in enumerate(names)

@@ -15,17 +15,17 @@ _CACHE_KEYS = ("cross_entropy_cache", "kl_cache")
 
 
 def figure(value: float | None, form: str) -> str:
-    """A number, or a dash for None."""
+    """Write a number, or a dash for None."""
     return ABSENT if value is None else format(value, form)
 
 
 def escape(text: str) -> str:
-    """Text that does not end a table's cell."""
+    """Escape text so that it does not end a table's cell."""
     return text.replace("|", "\\|")
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A markdown table: names on the left, figures on the right."""
+    """Write a markdown table: names on the left, figures on the right."""
     lines = [
         "| " + " | ".join(map(escape, header)) + " |",
         "|:--" + "|--:" * (len(header) - 1) + "|",
@@ -34,7 +34,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list
 
 
 def calibration(scores: AllScores, picture: str) -> list[str]:
-    """The reliability diagram, if any model has one."""
+    """Write the reliability diagram, if any model has one."""
     if not any(score["reliability"] for score in scores.values()):
         return []
     return [
@@ -48,7 +48,7 @@ def calibration(scores: AllScores, picture: str) -> list[str]:
 
 
 def speculation(scores: AllScores) -> list[str]:
-    """Accepted drafts per round of every model but the teacher."""
+    """Write the accepted drafts per round of every model but the teacher."""
     drafters = {
         name: score["accepted_length"] for name, score in scores.items() if score["accepted_length"]
     }
@@ -72,7 +72,7 @@ def speculation(scores: AllScores) -> list[str]:
 
 
 def held_out_cache(scores: AllScores) -> list[str]:
-    """Figures against a held-out cache."""
+    """Write the figures against a held-out cache."""
     rows = [
         [name, *(figure(score[key], ".4f") for key in _CACHE_KEYS)]
         for name, score in scores.items()
@@ -94,7 +94,7 @@ def held_out_cache(scores: AllScores) -> list[str]:
 
 
 def gradients(results: EvalResults) -> list[str]:
-    """Angle and size of cached targets' gradients."""
+    """Write the angle and size of cached targets' gradients."""
     if results.gradients is None:
         return []
     rows = [
@@ -120,7 +120,7 @@ def gradients(results: EvalResults) -> list[str]:
 
 
 def tasks(results: EvalResults) -> list[str]:
-    """Zero-shot figures, tasks down and models across."""
+    """Write the zero-shot figures, tasks down and models across."""
     if results.tasks is None:
         return []
     models = results.tasks["models"]

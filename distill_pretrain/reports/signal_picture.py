@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def draw_signal(measured: Signal, predicted: Signal, *, title: str) -> bytes:
-    """Four panels over the layers; measured solid, predicted for fresh weights dashed.
+    """Draw four panels over the layers; measured solid, predicted for fresh weights dashed.
 
     Args:
         measured: of a model.

@@ -55,17 +55,17 @@ class Block(Protocol):
     """Some rows of this rank's columns."""
 
     def largest(self) -> Float32Array:
-        """float32[T]: see `weights.largest`."""
+        """Return the largest logit of each row, float32[T]; see `weights.largest`."""
         ...
 
     def weigh(self, maxima: Float32Array) -> Int64Array:
-        """int64[T]: sums of the integer weights, by the maxima over all ranks. Before any of those below."""
+        """Sum the integer weights of each row, int64[T], by the maxima over all ranks; call it before those below."""
         ...
 
     def drawn(
         self, draws: Draws, rows: slice, below: Int64Array, totals: Int64Array
     ) -> DrawnEntries:
-        """Those of the draws that fall on this rank's columns.
+        """Find those of the draws that fall on this rank's columns.
 
         Args:
             draws: of positions among which the block's are `rows`.
@@ -76,11 +76,11 @@ class Block(Protocol):
         ...
 
     def likeliest(self, k: int) -> LikeliestEntries:
-        """The k largest of this rank's logits, ties to the lower column; -inf is never among them."""
+        """Find the k largest of this rank's logits, ties to the lower column; -inf is never among them."""
         ...
 
     def moments(self, rows: Int64Array) -> RowMoments:
-        """Moments of some rows of the block."""
+        """Compute the moments of some rows of the block."""
         ...
 
 
@@ -103,7 +103,7 @@ class Columns(Protocol):
         ...
 
     def block(self, rows: Int64Array) -> Block:
-        """The rows of these numbers, ascending."""
+        """Take the rows of these numbers, ascending."""
         ...
 
 
@@ -114,17 +114,17 @@ class Split(Protocol):
     """Token id of this rank's column 0."""
 
     def rows_at_once(self, columns: int) -> int:
-        """Rows whose weights are held at once; the same on every rank."""
+        """Return the number of rows whose weights are held at once; the same on every rank."""
         ...
 
     def maxima(self, own: Float32Array) -> Float32Array:
-        """float32[T]: the largest of the ranks' values, none of them NaN."""
+        """Return the largest of the ranks' values of each row, float32[T], none of them NaN."""
         ...
 
     def totals(self, own: Int64Array) -> tuple[Int64Array, Int64Array]:
-        """int64[T] each: the sums over lower ids' ranks, and over all ranks."""
+        """Return the sums over lower ids' ranks, and over all ranks, int64[T] each."""
         ...
 
     def gathered(self, own: list[npt.NDArray[Any]]) -> list[list[npt.NDArray[Any]]]:
-        """Every rank's arrays of one dimension, by ascending ids."""
+        """Return every rank's arrays of one dimension, by ascending ids."""
         ...

@@ -32,7 +32,7 @@ class Drawing(NamedTuple):
 
 
 def multinomial_points(draws: Uint64Array, totals: Int64Array, num_draws: int) -> Int64Array:
-    """int64[T, N]: independent points r = floor(x * W / 2**64) in [0, W).
+    """Return independent points r = floor(x * W / 2**64) in [0, W), int64[T, N].
 
     Args:
         draws: uint64[T, N], x, uniform.
@@ -44,7 +44,7 @@ def multinomial_points(draws: Uint64Array, totals: Int64Array, num_draws: int) -
 
 
 def systematic_points(draws: Uint64Array, totals: Int64Array, num_draws: int) -> Int64Array:
-    """int64[T, N] ascending: r_k = floor((k * W + h) / N), one h in [0, W) per position.
+    """Return ascending points r_k = floor((k * W + h) / N), int64[T, N], with one h in [0, W) per position.
 
     Over all (k, h) the number k * W + h takes every value in [0, N * W) once, so floor(. / N) hits
     every integer of [0, W) exactly N times: E[count_i] = N * w_i / W with no rounding. For one h,
@@ -66,14 +66,14 @@ def systematic_points(draws: Uint64Array, totals: Int64Array, num_draws: int) ->
 
 
 def systematic_errors(probs: Float64Array, num_draws: int) -> Float64Array:
-    """float64[T]: sum over V of f (1 - f) / N^2, f the fractional part of N t."""
+    """Return the sum over V of f (1 - f) / N^2, float64[T], f the fractional part of N t."""
     fraction = np.modf(num_draws * probs)[0]
     errors: Float64Array = (fraction * (1 - fraction)).sum(axis=1) / num_draws**2
     return errors
 
 
 def multinomial_errors(probs: Float64Array, num_draws: float) -> Float64Array:
-    """float64[T]: sum over V of t (1 - t) / N."""
+    """Return the sum over V of t (1 - t) / N, float64[T]."""
     errors: Float64Array = (1 - (probs**2).sum(axis=1)) / num_draws
     return errors
 

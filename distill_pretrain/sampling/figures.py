@@ -28,7 +28,7 @@ class DistributionFigures:
         self._top_ids: list[npt.NDArray[np.int32]] = []
 
     def add(self, entropies: npt.NDArray[np.float64], top_ids: npt.NDArray[np.int32]) -> None:
-        """Some more rows.
+        """Add some more rows.
 
         Args:
             entropies: float64[T], in nats.

@@ -19,7 +19,7 @@ Float32Array = npt.NDArray[np.float32]
 
 
 def host_columns(logits: torch.Tensor) -> HostColumns:
-    """Columns [T, V] of any float type and device, moved to the host."""
+    """Move columns [T, V] of any float type and device to the host."""
     return HostColumns(logits.detach().cpu().float().numpy())
 
 
@@ -41,7 +41,7 @@ class HostColumns:
         self._scratch: Scratch | None = None
 
     def block(self, rows: Int64Array) -> HostBlock:
-        """Some rows; of the blocks taken, one at a time may be used, and the first has the most rows."""
+        """Take some rows; of the blocks taken, one at a time may be used, and the first has the most rows."""
         if self._scratch is None:
             self._scratch = Scratch(len(rows), self.width)
         return HostBlock(_rows(self._logits, rows), self._scratch)
@@ -60,11 +60,11 @@ class HostBlock:
         self._scratch = scratch
 
     def largest(self) -> Float32Array:
-        """float32[T]."""
+        """Return the largest logit of each row, float32[T]."""
         return largest(self._logits)
 
     def weigh(self, maxima: Float32Array) -> Int64Array:
-        """int64[T]."""
+        """Sum the integer weights of each row, int64[T]; see `columns.Block`."""
         self._maxima = maxima
         self._cumulative = integer_weights(self._logits, self._scratch, maxima)
         np.cumsum(self._cumulative, axis=1, out=self._cumulative)
@@ -74,12 +74,12 @@ class HostBlock:
     def drawn(
         self, draws: Draws, rows: slice, below: Int64Array, totals: Int64Array
     ) -> DrawnEntries:
-        """Entries of this rank."""
+        """Find the entries of this rank's columns on which draws fall; see `columns.Block`."""
         points = DRAWN[draws.name].points(draws.words[rows], totals, draws.num_draws)
         return _run_lengths(_locate(self._cumulative, points - below[:, None]), self._width)
 
     def likeliest(self, k: int) -> LikeliestEntries:
-        """Candidates of this rank."""
+        """Find the candidates of this rank's columns; see `columns.Block`."""
         chosen = likeliest(self._logits, k)
         rows, columns = np.nonzero(chosen)
         before = np.where(columns > 0, self._cumulative[rows, columns - 1], 0)
@@ -87,7 +87,7 @@ class HostBlock:
         return LikeliestEntries(chosen.sum(axis=1), columns, self._logits[rows, columns], weights)
 
     def moments(self, rows: Int64Array) -> RowMoments:
-        """Moments of some rows."""
+        """Compute the moments of some rows; see `columns.Block`."""
         logits = self._logits[rows]
         weights = np.diff(self._cumulative[rows], axis=1, prepend=np.int64(0))
         depth = np.where(weights > 0, self._maxima[rows, None] - logits, 0)
@@ -131,7 +131,7 @@ def _run_lengths(drawn: Int64Array, vocab: int) -> DrawnEntries:
 
 
 def likeliest(logits: Float32Array, k: int) -> npt.NDArray[np.bool_]:
-    """bool[T, V]: the k largest logits, ties to the lower id; -inf is never among them."""
+    """Mark the k largest logits of each row, bool[T, V], ties to the lower id; -inf is never among them."""
     vocab = logits.shape[1]
     k = min(k, vocab)
     threshold = np.partition(logits, vocab - k, axis=1)[:, vocab - k, None]

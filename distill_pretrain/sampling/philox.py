@@ -21,7 +21,7 @@ Uint64Array = npt.NDArray[np.uint64]
 
 
 def philox4x32(key: tuple[int, int], counter: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
-    """Ten rounds over every counter.
+    """Run ten rounds over every counter.
 
     Args:
         key: two 32-bit words.
@@ -45,7 +45,7 @@ def philox4x32(key: tuple[int, int], counter: npt.NDArray[np.uint32]) -> npt.NDA
 
 
 def draws64(seed: int, stream: int, positions: Uint64Array, num_draws: int) -> Uint64Array:
-    """Uniform 64-bit words, two per Philox call.
+    """Return uniform 64-bit words, two per Philox call.
 
     Args:
         seed: key, in [0, 2**64).
@@ -70,7 +70,7 @@ def draws64(seed: int, stream: int, positions: Uint64Array, num_draws: int) -> U
 
 
 def umul64hi(a: Uint64Array, b: Uint64Array) -> Uint64Array:
-    """Upper 64 bits of the 128-bit products: floor(a * b / 2**64), element by element."""
+    """Return the upper 64 bits of the 128-bit products: floor(a * b / 2**64), element by element."""
     a_low, a_high, b_low, b_high = a & _MASK32, a >> _SHIFT32, b & _MASK32, b >> _SHIFT32
     low, cross_a, cross_b = a_low * b_low, a_low * b_high, a_high * b_low
     middle = (low >> _SHIFT32) + (cross_a & _MASK32) + (cross_b & _MASK32)

@@ -66,7 +66,7 @@ def sample_targets(
     top_p: float | None = None,
     valid: npt.NDArray[np.bool_] | None = None,
 ) -> RaggedTargets:
-    """Sparse targets of one sampler, whose attributes are given one by one; see `sample_sets`."""
+    """Sample sparse targets by one sampler, whose attributes are given one by one; see `sample_sets`."""
     chosen = Sampler(name=sampler, num_draws=num_draws, seed=seed, top_p=top_p)
     return sample_sets(logits, positions, [chosen], valid=valid)[0]
 
@@ -79,7 +79,7 @@ def sample_sets(
     valid: npt.NDArray[np.bool_] | None = None,
     figures: DistributionFigures | None = None,
 ) -> list[RaggedTargets]:
-    """Sparse targets of T positions by each of several samplers, which share the softmax.
+    """Sample sparse targets of T positions by each of several samplers, which share the softmax.
 
     A row depends on its own logits and position and on its sampler only, not on the other samplers.
 
@@ -119,19 +119,19 @@ class WholeVocabulary:
     first_id = 0
 
     def rows_at_once(self, columns: int) -> int:
-        """Rows whose logits stay in the processor's cache together."""
+        """Return the number of rows whose logits stay in the processor's cache together."""
         return max(1, _CHUNK_ELEMENTS // columns)
 
     def maxima(self, own: Float32Array) -> Float32Array:
-        """The maxima over all columns: its own, since it holds them all."""
+        """Return the maxima over all columns: its own, since it holds them all."""
         return own
 
     def totals(self, own: Int64Array) -> tuple[Int64Array, Int64Array]:
-        """Nothing before, its own in all."""
+        """Return zeros for what lies before, and its own sums for all."""
         return np.zeros_like(own), own
 
     def gathered(self, own: list[npt.NDArray[Any]]) -> list[list[npt.NDArray[Any]]]:
-        """What every holder of columns has: its own alone."""
+        """Return what every holder of columns has: its own alone."""
         return [own]
 
 

@@ -37,7 +37,7 @@ def sample_sets_parallel(
     figures: DistributionFigures | None = None,
     read: Callable[[torch.Tensor], Columns] = host_columns,
 ) -> list[RaggedTargets]:
-    """The targets that `sample_sets` gives of the whole rows, bit for bit, on every rank of the group.
+    """Sample the targets that `sample_sets` gives of the whole rows, bit for bit, on every rank of the group.
 
     Every rank of the group calls it, with the same arguments but its own columns.
 

@@ -55,7 +55,7 @@ class BadLogits(TeacherError):
 
 
 def row_maxima(logits: Float32Array) -> Float32Array:
-    """float32[T]: largest logit per row of float32[T, V].
+    """Return the largest logit of each row of float32[T, V], float32[T].
 
     Raises:
         BadLogits: a row holds NaN or +inf, or nothing but -inf.
@@ -64,14 +64,14 @@ def row_maxima(logits: Float32Array) -> Float32Array:
 
 
 def largest(logits: Float32Array) -> Float32Array:
-    """float32[T]: as `row_maxima`, but +inf for a row that holds NaN."""
+    """Return the same as `row_maxima`, float32[T], but +inf for a row that holds NaN."""
     maxima: Float32Array = logits.max(axis=1)
     maxima[np.isnan(maxima)] = np.inf
     return maxima
 
 
 def usable_maxima(maxima: Float32Array) -> Float32Array:
-    """The same, unless one of them is not finite.
+    """Return the same maxima, unless one of them is not finite.
 
     Raises:
         BadLogits: numbers the rows.
@@ -83,7 +83,7 @@ def usable_maxima(maxima: Float32Array) -> Float32Array:
 
 
 def log_sums(totals: Int64Array) -> npt.NDArray[np.float64]:
-    """float64[T]: log of the sum of exp(z - max z), from the totals of the integer weights.
+    """Return the log of the sum of exp(z - max z), float64[T], from the totals of the integer weights.
 
     It does not depend on who adds them up, and is within 1e-6 of the exact one: the weights are cut to 2**-40 and their
     polynomial is one of float32.
@@ -108,7 +108,7 @@ class Scratch:
 def integer_weights(
     logits: Float32Array, scratch: Scratch | None = None, maxima: Float32Array | None = None
 ) -> Int64Array:
-    """int64[T, V] weights in [0, 2**40] of float32[T, V] logits; -inf gives 0, the maximum 2**40.
+    """Return weights in [0, 2**40], int64[T, V], of logits float32[T, V]; -inf gives 0, the maximum 2**40.
 
     d = (max - z) * log2(e), n = floor(d), f = d - n, w = floor(2**(40 - n) * poly(f)), with every
     float32 operation rounded on its own (no fused multiply-add).

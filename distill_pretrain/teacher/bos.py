@@ -30,7 +30,7 @@ DOCUMENTS = 64
 
 
 def missing_bos(model: Path, index: TokenIndex) -> int | None:
-    """The BOS token that a model's config.json names and that stands between no documents of a corpus.
+    """Return the BOS token that a model's config.json names and that stands between no documents of a corpus.
 
     Args:
         model: folder of the teacher.
@@ -66,7 +66,7 @@ class BosFigures:
     num_sequences: int
 
     def warning(self, bos: int) -> str:
-        """A line for the user."""
+        """Write a line for the user."""
         (entropy, entropy_with), (hits, hits_with) = self.entropies, self.hit_rates
         return (
             f"the teacher's config.json names token {bos} as BOS, and no document of the corpus begins with "

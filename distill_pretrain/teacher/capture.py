@@ -87,7 +87,7 @@ class CaptureWatch:
 
 
 def software_versions(engine_kind: str) -> dict[str, str]:
-    """Versions that can move a teacher's float rounding, and ours."""
+    """Return the versions that can move a teacher's float rounding, and ours."""
     of_engine = {
         "megatron": ["megatron-core"],
         "hf": ["transformers"],
@@ -100,7 +100,7 @@ def software_versions(engine_kind: str) -> dict[str, str]:
 def make_plans(
     sequences: SequenceData, capture: CaptureConfig, teacher_identity: dict[str, Any]
 ) -> dict[Path, CachePlan]:
-    """Everything that decides the bytes of every cache, by the cache's folder."""
+    """Decide everything that decides the bytes of every cache, by the cache's folder."""
     fingerprint = sequences.index.fingerprint
     wanted = capture.num_sequences or sequences.num_sequences
     return {
@@ -136,7 +136,7 @@ def _described(targets: TargetSetConfig) -> dict[str, Any]:
 
 
 def pending_shards(writers: Sequence[CacheWriter]) -> dict[int, list[CacheWriter]]:
-    """Shards that some cache lacks, in order, and the caches that lack them."""
+    """Return the shards that some cache lacks, in order, and the caches that lack them."""
     pending: dict[int, list[CacheWriter]] = {}
     for writer in writers:
         for shard in writer.pending():

@@ -211,7 +211,7 @@ class CaptureConfig(TargetsConfig):
         return self
 
     def sequences_per_pass(self, seq_len: int) -> int:
-        """Sequences of `seq_len` positions per forward pass of the teacher.
+        """Return the number of sequences of `seq_len` positions per forward pass of the teacher.
 
         Raises:
             ConfigError: not even one fits micro_batch_tokens.

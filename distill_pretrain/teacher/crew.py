@@ -79,7 +79,7 @@ class Crew:
         return result
 
     def score(self, first: int, count: int, plans: Sequence[CachePlan]) -> SampledBatch:
-        """The targets of `count` sequences from `first`, by each plan; on the leader, inside `run`.
+        """Score `count` sequences from `first`, and return their targets by each plan; on the leader, inside `run`.
 
         Raises:
             TeacherError: the logits are no distribution, naming the sequences.
@@ -104,7 +104,7 @@ class Crew:
 
 
 def first_crew_first(crew: Crew, action: Callable[[], Result]) -> Result | None:
-    """`crew.run(action)`, by the other replicas of a job only after the first one is done with it.
+    """Call `crew.run(action)`, on the other replicas of a job only after the first one is done with it.
 
     Every rank of the job calls it. A user's mistake that the first replica finds reaches every rank.
     """

@@ -61,7 +61,7 @@ class SamplerFigures:
 def truncation(
     probs: Float64Array, targets: RaggedTargets
 ) -> tuple[Float64Array, Float64Array, Float64Array]:
-    """Missing mass and squared errors of targets that keep some probabilities as they are.
+    """Compute the missing mass and squared errors of targets that keep some probabilities as they are.
 
     Args:
         probs: float64[T, V], t.
@@ -107,7 +107,7 @@ class TeacherSums:
             self.distinct[point] += seen + n * first - n * (n - 1) / 2 * second
 
     def draws_for(self, unique_ids: float) -> float:
-        """The n for which n multinomial draws have so many distinct ids; nan where the grid does not reach."""
+        """Return the n for which n multinomial draws have so many distinct ids; nan where the grid does not reach."""
         distinct = np.log(self.distinct / self.positions)
         wanted = np.log(unique_ids)
         if not distinct[0] <= wanted <= distinct[-1]:
@@ -133,7 +133,7 @@ class SamplerSums:
     top1: list[Float64Array] = field(default_factory=list)
 
     def add(self, probs: Float64Array, targets: RaggedTargets, rounding: float) -> None:
-        """Exact figures of a batch; `rounding` is its sum of |w / W - t|."""
+        """Add the exact figures of a batch; `rounding` is its sum of |w / W - t|."""
         self.positions += len(probs)
         self.entries += len(targets.ids)
         self.targets.append(targets)
@@ -147,7 +147,7 @@ class SamplerSums:
         self.error_renormalised += float(renormalised.sum())
 
     def check(self, probs: Float64Array, seeds: Sequence[RaggedTargets]) -> None:
-        """Real targets of some positions under several seeds."""
+        """Add up what real targets of some positions under several seeds are off by."""
         rows, likeliest = np.arange(len(probs)), probs.argmax(axis=1)
         deviations = np.zeros(len(probs))
         for targets in seeds:
@@ -165,7 +165,7 @@ class SamplerSums:
         return truncation(probs, targets)[1]
 
     def figures(self, vocab_size: int) -> SamplerFigures:
-        """Means."""
+        """Return the means over all positions so far."""
         is_drawn = self.sampler.kind == "counts"
         top1 = np.concatenate(self.top1)
         spread = top1.std() / np.sqrt(len(top1))

@@ -152,7 +152,7 @@ def moved_by_batch_shape(
     micro_batch_size: int,
     other: int,
 ) -> tuple[int, int]:
-    """Positions whose targets differ between two micro-batch sizes, and all positions looked at.
+    """Count the positions whose targets differ between two micro-batch sizes, and all positions looked at.
 
     The teacher's float rounding may depend on the batch's shape; see `capture.micro_batch_size`.
     """
@@ -164,7 +164,7 @@ def moved_by_batch_shape(
 
 
 def softmax64(logits: npt.NDArray[np.float32]) -> Float64Array:
-    """float64[T, V] of float32[T, V]."""
+    """Compute the softmax of float32[T, V] in float64[T, V]."""
     probs = logits.astype(np.float64)
     probs -= probs.max(axis=1, keepdims=True)
     np.exp(probs, out=probs)

@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 
 
 def load_teacher(teacher: TeacherConfig, sequences: SequenceData, tokens: Path) -> LogitsEngine:
-    """The section's model, refused where it does not know the corpus's ids.
+    """Load the section's model, refused where it does not know the corpus's ids.
 
     Args:
         teacher: the section.
@@ -67,7 +67,7 @@ Engine = TypeVar("Engine")
 
 
 def apart(engine: Engine, sequences: SequenceData) -> Engine:
-    """The engine; one that is shown documents one by one where `data.documents` is separate."""
+    """Return the engine; one that is shown documents one by one where `data.documents` is separate."""
     from distill_pretrain.teacher.engines.apart import DocumentsApart
 
     end = sequences.plan.document_end
@@ -91,7 +91,7 @@ def _name_padding(teacher: TeacherConfig, sequences: SequenceData) -> None:
 
 
 def model_width(model: Path) -> int:
-    """Ids that the config.json beside a model's weights names; 0 where there is none."""
+    """Return the number of ids that the config.json beside a model's weights names; 0 where there is none."""
     try:
         raw = json.loads((model / "config.json").read_bytes())
         width = (raw.get("text_config") or raw).get("vocab_size")

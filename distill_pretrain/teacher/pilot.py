@@ -15,7 +15,7 @@ Score = Callable[[int, int, Sequence[CachePlan]], SampledBatch]
 
 
 def pilot_tables(score: Score, plans: Sequence[CachePlan], *, num_tokens: int) -> list[HcTables]:
-    """Codec tables for each of some plans, fitted to targets that one pass of the teacher gives.
+    """Fit codec tables for each of some plans to targets that one pass of the teacher gives.
 
     Args:
         score: the teacher.

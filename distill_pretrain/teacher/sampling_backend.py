@@ -26,7 +26,7 @@ ReadColumns = Callable[[torch.Tensor], Columns]
 def columns_reader(
     implementation: SamplingImplementation, device: torch.device, replica: Replica
 ) -> ReadColumns:
-    """What reads the logits of a teacher on `device`, the same on all ranks that hold it.
+    """Return what reads the logits of a teacher on `device`, the same on all ranks that hold it.
 
     Every rank of the replica calls it. "auto" takes the kernels where all of the ranks can run them; where a GPU is
     there but the kernels are not, the leader warns.
@@ -57,7 +57,7 @@ def columns_reader(
 
 
 def device_reader(launcher: Launcher) -> ReadColumns:
-    """What reads logits where they are, by kernels of the launcher."""
+    """Return what reads logits where they are, by kernels of the launcher."""
     return lambda logits: DeviceColumns(logits, launcher)
 
 

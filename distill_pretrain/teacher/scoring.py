@@ -60,7 +60,7 @@ class SampledBatch:
         return self.first + len(self.tokens)
 
     def targets(self, plan_index: int, sequence: int, offset: int, length: int) -> RaggedTargets:
-        """Targets of `length` positions of a sequence, from `offset`, by one of the plans."""
+        """Return the targets of `length` positions of a sequence, from `offset`, by one of the plans."""
         whole = self.sets[plan_index]
         start = (sequence - self.first) * self.tokens.shape[1] + offset
         entries = whole.entries_per_token[start : start + length]
@@ -76,7 +76,7 @@ class SampledBatch:
 
 
 def sampler_of(plan: CachePlan) -> Sampler:
-    """The sampler that a plan describes."""
+    """Return the sampler that a plan describes."""
     return Sampler(
         name=plan.sampler["name"],
         num_draws=plan.num_draws,

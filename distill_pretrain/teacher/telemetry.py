@@ -54,7 +54,7 @@ class Stopwatch:
                 self._seconds[name] = self._seconds.get(name, 0.0) + spent
 
     def take(self) -> dict[str, float]:
-        """What was added since the last call."""
+        """Return the seconds that were added since the last call, by name."""
         with self._lock:
             seconds, self._seconds = self._seconds, {}
         return seconds
@@ -79,7 +79,7 @@ class TimedTeacher:
         return self._engine.identity
 
     def chunks(self, tokens: torch.Tensor) -> Iterator[LogitsChunk]:
-        """The teacher's."""
+        """Yield the teacher's chunks; the seconds that they take are the teacher's."""
         chunks = iter(self._engine.chunks(tokens))
         while True:
             with self._watch.running("teacher"):
@@ -97,7 +97,7 @@ class Progress(NamedTuple):
 
 
 def progress_on_disk(folder: Path, plan: CachePlan, bytes_per_position: float) -> Progress:
-    """Progress of a capture by all its replicas.
+    """Measure the progress of a capture by all its replicas.
 
     Args:
         folder: of a cache; of several that are written together, one.
@@ -288,6 +288,6 @@ class _Sums:
 
 
 def telemetry_path(cache: Path) -> Path:
-    """The file of this process in a cache's folder."""
+    """Return the file of this process in a cache's folder."""
     name = f"{socket.gethostname()}-{os.getpid()}-{time.strftime('%Y%m%dT%H%M%S')}.jsonl"
     return cache / FOLDER / name

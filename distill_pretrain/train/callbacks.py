@@ -75,17 +75,17 @@ class Callback:
         """
 
     def begin(self, step: int) -> None:
-        """Called at the start, and after every rollback.
+        """Hear that training goes on: called at the start, and after every rollback.
 
         Args:
             step: steps done.
         """
 
     def before_step(self, step: int) -> None:
-        """Called before the data of a step is waited for."""
+        """Hear that a step comes: called before its data is waited for."""
 
     def figures(self) -> Mapping[str, float]:
-        """What this rank adds to the one all-reduce of a step; `trainer.most` then has the most of any rank.
+        """Return what this rank adds to the one all-reduce of a step; `trainer.most` then has the most of any rank.
 
         Called while the device computes: nothing here may wait for it. Keys are the same on every rank and at every
         step.
@@ -93,7 +93,7 @@ class Callback:
         return {}
 
     def judge(self, step: int, seen: StepResult) -> Judgement:
-        """Called before a step's update, while the callbacks before have nothing against it.
+        """Judge a step: called before its update, while the callbacks before have nothing against it.
 
         Args:
             step: being done.
@@ -102,7 +102,7 @@ class Callback:
         return Judgement()
 
     def after_step(self, step: int, doing: Callable[[str], None]) -> dict[str, Any]:
-        """Called after a step's update, before it is logged and saved.
+        """Do what a step calls for: called after its update, before it is logged and saved.
 
         Args:
             step: steps done.
@@ -114,7 +114,7 @@ class Callback:
         return {}
 
     def end_step(self, step: int, record: Mapping[str, Any], doing: Callable[[str], None]) -> None:
-        """Called once the record of a step is complete.
+        """Take the record of a step: called once it is complete.
 
         Args:
             step: steps done.
@@ -123,14 +123,14 @@ class Callback:
         """
 
     def before_save(self, step: int) -> None:
-        """Called before a checkpoint is made of these steps."""
+        """Prepare for a checkpoint: called before one is made of these steps."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this callback: JSON values, equal on every rank, under keys of its own."""
+        """Return what a checkpoint keeps of this callback: JSON values, equal on every rank, under keys of its own."""
         return {}
 
     def settle(self, doing: Callable[[str], None]) -> None:
-        """Called before training goes back to a checkpoint, and before it ends in order: finish what is under way."""
+        """Finish what is under way: called before training goes back to a checkpoint, and before it ends in order."""
 
     def end(self) -> None:
-        """Called once at the very end, also where the training fails or is stopped; no communication here."""
+        """End: called once, also where the training fails or is stopped; no communication here."""

@@ -48,7 +48,7 @@ def require_held_out(data: DataConfig, train: TrainConfig) -> None:
 
 
 def evaluated_sequences(train: TrainConfig, available: int) -> int:
-    """How many held-out sequences an evaluation scores: whole global batches, so that it runs as a step does.
+    """Return how many held-out sequences an evaluation scores: whole global batches, so that it runs as a step does.
 
     Raises:
         ConfigError: the held-out text is shorter than one global batch.
@@ -69,7 +69,7 @@ def evaluated_sequences(train: TrainConfig, available: int) -> int:
 def open_held_out(
     data: DataConfig, train: TrainConfig, trained_on: SequenceData
 ) -> Iterator[BatchSource | None]:
-    """What an evaluation reads, open for as long as the block lasts; None where there is none. Every rank calls it.
+    """Open what an evaluation reads, for as long as the block lasts; None where there is none. Every rank calls it.
 
     Args:
         data: names the held-out corpus and, perhaps, its cache.

@@ -62,11 +62,11 @@ class RunExports:
             )
 
     def of(self, student: Student) -> Callback:
-        """What exports a student whenever its turn has come."""
+        """Make the callback that exports a student whenever its turn has come."""
         return _Exporting(self, student)
 
     def is_due(self, step: int) -> bool:
-        """Whether `after_step` will export."""
+        """Tell whether `after_step` will export."""
         interval = self._train.export_interval
         return interval is not None and (step % interval == 0 or step == self._train.steps)
 

@@ -79,7 +79,7 @@ def run_identity(
     teacher: LogitsEngine | None = None,
     start: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """What a checkpoint must share with the run that goes on from it; see `checkpoint.identity`.
+    """Return what a checkpoint must share with the run that goes on from it; see `checkpoint.identity`.
 
     Megatron-core restores Adam's settings and each group's rates from the checkpoint, so a changed recipe would be
     ignored without a word; and the distributed optimizer's state has a layout of its own.
@@ -123,7 +123,7 @@ def make_objective(
     vocab_size: int,
     tensor_group: dist.ProcessGroup,
 ) -> Objective:
-    """The loss of a recipe; a teacher, where it has one, is asked on the last pipeline stage alone."""
+    """Make the loss of a recipe; a teacher, where it has one, is asked on the last pipeline stage alone."""
     if teacher is not None:
         return TeacherObjective(
             teacher, objective, vocab_size=vocab_size, tensor_group=tensor_group
@@ -137,7 +137,7 @@ def make_objective(
 
 
 def keep_on_last_stage(teacher: LogitsEngine | None, groups: ParallelGroups) -> LogitsEngine | None:
-    """The teacher where the loss is computed; None elsewhere, so that its memory is freed."""
+    """Return the teacher where the loss is computed; None elsewhere, so that its memory is freed."""
     return teacher if dist.get_rank() == groups.pipeline_last_rank else None
 
 

@@ -38,7 +38,7 @@ MOST_NAMED = 5
 def ignored_caches(
     data: DataConfig, objective: ObjectiveConfig, train: TrainConfig
 ) -> Iterator[str]:
-    """Which caches of the recipe the job does not read, and why: a line for each key that names some."""
+    """Say which caches of the recipe the job does not read, and why: a line for each key that names some."""
     caches = [source.cache for source in data.sources if source.cache is not None]
     if caches and (objective.target == "teacher" or objective.peak_kd_weight == 0):
         reason = "objective.kd_weight is 0"
@@ -109,7 +109,7 @@ def _check_fit(
 
 
 def kept_mass_line(kept: KeptShare, where: str, sampler: str, objective: ObjectiveConfig) -> str:
-    """What cut-off targets keep of the teacher's distribution, and what a student learns of the rest."""
+    """Say what cut-off targets keep of the teacher's distribution, and what a student learns of the rest."""
     rest = _REST.get(
         objective.residual,
         f"ids that are left out are trained to 0, and what is kept, scaled to 1, is {kept.bias:.2f} nats off "

@@ -30,7 +30,7 @@ def standard_callbacks(
     device: torch.device,
     is_first: bool,
 ) -> list[Callback]:
-    """What every training has, in the order that `train.callbacks` explains; other callbacks come before.
+    """Make what every training has, in the order that `train.callbacks` explains; other callbacks come before.
 
     Args:
         student: being trained.

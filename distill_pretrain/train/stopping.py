@@ -28,7 +28,10 @@ class StopRequest:
 
 @contextmanager
 def stop_on_sigterm() -> Iterator[StopRequest]:
-    """Inside the block SIGTERM asks to stop instead of ending the process; outside a main thread, nothing changes."""
+    """Let SIGTERM, inside the block, ask to stop instead of ending the process.
+
+    Outside a main thread, nothing changes.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request

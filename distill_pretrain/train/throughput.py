@@ -32,7 +32,7 @@ A sheet's figure "with sparsity" is halved. Other GPUs need `train.peak_tflops`.
 
 
 def peak_tflops(device: torch.device, precision: str) -> float | None:
-    """The peak of this process's device at a precision; None where no table says it (a CPU, fp32)."""
+    """Return the peak of this process's device at a precision; None where no table says it (a CPU, fp32)."""
     if device.type != "cuda" or precision != "bf16":
         return None
     words = torch.cuda.get_device_name(device).replace("-", " ").split()
@@ -56,7 +56,7 @@ class Throughput:
     peak_tflops: float | None
 
     def figures(self, tokens_per_second: float) -> dict[str, float | None]:
-        """Model TFLOP/s of a device, and the model FLOPs utilisation, from 0 to 1."""
+        """Return model TFLOP/s of a device, and the model FLOPs utilisation, from 0 to 1."""
         tflops = tokens_per_second * self.flops_per_token / self.num_devices / 1e12
         mfu = None if self.peak_tflops is None else round(tflops / self.peak_tflops, 5)
         return {"tflops_per_device": float(f"{tflops:.5g}"), "mfu": mfu}

@@ -73,7 +73,7 @@ def require_trackers(names: Iterable[str]) -> None:
 
 
 def numbers(record: Mapping[str, Any]) -> dict[str, float]:
-    """Figures of a record that can be plotted, as GROUP/NAME; loss terms are what no other group has."""
+    """Return the figures of a record that can be plotted, as GROUP/NAME; loss terms are what no other group has."""
     return {
         f"{_GROUP_OF.get(name, 'loss')}/{name}": float(value)
         for name, value in record.items()
@@ -97,12 +97,12 @@ class TensorBoardTracker:
         )
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Scalars of one step."""
+        """Write the scalars of one step."""
         for tag, value in numbers(record).items():
             self._writer.add_scalar(tag, value, record["step"], walltime=record.get("time"))
 
     def catch_up(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Nothing: no step of a checkpoint is lost, since every one is flushed first."""
+        """Do nothing: no step of a checkpoint is lost, since every one is flushed first."""
 
     def flush(self) -> None:
         """Write out what waits in memory."""
@@ -142,7 +142,7 @@ class WandbTracker:
         self._run.define_metric("*", step_metric="step")
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """The figures of one step."""
+        """Log the figures of one step."""
         self._run.log({"step": record["step"], **numbers(record)})
         self._last = record["step"]
 
@@ -161,7 +161,7 @@ class WandbTracker:
                 self.write(record)
 
     def flush(self) -> None:
-        """Nothing that W&B lets be done."""
+        """Do nothing: W&B writes in its own time."""
 
     def close(self) -> None:
         """End the W&B run."""
@@ -195,10 +195,10 @@ class PrometheusTracker:
             self._publish()
 
     def catch_up(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Nothing: only the last record counts."""
+        """Do nothing: only the last record counts."""
 
     def flush(self) -> None:
-        """Nothing: the next record comes in seconds."""
+        """Do nothing: the next record comes in seconds."""
 
     def close(self) -> None:
         """Publish the last record; it stays."""
@@ -259,7 +259,7 @@ class Trackers:
             self._guarded(name, partial(tracker.catch_up, records))
 
     def flush(self) -> None:
-        """Have all of them write out what waits in memory."""
+        """Let all of them write out what waits in memory."""
         for name, tracker in list(self._trackers.items()):
             self._guarded(name, tracker.flush)
 

@@ -268,7 +268,9 @@ class Trainer:
         return self.resume_from.step
 
     def progress(self, step: int) -> dict[str, Any]:
-        """What a checkpoint of these steps keeps of a run besides its student; tells the callbacks that it is made.
+        """Return what a checkpoint of these steps keeps of a run besides its student.
+
+        The callbacks are told that the checkpoint is made.
 
         Raises:
             ConfigError: two callbacks keep something under one key.

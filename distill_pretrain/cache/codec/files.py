@@ -21,7 +21,7 @@ def tables_name(sha256: str) -> str:
 
 
 def read_tables(path: Path, plan: CachePlan) -> HcTables:
-    """The tables in a file, if they fit the plan.
+    """Read the tables in a file, which must fit the plan.
 
     Raises:
         CacheError: the file cannot be read.

@@ -66,16 +66,16 @@ class RawCodec:
         return min(self.num_draws, self.vocab_size)
 
     def payload_bytes(self, num_tokens: int, num_entries: int) -> int:
-        """Exact payload size of a block."""
+        """Return the exact size of a block's payload, in bytes."""
         return num_tokens * self.length_dtype.itemsize + num_entries * self.entry_bytes
 
     def payload_bounds(self, num_tokens: int, num_entries: int) -> tuple[int, int]:
-        """Smallest and largest payload of a block: both the exact size."""
+        """Return the least and the most bytes of a block's payload: both are its exact size."""
         size = self.payload_bytes(num_tokens, num_entries)
         return size, size
 
     def encode(self, targets: RaggedTargets) -> bytes:
-        """Payload of one block; the ids of a position must ascend, as `decode` gives them.
+        """Encode one block; the ids of a position must ascend, as `decode` gives them.
 
         Raises:
             TeacherError: log-probabilities are positive, NaN, or add up to more than 1.
@@ -101,7 +101,7 @@ class RawCodec:
     def decode(
         self, payload: bytes | memoryview, num_tokens: int, num_entries: int
     ) -> RaggedTargets:
-        """Targets of one block; nothing is allocated before the payload's length is right.
+        """Decode one block; nothing is allocated before the payload's length is right.
 
         Args:
             payload: bytes of the block.

@@ -39,12 +39,12 @@ class BlockCodec(Protocol):
         """Hex digest of the codec's tables; None for a codec without."""
 
     def encode(self, targets: RaggedTargets) -> bytes:
-        """Payload of one block."""
+        """Encode the targets of one block."""
 
     def decode(
         self, payload: bytes | memoryview, num_tokens: int, num_entries: int
     ) -> RaggedTargets:
-        """Targets of one block; CacheCorrupt if a rule of the format is broken."""
+        """Decode the targets of one block; raise CacheCorrupt if a rule of the format is broken."""
 
     def payload_bounds(self, num_tokens: int, num_entries: int) -> tuple[int, int]:
-        """Fewest and most bytes a payload of so many positions and entries can have."""
+        """Return the least and the most bytes that a payload of so many positions and entries can have."""

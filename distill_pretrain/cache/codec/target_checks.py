@@ -26,7 +26,7 @@ def structure_problem(
     max_entries_per_token: int,
     vocab_size: int,
 ) -> str | None:
-    """What is wrong with row lengths int32[T] and ids int32[E], their order aside."""
+    """Say what is wrong with row lengths int32[T] and ids int32[E], their order aside; None for nothing."""
     if len(lengths) and (lengths.min() < 0 or lengths.max() > max_entries_per_token):
         return f"{lengths.max()} entries at one position, at most {max_entries_per_token}"
     if int(lengths.sum(dtype=np.int64)) != len(ids):
@@ -37,7 +37,7 @@ def structure_problem(
 
 
 def order_problem(lengths: npt.NDArray[np.int32], ids: npt.NDArray[np.int32]) -> str | None:
-    """Whether the ids of a position do not ascend strictly; the structure must be sound."""
+    """Say that the ids of a position do not ascend strictly; None if they all do. The structure must be sound."""
     if len(ids) == 0:
         return None
     ascending = np.ones(len(ids) + 1, np.bool_)
@@ -47,7 +47,7 @@ def order_problem(lengths: npt.NDArray[np.int32], ids: npt.NDArray[np.int32]) ->
 
 
 def counts_problem(targets: RaggedTargets) -> str | None:
-    """Whether counts are below 1, above N, or do not add up to N."""
+    """Say which rule counts break: each is from 1 to N, and a position's add up to N; None if they are sound."""
     values, num_draws = targets.values, targets.num_draws
     if len(values) and (values.min() < 1 or values.max() > num_draws):
         return f"a count of {values.max()}, expected 1 to {num_draws}"
@@ -58,7 +58,7 @@ def counts_problem(targets: RaggedTargets) -> str | None:
 
 
 def logprobs_problem(targets: RaggedTargets) -> str | None:
-    """Whether log-probabilities are no distribution."""
+    """Say why log-probabilities are no distribution; None if they are one."""
     values = targets.values
     if not np.all(values <= 0):
         return "a log-probability is positive or NaN"
@@ -69,7 +69,7 @@ def logprobs_problem(targets: RaggedTargets) -> str | None:
 
 
 def logprob_codes(targets: RaggedTargets) -> npt.NDArray[np.uint32]:
-    """uint32[E]: q = min(65535, round(-2048 ln p)), ties to even.
+    """Return the codes that are stored, uint32[E]: q = min(65535, round(-2048 ln p)), ties to even.
 
     Raises:
         TeacherError: log-probabilities are positive, NaN, or add up to more than 1.
@@ -87,7 +87,7 @@ def logprob_codes(targets: RaggedTargets) -> npt.NDArray[np.uint32]:
 
 
 def logprobs_of_codes(codes: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """float32[E]: ln p = -q / 2048."""
+    """Return the log-probabilities of stored codes, float32[E]: ln p = -q / 2048."""
     logprobs: npt.NDArray[np.float32] = codes.astype(np.float32) / np.float32(-LOGPROB_SCALE)
     return logprobs
 

@@ -86,7 +86,7 @@ def hf_config(
     dtype: str,
     eod_id: int | None = None,
 ) -> dict[str, Any]:
-    """The config.json of a model of this project.
+    """Make the config.json of a model of this project.
 
     Args:
         model: architecture.

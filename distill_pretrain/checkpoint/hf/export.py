@@ -26,7 +26,7 @@ def _finer(dtype: str, trained: TrainedModel) -> str:
 
 
 def export_source(identity: dict[str, Any], step: int) -> dict[str, Any]:
-    """What tells an export from those of other runs and steps."""
+    """Return what tells an export from those of other runs and steps."""
     return {"run": hashlib.sha256(canonical_json(identity)).hexdigest(), "step": step}
 
 
@@ -41,7 +41,7 @@ def export_model(
     eod_id: int | None,
     replaces_step: bool = False,
 ) -> None:
-    """`save_hf_model` of the model that a run's identity describes. Every rank calls it."""
+    """Write, by `save_hf_model`, the model that a run's identity describes; every rank calls it."""
     trained = trained_model(identity, folder)
     save_hf_model(
         chunks,

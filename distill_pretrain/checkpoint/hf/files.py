@@ -87,14 +87,14 @@ class WeightFiles:
         return weights
 
     def read(self, name: str, index: tuple[slice, ...]) -> torch.Tensor:
-        """Part of a tensor, as stored; pages of the rest are not touched."""
+        """Read a part of a tensor, as stored; pages of the rest are not touched."""
         # Opened for each part: what a mapping has read stays in memory until the file is closed.
         with _safe_open(self.folder / self.files[name]) as file:
             part: torch.Tensor = file.get_slice(name)[index]
             return part
 
     def same(self, name: str, other: str) -> bool:
-        """Whether two stored tensors are equal."""
+        """Say whether two stored tensors are equal."""
         if other not in self.files:
             return False
         everything = (slice(None),)
@@ -102,7 +102,7 @@ class WeightFiles:
 
 
 def file_names(folder: Path) -> dict[str, str]:
-    """Tensor name -> file name of the index; empty where there is a single file.
+    """Read the index, tensor name -> file name; it is empty where there is a single file.
 
     Raises:
         CheckpointError: no weights, an index that is damaged or names files that are not there, or both an index and
@@ -189,7 +189,7 @@ def _starts_with(path: Path, beginning: bytes) -> bool:
 
 
 def bullets(lines: Sequence[str]) -> str:
-    """The first lines of a list, indented, and how many more there are."""
+    """Write the first lines of a list, indented, and how many more there are."""
     shown = [f"  - {line}" for line in lines[:_LISTED]]
     if len(lines) > _LISTED:
         shown.append(f"  - and {len(lines) - _LISTED} more")
@@ -204,7 +204,7 @@ class Tensor:
     shape: tuple[int, ...]
 
     def num_bytes(self, dtype: str) -> int:
-        """Bytes it takes in a file."""
+        """Return the bytes that it takes in a file."""
         return math.prod(self.shape) * _ITEM_BYTES[dtype]
 
 

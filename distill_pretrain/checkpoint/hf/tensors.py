@@ -51,7 +51,7 @@ class Piece:
     scale: float = 1.0
 
     def fits(self, numel: int, size: int) -> bool:
-        """Whether `size` ranks with so many elements each hold the whole."""
+        """Say whether `size` ranks with so many elements each hold the whole."""
         if self.split is None:
             return numel == math.prod(self.shape)
         step, rest = divmod(numel, self._row_numel)
@@ -59,7 +59,7 @@ class Piece:
         return not rest and (step * size >= length if self.padded else step * size == length)
 
     def index(self, numel: int, rank: int) -> tuple[slice, ...]:
-        """What of the tensor a rank with so many elements holds; short, or empty, where the rest is padding."""
+        """Return what of the tensor a rank with so many elements holds; short, or empty, where the rest is padding."""
         if self.split is None:
             return tuple(slice(0, n) for n in self.shape)
         step = numel // self._row_numel
@@ -69,7 +69,7 @@ class Piece:
         return tuple(bounds)
 
     def local_shape(self, numel: int) -> tuple[int, ...]:
-        """Shape of a rank's part of the tensor, padding included."""
+        """Return the shape of a rank's part of the tensor, padding included."""
         shape = list(self.shape)
         if self.split is not None:
             shape[self.split] = numel // self._row_numel
@@ -110,15 +110,15 @@ class Correspondence:
         self.scaling = residual_scaling(model)
 
     def outside_layers(self) -> tuple[dict[str, list[Piece]], dict[str, list[Piece]]]:
-        """Parameter name -> pieces, of what comes before the layers and what comes after them."""
+        """Return parameter name -> pieces, of what comes before the layers and what comes after them."""
         raise NotImplementedError
 
     def in_layer(self, number: int) -> dict[str, list[Piece]]:
-        """Parameter name below `decoder.layers.N.` -> pieces."""
+        """Return parameter name below `decoder.layers.N.` -> pieces."""
         raise NotImplementedError
 
     def pieces(self) -> dict[str, list[Piece]]:
-        """Every parameter of the whole model, in order, and its pieces."""
+        """Return every parameter of the whole model, in order, and its pieces."""
         before, after = self.outside_layers()
         layers = {
             f"decoder.layers.{number}.{name}": self._scaled(number, name, pieces)
@@ -136,11 +136,11 @@ class Correspondence:
         return pieces
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every Hugging Face tensor, by name."""
+        """Return the shape of every Hugging Face tensor, by name."""
         return {p.tensor: p.shape for pieces in self.pieces().values() for p in pieces}
 
     def vocabulary(self, tensor: str) -> list[Piece]:
-        """Rows of [V, H], padded."""
+        """Return the piece of the rows of an embedding or head [V, H], which are padded."""
         shape = (self.vocab_size, self.model.hidden_size)
         return [Piece(tensor=tensor, shape=shape, split=0, padded=True)]
 
@@ -161,7 +161,7 @@ class Correspondence:
 
 
 def correspondence(model: ModelConfig, *, vocab_size: int, max_positions: int) -> Correspondence:
-    """The correspondence of a model's architecture."""
+    """Choose the correspondence of a model's architecture."""
     kind = LlamaTensors if model.arch == "llama" else GPT2Tensors
     return kind(model, vocab_size=vocab_size, max_positions=max_positions)
 
@@ -176,7 +176,7 @@ class LlamaTensors(Correspondence):
     tied_tensors = ("lm_head.weight", "model.embed_tokens.weight")
 
     def outside_layers(self) -> tuple[dict[str, list[Piece]], dict[str, list[Piece]]]:
-        """Embedding; final norm and head."""
+        """Return the pieces of the embedding, of the final norm and of the head."""
         before = {"embedding.word_embeddings.weight": self.vocabulary("model.embed_tokens.weight")}
         after = {
             "decoder.final_layernorm.weight": _whole("model.norm.weight", self.model.hidden_size)
@@ -186,7 +186,7 @@ class LlamaTensors(Correspondence):
         return before, after
 
     def in_layer(self, number: int) -> dict[str, list[Piece]]:
-        """Norms, attention, feed-forward block."""
+        """Return the pieces of a layer's norms, attention and feed-forward block."""
         model, here = self.model, f"model.layers.{number}."
         hidden, ffn, width = model.hidden_size, model.ffn_hidden_size, self.heads * self.head_dim
         pieces = {
@@ -240,7 +240,7 @@ class GPT2Tensors(Correspondence):
     tied_tensors = ("lm_head.weight", "transformer.wte.weight")
 
     def outside_layers(self) -> tuple[dict[str, list[Piece]], dict[str, list[Piece]]]:
-        """Embeddings; final norm and head."""
+        """Return the pieces of the embeddings, of the final norm and of the head."""
         hidden = self.model.hidden_size
         before = {
             "embedding.word_embeddings.weight": self.vocabulary("transformer.wte.weight"),
@@ -257,7 +257,7 @@ class GPT2Tensors(Correspondence):
         return before, after
 
     def in_layer(self, number: int) -> dict[str, list[Piece]]:
-        """Norms, attention, feed-forward block."""
+        """Return the pieces of a layer's norms, attention and feed-forward block."""
         here = f"transformer.h.{number}."
         hidden, ffn = self.model.hidden_size, self.model.ffn_hidden_size
         pieces: dict[str, list[Piece]] = {}

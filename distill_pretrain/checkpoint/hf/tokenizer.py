@@ -31,7 +31,7 @@ _SPACE = "\u2581"
 
 
 def tokenizer_folder(source: Path, folder: Path, family: str) -> Path:
-    """Where in an export a tokenizer must be for transformers' AutoTokenizer to load it as it is.
+    """Return where in an export a tokenizer must be for transformers' AutoTokenizer to load it as it is.
 
     Beside a config.json of qwen2 it makes a Qwen2Tokenizer of any vocabulary, with other ids for the same text.
     """

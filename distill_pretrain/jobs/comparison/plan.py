@@ -177,13 +177,13 @@ class ComparisonPlan:
         return [self._spec(name, cell) for name, cell in self.cells.items()]
 
     def cache(self, cell: str) -> Path | None:
-        """The cache a cell learns from."""
+        """Return the cache that a cell learns from."""
         assert self.recipe.capture
         name = self.cells[cell].set
         return None if name is None else self.recipe.capture.output_dir / name
 
     def selected(self, cells: Sequence[str]) -> list[StudentRun]:
-        """The students of some cells; of all if none is named.
+        """Return the students of some cells; of all if none is named.
 
         Raises:
             ConfigError: there is no such cell.
@@ -259,7 +259,7 @@ def _is_plain(objective: ObjectiveConfig, *, residual_counts: bool) -> bool:
 
 
 def with_settings(recipe: Recipe, where: str, settings: Mapping[str, Mapping[str, Any]]) -> Recipe:
-    """The recipe with some keys replaced, checked as if they had come with it.
+    """Return the recipe with some keys replaced, checked as if they had come with it.
 
     Args:
         recipe: to start from; it stays.

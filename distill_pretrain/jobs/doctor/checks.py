@@ -18,7 +18,7 @@ _MEGATRON = ((0, 16), (0, 19))
 
 
 def examine(folder: Path) -> list[Finding]:
-    """Everything that is looked for, in the order of the table."""
+    """Check everything that is looked for, in the order of the table."""
     return [
         _python(),
         _torch(),

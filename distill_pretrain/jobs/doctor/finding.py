@@ -35,7 +35,7 @@ class Finding:
     install: str = ""
 
     def lines(self, width: int) -> list[str]:
-        """The finding as text."""
+        """Return the finding as text."""
         mark = "ok" if self.usable else ("MISSING" if self.required else "-")
         lines = [f"{mark:<8}{self.name:<{width}}  {self.found}  ({self.enables})"]
         if not self.usable and self.install:
@@ -44,7 +44,7 @@ class Finding:
 
 
 def try_import(module: str, *, top: str | None = None) -> tuple[Any, str]:
-    """(module, "") or (None, what is wrong); a broken package raises nearly anything when imported."""
+    """Return (module, "") or (None, what is wrong); a broken package raises nearly anything when imported."""
     try:
         if importlib.util.find_spec(top or module.partition(".")[0]) is None:
             return None, "missing"
@@ -70,7 +70,7 @@ def _quietly(action: Callable[[], Any]) -> Any:
 
 
 def version_of(*distributions: str) -> str:
-    """Version of the first of these that is installed."""
+    """Return the version of the first of these that is installed."""
     for name in distributions:
         try:
             return version(name)

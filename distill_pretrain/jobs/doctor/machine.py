@@ -37,7 +37,7 @@ with open(sys.argv[1], "r+b") as file:
 
 
 def cuda_driver(torch_cuda: str | None) -> Finding:
-    """The newest CUDA version that the driver runs, beside the one of the torch build (None for a CPU build)."""
+    """Find the newest CUDA version that the driver runs, beside the one of the torch build (None for a CPU build)."""
     enables = "GPUs; it must run the CUDA version that torch was built for"
     supported = _driver_version()
     if supported is None:
@@ -67,7 +67,7 @@ def _driver_version() -> tuple[int, int] | None:
 
 
 def nvrtc() -> Finding:
-    """NVIDIA's run-time compiler, of the system or of a pip wheel."""
+    """Find NVIDIA's run-time compiler, of the system or of a pip wheel."""
     problem = "missing"
     for library in _nvrtc_libraries():
         major, minor = ctypes.c_int(), ctypes.c_int()
@@ -101,14 +101,14 @@ def _nvrtc_libraries() -> Iterator[str]:
 
 
 def compilers() -> str:
-    """Which compilers are on PATH, in words."""
+    """Say in words which compilers are on PATH."""
     return ", ".join(
         f"{name} {'found' if shutil.which(name) else 'missing'}" for name in ("c++", "nvcc")
     )
 
 
 def shared_memory(folder: Path = SHARED_MEMORY) -> Finding:
-    """Memory that the processes of a node share."""
+    """Measure the memory that the processes of a node share."""
     enables = "NCCL between GPUs of a node, data loading"
     try:
         total = shutil.disk_usage(folder).total
@@ -125,7 +125,7 @@ def shared_memory(folder: Path = SHARED_MEMORY) -> Finding:
 
 
 def open_files() -> Finding:
-    """How many files and sockets one process may hold."""
+    """Find how many files and sockets one process may hold."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 
     def words(limit: int) -> str:
@@ -146,7 +146,7 @@ def file_system(folder: Path) -> list[Finding]:
 
 
 def locks(folder: Path) -> Finding:
-    """Whether a lock taken here keeps another process out."""
+    """Try whether a lock taken here keeps another process out."""
 
     def finding(found: str, usable: bool) -> Finding:
         return Finding(
@@ -169,7 +169,7 @@ def locks(folder: Path) -> Finding:
 
 
 def publishing(folder: Path) -> Finding:
-    """Whether a file that replaces another is there, durable and whole, and how long that takes."""
+    """Try whether a file that replaces another is there, durable and whole, and measure how long that takes."""
 
     def finding(found: str, usable: bool) -> Finding:
         return Finding(
@@ -224,7 +224,7 @@ def _publish_and_read(folder: Path, number: int) -> float:
 
 
 def free_space(folder: Path) -> Finding:
-    """Bytes that fit."""
+    """Measure the room that is left in a folder."""
     enables = "caches and checkpoints"
     try:
         usage = shutil.disk_usage(folder)

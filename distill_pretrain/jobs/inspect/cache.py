@@ -210,7 +210,7 @@ class _Sample:
 
 
 def bins(counts: npt.NDArray[np.int64]) -> list[tuple[int, int, float]]:
-    """(low, high, share) over 0, 1, 2, 3-4, 5-8, 9-16, ... up to the largest value seen."""
+    """Return (low, high, share) over 0, 1, 2, 3-4, 5-8, 9-16, ... up to the largest value seen."""
     last = int(counts.nonzero()[0].max())
     found, low = [], 0
     while low <= last:

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def fact(name: str, value: object) -> None:
-    """One indented line of the description."""
+    """Write one indented line of the description."""
     say(f"  {name:<22}{value}")
 
 
 def find_tokenizer(places: list[Path], sha256: str | None) -> Tokenizer | None:
-    """The tokenizer of that hash, from the first of some folders with a tokens.json that names it."""
+    """Load the tokenizer of that hash, from the first of some folders with a tokens.json that names it."""
     from distill_pretrain.corpus.tokenizers import load_recorded_tokenizer
     from distill_pretrain.corpus.tokens_record import TokensRecord
 
@@ -35,7 +35,7 @@ def find_tokenizer(places: list[Path], sha256: str | None) -> Tokenizer | None:
 
 
 def short(value: object) -> str:
-    """A long hash cut to twelve digits; other values as they are."""
+    """Cut a long hash to twelve digits; other values stay as they are."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k} {short(v)}" for k, v in value.items()) + "}"
     text = "none" if value is None else str(value)

@@ -32,7 +32,7 @@ def break_even_part(
     speed: Figure,
     capture_hours: float,
 ) -> Part:
-    """Online or offline, in GPU-hours of the teacher's part."""
+    """Compare online with offline, in GPU-hours of the teacher's part."""
     assert recipe.train and recipe.data
     settings = plan_settings(recipe)
     student = student_speed(recipe, job, job_gpus(job)).value

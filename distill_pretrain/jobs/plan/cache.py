@@ -35,7 +35,7 @@ class StoredTargets:
 
     @classmethod
     def of(cls, capture: CaptureConfig, corpus: Corpus, pilot: Pilot | None) -> StoredTargets:
-        """Sizes by the pilot's densities, or by assumed ones where there is none."""
+        """Take sizes by the pilot's densities, or by assumed ones where there is none."""
         geometry = CacheGeometry(
             num_sequences=capture.num_sequences or corpus.num_sequences,
             seq_len=corpus.seq_len,
@@ -52,7 +52,7 @@ class StoredTargets:
         return cls(geometry, kinds)
 
     def size(self, folder: str) -> float:
-        """Bytes of one cache."""
+        """Return the bytes of one cache."""
         return cache_bytes(self.geometry, *self.kinds[folder])
 
     @property
@@ -72,7 +72,7 @@ class StoredTargets:
         return min((density.basis for _, density in self.kinds.values()), key=order.index)
 
     def part(self) -> Part:
-        """Entries, bytes and files of every cache."""
+        """Return the part of the plan with entries, bytes and files of every cache."""
         figures = [
             Figure(
                 name="positions",
@@ -123,7 +123,7 @@ class StoredTargets:
 
 
 def samplers_part(pilot: Pilot, geometry: CacheGeometry, capture: CaptureConfig) -> Part:
-    """Bias and variance of every sampler that the pilot measured, and what its cache would take."""
+    """Return the part on every sampler that the pilot measured: bias, variance, and what its cache would take."""
     rows = []
     for record, (targets, density) in zip(pilot.figures, pilot.densities.items(), strict=True):
         size = cache_bytes(geometry, targets, density)

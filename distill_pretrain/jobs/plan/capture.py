@@ -22,7 +22,7 @@ from distill_pretrain.teacher.config import CaptureConfig, TeacherConfig
 
 
 def teacher_speed(teacher: TeacherConfig, capture: CaptureConfig, settings: PlanConfig) -> Figure:
-    """Positions per second of one replica of the teacher."""
+    """Return the positions per second of one replica of the teacher."""
     name, unit = "teacher replica", "tokens/s"
     if settings.teacher_tokens_per_second:
         return Figure(
@@ -71,7 +71,7 @@ def teacher_speed(teacher: TeacherConfig, capture: CaptureConfig, settings: Plan
 def capture_part(
     teacher: TeacherConfig, stored: StoredTargets | None, speed: Figure
 ) -> tuple[Part, float | None]:
-    """Teacher hours; and the same as a number."""
+    """Return the part of the plan with the teacher's hours, and these hours as a number."""
     assert stored
     if not isinstance(speed.value, (int, float)):
         return Part(title="Capture", figures=[speed]), None

@@ -10,7 +10,7 @@ from distill_pretrain.train.config import TrainConfig
 
 
 def disk_part(job: StudentJob, train: TrainConfig) -> Part:
-    """Bytes of one checkpoint and one export, and the most that the run keeps of both at a time."""
+    """Return the part on the bytes of a checkpoint and an export, and the most that the run keeps at a time."""
     parameters = num_parameters(
         job.model,
         vocab_size=job.vocab_size,

@@ -24,7 +24,7 @@ from distill_pretrain.planning.figures import (
 
 
 def plan_report(recipe: Recipe) -> PlanReport:
-    """Every part that the recipe's sections allow.
+    """Compute every part of the plan that the recipe's sections allow.
 
     Raises:
         ConfigError: sizes that must be known are not.

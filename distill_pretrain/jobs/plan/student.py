@@ -44,12 +44,12 @@ class Corpus:
 
 
 def plan_settings(recipe: Recipe) -> PlanConfig:
-    """The section plan, or its defaults."""
+    """Return the section plan, or its defaults."""
     return recipe.plan or PlanConfig()
 
 
 def corpus_of(recipe: Recipe) -> Corpus:
-    """Sizes from the section data, or from tokens.json beside the corpus.
+    """Take the corpus's sizes from the section data, or from tokens.json beside the corpus.
 
     Raises:
         ConfigError: neither says them.
@@ -81,7 +81,7 @@ def corpus_of(recipe: Recipe) -> Corpus:
 def student_job(
     recipe: Recipe, corpus: Corpus, *, world_size: int | None, on_gpu: bool = True
 ) -> StudentJob:
-    """The job of the sections model, parallel, optimizer, objective and train.
+    """Describe the job of the sections model, parallel, optimizer, objective and train.
 
     Args:
         recipe: has them.
@@ -141,7 +141,7 @@ def _most_entries(recipe: Recipe) -> int:
 
 
 def online_teacher_bytes(recipe: Recipe, corpus: Corpus) -> int | None:
-    """Weights and logits of objective.target=teacher in every last-stage process; 0 without, None where unknown.
+    """Return weights and logits of objective.target=teacher in every last-stage process; 0 without, None where unknown.
 
     Weights, and three fp32 buffers [T, V]: logits, and what the dense divergence makes of them (an estimate).
     """
@@ -159,7 +159,10 @@ def online_teacher_bytes(recipe: Recipe, corpus: Corpus) -> int | None:
 def memory_part(
     job: StudentJob, settings: PlanConfig, beside: int | None, *, on_cpu: StudentJob
 ) -> Part:
-    """Memory of the fullest rank under the recipe's layout, and under others; `on_cpu` is the same job there."""
+    """Return the part on the fullest rank's memory under the recipe's layout, and under others.
+
+    `on_cpu` is the same job on CPUs.
+    """
     fullest = fullest_rank(job)
     whole = num_parameters(job.model, vocab_size=job.vocab_size, seq_len=job.seq_len)
     room = settings.gpu_memory_gb * GB
@@ -212,12 +215,12 @@ def memory_part(
 
 
 def needed_bytes(memory: RankMemory, settings: PlanConfig, beside: int | None) -> float:
-    """Peak, an online teacher, and the reserve."""
+    """Add up the peak, an online teacher, and the reserve."""
     return memory.total + (beside or 0) + settings.gpu_reserve_gb * GB
 
 
 def memory_figures(job: StudentJob, memory: RankMemory) -> list[Figure]:
-    """The terms of a rank's memory, and their sum."""
+    """Return the terms of a rank's memory, and their sum."""
     sharded = ""
     if job.parallel.distributed_optimizer:
         sharded = " / data-parallel size" + (" x context" if job.parallel.context > 1 else "")

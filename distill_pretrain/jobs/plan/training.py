@@ -29,7 +29,7 @@ from distill_pretrain.planning.parameters import num_parameters
 
 
 def student_speed(recipe: Recipe, job: StudentJob, gpus: int) -> Figure:
-    """Tokens per second of a student's job: as given, or by its FLOPs on `gpus` devices."""
+    """Return the tokens per second of a student's job: as given, or by its FLOPs on `gpus` devices."""
     settings = plan_settings(recipe)
     name, unit = "student job", "tokens/s"
     if settings.student_tokens_per_second:
@@ -58,12 +58,12 @@ def student_speed(recipe: Recipe, job: StudentJob, gpus: int) -> Figure:
 
 
 def job_gpus(job: StudentJob) -> int:
-    """Processes of a student's job."""
+    """Return the number of processes of a student's job."""
     return job.data_parallel * replica_size(job.parallel)
 
 
 def training_part(recipe: Recipe, job: StudentJob, stored: StoredTargets | None) -> Part:
-    """Speed, length, and what distillation adds."""
+    """Return the part of the plan with speed, length, and what distillation adds."""
     assert recipe.train and recipe.data
     gpus = job_gpus(job)
     speed = student_speed(recipe, job, gpus)

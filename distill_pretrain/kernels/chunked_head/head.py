@@ -43,7 +43,7 @@ def head_and_loss(
     chunk_tokens: int,
     with_gradients: bool,
 ) -> HeadResult:
-    """Loss of the logits `hidden @ weight.T`, and its gradients.
+    """Compute the loss of the logits `hidden @ weight.T`, and its gradients.
 
     Logits take [C, n] in the dtype of `hidden`; the weight's gradient is summed in fp32 and rounded once.
 

@@ -19,7 +19,7 @@ from distill_pretrain.kernels.sparse_kd.settings import TERMS
 def chunked_head(
     hidden: torch.Tensor, weight: torch.Tensor, loss: Loss, *, chunk_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed loss of hidden states [T, H] under an LM head [n, H], by every setting of `Loss`.
+    """Compute the summed loss of hidden states [T, H] under an LM head [n, H], by every setting of `Loss`.
 
     With a group in `loss`, every rank of it calls this; the gradient by the hidden states is then this rank's part of
     a sum.

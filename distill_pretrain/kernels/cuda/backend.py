@@ -27,7 +27,7 @@ class KernelsUnavailable(DistillPretrainError):
 
 
 def launcher_for(source: KernelSource, device: torch.device) -> Launcher:
-    """What runs this source on a device; compiled or read from disk when first asked for, then kept.
+    """Return what runs this source on a device; it is compiled or read from disk when first asked for, then kept.
 
     Raises:
         KernelsUnavailable: the device, the driver or the compiler is missing or of no use.
@@ -38,7 +38,7 @@ def launcher_for(source: KernelSource, device: torch.device) -> Launcher:
 
 
 def unavailable_reason(device: torch.device) -> str | None:
-    """Why nothing can be launched on a device; None where it can, as far as is known without compiling."""
+    """Say why nothing can be launched on a device; None where it can, as far as is known without compiling."""
     try:
         _require_device(device)
         driver.load()
@@ -50,7 +50,7 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 
 def loading_problem(source: KernelSource, device: torch.device) -> str | None:
-    """Why a source cannot run on a device, found by loading or compiling it; None where it can."""
+    """Say why a source cannot run on a device, found by loading or compiling it; None where it can."""
     try:
         launcher_for(source, device)
     except KernelsUnavailable as error:
@@ -119,7 +119,7 @@ def _no_driver(error: driver.DriverError) -> KernelsUnavailable:
 
 
 def prebuilt_image(source: KernelSource, capability: tuple[int, int]) -> nvrtc.Image | None:
-    """The image of this very source that came with the package, if it runs on such a device."""
+    """Return the image of this very source that came with the package, if it runs on such a device."""
     digest = source.digest()
     for minor in range(capability[1], -1, -1):
         architecture = f"sm_{capability[0]}{minor}"
@@ -131,7 +131,7 @@ def prebuilt_image(source: KernelSource, capability: tuple[int, int]) -> nvrtc.I
 
 
 def compiled_image(source: KernelSource, capability: tuple[int, int]) -> nvrtc.Image:
-    """The image of a source from the user's folder, else compiled, and kept there if that can be.
+    """Return the image of a source from the user's folder, else compile it, and keep it there if that can be.
 
     Raises:
         KernelsUnavailable: there is no compiler, or it refuses the source.
@@ -147,7 +147,7 @@ def compiled_image(source: KernelSource, capability: tuple[int, int]) -> nvrtc.I
 
 
 def kept_image(source: KernelSource, capability: tuple[int, int]) -> nvrtc.Image | None:
-    """The image of a source that was compiled before.
+    """Return the image of a source that was compiled before.
 
     Raises:
         KernelsUnavailable: there is no compiler.

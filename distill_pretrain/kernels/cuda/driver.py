@@ -84,7 +84,7 @@ class Driver:
 
 @cache
 def load() -> Driver:
-    """The driver of this machine.
+    """Load the driver of this machine.
 
     Raises:
         DriverError: there is none.

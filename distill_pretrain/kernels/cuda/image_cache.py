@@ -45,7 +45,7 @@ def image_key(
 
 
 def user_folder(environment: Mapping[str, str] = os.environ) -> Path | None:
-    """Where this user's images are kept: named by the variable, else in the user's cache folder, if there is one."""
+    """Return where this user's images are kept: what the variable names, else the user's cache folder, if any."""
     named = environment.get(FOLDER_VARIABLE)
     if named:
         return Path(named)
@@ -55,7 +55,7 @@ def user_folder(environment: Mapping[str, str] = os.environ) -> Path | None:
 
 
 def read_image(folder: Path, key: str) -> Image | None:
-    """The entry, or None where there is none that is whole and carries this key."""
+    """Read the entry; None where there is none that is whole and carries this key."""
     try:
         entry = _path(folder, key).read_bytes()
     except OSError:

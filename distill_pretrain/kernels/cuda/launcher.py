@@ -30,11 +30,11 @@ class KernelSource:
     kernels: tuple[str, ...]
 
     def text(self) -> bytes:
-        """The entry file."""
+        """Return the contents of the entry file."""
         return (KERNELS / self.folder / self.entry).read_bytes()
 
     def headers(self) -> dict[str, bytes]:
-        """What the entry may include: files of its own folder, and shared ones as ../cuda/NAME.
+        """Read what the entry may include: files of its own folder, and shared ones as ../cuda/NAME.
 
         Shared headers include each other by their bare names.
         """
@@ -44,7 +44,7 @@ class KernelSource:
         return found
 
     def digest(self) -> str:
-        """sha256 over everything that makes up the compiled image, but for compiler and options."""
+        """Return the sha256 over everything that makes up the compiled image, but for compiler and options."""
         parts = [self.text(), *(kernel.encode() for kernel in self.kernels)]
         for name, content in sorted(self.headers().items()):
             parts += [name.encode(), content]

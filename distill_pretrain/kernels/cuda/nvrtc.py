@@ -79,7 +79,7 @@ class Nvrtc:
         kernels: Sequence[str],
         options: Sequence[str],
     ) -> Image:
-        """Instantiate kernels of a source.
+        """Compile a source, with the kernels that are asked for instantiated.
 
         Args:
             text: the translation unit.
@@ -144,7 +144,7 @@ def _strings(values: Any) -> Any:
 
 
 def libraries() -> Iterator[str]:
-    """Where the library may be, best first: beside torch and in other wheels, then where the system finds it."""
+    """Yield where the library may be, best first: beside torch and in other wheels, then where the system finds it."""
     folders = {sysconfig.get_path("purelib"), *site.getsitepackages(), site.getusersitepackages()}
     for folder in sorted(folders):
         found = Path(folder).glob("nvidia/*/lib/libnvrtc.so*")
@@ -154,7 +154,7 @@ def libraries() -> Iterator[str]:
 
 @cache
 def load() -> Nvrtc:
-    """The first library that works.
+    """Load the first library that works.
 
     Raises:
         NvrtcMissing: none does; says why where one was found.
@@ -170,7 +170,7 @@ def load() -> Nvrtc:
 
 
 def target(compiler: Nvrtc, capability: tuple[int, int]) -> str:
-    """What to compile for on a device: machine code it runs, else PTX that its driver translates."""
+    """Return what to compile for on a device: machine code it runs, else PTX that its driver translates."""
     wanted = 10 * capability[0] + capability[1]
     older = [number for number in compiler.architectures if number <= wanted]
     same = [number for number in older if number // 10 == capability[0]]

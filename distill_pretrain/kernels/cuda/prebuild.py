@@ -20,7 +20,7 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 
 def sources() -> list[KernelSource]:
-    """Those of every folder of kernels with host code."""
+    """Return the kernel sources of every folder of kernels with host code."""
     names = sorted(path.parent.name for path in KERNELS.glob("*/launch.py"))
     modules = [importlib.import_module(f"distill_pretrain.kernels.{name}.launch") for name in names]
     return [module.SOURCE for module in modules]
@@ -45,7 +45,7 @@ def prebuild(folder: Path, architectures: Sequence[str] = ARCHITECTURES) -> list
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("architectures", nargs="*", default=ARCHITECTURES)

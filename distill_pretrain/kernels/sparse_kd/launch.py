@@ -119,7 +119,7 @@ def row_statistics(
 def combine(
     launcher: Launcher, problem: Problem, statistics: torch.Tensor, *, blocks: Blocks = BLOCKS
 ) -> Combined:
-    """Loss and gradient scalars, the same bits on every rank.
+    """Combine the ranks' maxima and sums into loss and gradient scalars, the same bits on every rank.
 
     Args:
         launcher: of `SOURCE`.
@@ -161,7 +161,7 @@ def gradient_(
     *,
     blocks: Blocks = BLOCKS,
 ) -> torch.Tensor:
-    """Overwrite the logits with the loss's gradient by them; returns them.
+    """Overwrite the logits with the loss's gradient by them, and return them.
 
     Args:
         launcher: of `SOURCE`.
@@ -194,7 +194,7 @@ def fused_(
     *,
     blocks: Blocks = BLOCKS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss, and its gradient over the logits, in one read and one write; for rows that are whole.
+    """Compute the loss, and its gradient over the logits, in one read and one write; for rows that are whole.
 
     Args:
         launcher: of `SOURCE`.
@@ -232,7 +232,7 @@ def fused_(
 
 
 def fits_fused(problem: Problem, *, blocks: Blocks = BLOCKS) -> bool:
-    """Whether a cluster's registers hold a row: up to 512 KiB where clusters have eight blocks."""
+    """Tell whether a cluster's registers hold a row: up to 512 KiB where clusters have eight blocks."""
     return _fused_shape(problem, blocks) is not None
 
 

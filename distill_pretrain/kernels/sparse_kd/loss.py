@@ -43,7 +43,7 @@ class Loss:
         return 0 if self.targets is None else self.targets.ids.size(-1)
 
     def rows(self, rows: slice[int]) -> Loss:
-        """The loss of some of the tokens."""
+        """Return the loss of some of the tokens."""
 
         def part(values: torch.Tensor | None) -> torch.Tensor | None:
             return None if values is None else values[rows]

@@ -33,14 +33,14 @@ class Context(Protocol):
         """Keep tensors."""
 
     def mark_non_differentiable(self, *tensors: torch.Tensor) -> None:
-        """Outputs without a gradient."""
+        """Name the outputs that have no gradient."""
 
     def set_materialize_grads(self, value: bool) -> None:
-        """Whether missing gradients become zeros."""
+        """Choose whether missing gradients become zeros."""
 
 
 def sparse_kd(logits: torch.Tensor, loss: Loss) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss of logits [T, n] by every setting of `Loss`.
+    """Compute the loss of logits [T, n] by every setting of `Loss`.
 
     The backward pass writes the gradient over the logits, so a second one is refused, as is one of anything else that
     kept them.
@@ -122,7 +122,7 @@ def _(*_: Argument) -> None:
 
 
 def flattened(loss: Loss) -> tuple[Argument, ...]:
-    """A loss as the arguments of an operation: torch takes tensors and numbers alone."""
+    """Write a loss as the arguments of an operation: torch takes tensors and numbers alone."""
     targets = loss.targets
     return (
         loss.labels,
@@ -151,7 +151,7 @@ def unflattened(
     group: str | None,
     backend: str,
 ) -> Loss:
-    """The loss that was `flattened`."""
+    """Return the loss that was `flattened`."""
     targets = None
     if ids is not None:
         assert probs is not None

@@ -124,7 +124,7 @@ class Arguments(ctypes.Structure):
 
     @classmethod
     def of(cls, problem: Problem, **buffers: torch.Tensor) -> Arguments:
-        """The arguments of a problem, with what a kernel reads or writes beside it."""
+        """Make the arguments of a problem, with what a kernel reads or writes beside it."""
         logits, loss, targets = problem.logits, problem.loss, problem.loss.targets
         arguments = cls(
             row_stride=logits.stride(0),

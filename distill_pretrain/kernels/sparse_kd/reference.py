@@ -48,7 +48,7 @@ class Picks:
         return self.relative == self.columns
 
     def of_rows(self, rows: slice[int]) -> Picks:
-        """Those of some rows."""
+        """Return the picks of some rows."""
         return Picks(relative=self.relative[rows], columns=self.columns[rows])
 
 
@@ -75,7 +75,7 @@ class RowScalars:
 
 
 def pick_columns(ids: torch.Tensor, *, first_column: int, num_columns: int) -> Picks:
-    """Columns of this rank's slice [first_column, first_column + num_columns) that ids [T, M] name.
+    """Find the columns of this rank's slice [first_column, first_column + num_columns) that ids [T, M] name.
 
     Args:
         ids: int64[T, M]; negative means none.
@@ -90,7 +90,9 @@ def pick_columns(ids: torch.Tensor, *, first_column: int, num_columns: int) -> P
 def row_maxima(
     logits: torch.Tensor, targets: RowTargets | None, *, first_column: int
 ) -> torch.Tensor:
-    """Largest logit of each row of [T, n], and with a bucket the largest outside the targets; -inf where there is none.
+    """Return the largest logit of each row of [T, n], and with a bucket the largest outside the targets.
+
+    Either is -inf where there is none.
 
     Returns:
         fp32[1, T]; with a bucket fp32[2, T], so that the last one is what the columns outside are relative to.
@@ -120,7 +122,7 @@ def row_sums(
     first_column: int,
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """This rank's part of the row's sums, fp32[T, 6] as `NUM_SUMS` says; those that no target needs are 0.
+    """Compute this rank's part of the row's sums, fp32[T, 6] as `NUM_SUMS` says; those that no target needs are 0.
 
     Args:
         logits: [T, n], real columns.
@@ -179,7 +181,7 @@ def row_sums(
 def label_terms(
     sums: torch.Tensor, maxima: torch.Tensor, loss: Loss
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy lse - z_y, and lse, of each row with a label, fp32[T] each; 0 without one.
+    """Compute the cross-entropy lse - z_y, and lse, of each row with a label, fp32[T] each; 0 without one.
 
     The cross-entropy of a label at or beyond the vocabulary is NaN, as in the kernels.
     """
@@ -193,7 +195,7 @@ def label_terms(
 def sparse_kl(
     sums: torch.Tensor, maxima: torch.Tensor, targets: RowTargets, loss: Loss
 ) -> torch.Tensor:
-    """KL(target || student at temperature tau) per token, fp32[T], from the packed sums and maxima over all ranks.
+    """Compute KL(target || student at temperature tau) per token, fp32[T], from all ranks' packed sums and maxima.
 
     sum_j T_j (log T_j - log q_j), q = softmax(z/tau), over all ids, or over the kept ids and one bucket of the
     others (arXiv 2503.16870, eq. 1, with a target's mass below 1 kept as it is); 0 without targets. NaN where
@@ -225,7 +227,7 @@ def sparse_kl(
 def loss_and_terms(
     sums: torch.Tensor, maxima: torch.Tensor, loss: Loss
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The weighted loss fp32[T], the unweighted `settings.TERMS` fp32[3, T], and lse fp32[T].
+    """Compute the weighted loss fp32[T], the unweighted `settings.TERMS` fp32[3, T], and lse fp32[T].
 
     Args:
         sums: packed, over all ranks.
@@ -248,7 +250,7 @@ def loss_and_terms(
 def row_scalars(
     sums: torch.Tensor, maxima: torch.Tensor, lse: torch.Tensor, loss: Loss
 ) -> RowScalars:
-    """The gradient's coefficients.
+    """Compute the gradient's coefficients of each row.
 
     Args:
         sums: packed, over all ranks.
@@ -305,7 +307,7 @@ def gradient_(
     first_column: int,
     temperature: float,
 ) -> None:
-    """Gradient of the loss by the logits [T, n], computed in fp32 and written over them.
+    """Compute the gradient of the loss by the logits [T, n] in fp32, and write it over them.
 
     dL/dz_j = A1 softmax(z)_j + A2 softmax(z/tau)_j - U - label - targets, times the incoming gradient fp32[T] of the
     row. Arguments as of `row_sums` and what that returned, summed over all ranks.

@@ -76,7 +76,10 @@ class LossSettings:
 
     @classmethod
     def of_numbers(cls, numbers: Sequence[float]) -> LossSettings:
-        """The settings with these `numbers`; the others, which tell how targets are prepared, are the defaults."""
+        """Return the settings with these `numbers`.
+
+        The others, which tell how targets are prepared, are the defaults.
+        """
         return cls(**dict(zip(_NUMBERS, numbers, strict=True)))  # type: ignore[arg-type]
 
     @property

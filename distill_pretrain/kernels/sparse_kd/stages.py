@@ -69,7 +69,7 @@ class Forward(NamedTuple):
 
 
 def forward(logits: torch.Tensor, loss: Loss) -> Forward:
-    """Loss of logits [T, n]; with a group, every rank of it calls this."""
+    """Compute the loss of logits [T, n]; with a group, every rank of it calls this."""
     if loss.backend == "reference":
         return _reference_forward(logits, loss)
     launcher, problem = launcher_for(launch.SOURCE, logits.device), _problem(logits, loss)
@@ -98,7 +98,7 @@ def gradient_(logits: torch.Tensor, loss: Loss, saved: Saved, grad_losses: torch
 
 
 def loss_and_gradient_(logits: torch.Tensor, loss: Loss) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss fp32[T] and terms fp32[3, T]; the logits become the gradient of the summed loss.
+    """Return the loss fp32[T] and terms fp32[3, T]; the logits become the gradient of the summed loss.
 
     One read and one write on a GPU where rows are whole and fit.
     """

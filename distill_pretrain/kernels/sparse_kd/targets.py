@@ -88,7 +88,7 @@ def prepare_targets(
 
 
 def confidence(targets: SparseTargets) -> torch.Tensor:
-    """fp32[T]: the largest probability of each row as stored; 0 without targets."""
+    """Return the largest probability of each row as stored, fp32[T]; 0 without targets."""
     return targets.probs.amax(-1)
 
 

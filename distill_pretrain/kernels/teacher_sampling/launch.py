@@ -89,7 +89,7 @@ class DeviceColumns:
         self.num_rows, self.width = logits.shape
 
     def block(self, rows: npt.NDArray[np.int64]) -> DeviceBlock:
-        """Some rows, ascending."""
+        """Take some rows, ascending."""
         first, last = int(rows[0]), int(rows[-1])
         return DeviceBlock(
             self._logits[first : last + 1], rows - first, self._launcher, self._threads
@@ -120,12 +120,12 @@ class DeviceBlock:
         self._num_blocks = -(-logits.shape[1] // BLOCK_COLUMNS)
 
     def largest(self) -> npt.NDArray[np.float32]:
-        """float32[T]: the largest logit of each row, +inf for a row that holds NaN."""
+        """Return the largest logit of each row, float32[T], +inf for a row that holds NaN."""
         largest = self._logits.amax(1)[self._numbers].float()
         return _fetched(torch.where(largest.isnan(), torch.inf, largest))
 
     def weigh(self, maxima: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
-        """int64[T]: sums of the integer weights, by the maxima over all ranks. Before any of those below."""
+        """Sum the integer weights of each row, int64[T], by the maxima over all ranks; call it before those below."""
         self._maxima = self._sent(maxima)
         self._before = self._new((len(maxima), self._num_blocks + 1), torch.int64)
         arguments = _WeighArguments(rows=self._rows(), before=self._before.data_ptr())
@@ -139,7 +139,7 @@ class DeviceBlock:
         below: npt.NDArray[np.int64],
         totals: npt.NDArray[np.int64],
     ) -> DrawnEntries:
-        """Those of the draws that fall on this rank's columns; see `sampling.columns.Block`."""
+        """Find those of the draws that fall on this rank's columns; see `sampling.columns.Block`."""
         assert 1 <= draws.num_draws <= MAX_DRAWS and draws.stream in _STREAMS, draws
         positions = self._sent(draws.positions[rows].view(np.int64))
         sent_below, sent_totals = self._sent(below), self._sent(totals)
@@ -165,7 +165,7 @@ class DeviceBlock:
         return DrawnEntries(*_ragged(lengths, columns, counts))
 
     def likeliest(self, k: int) -> LikeliestEntries:
-        """The k largest of this rank's logits, ties to the lower column; -inf is never among them."""
+        """Find the k largest of this rank's logits, ties to the lower column; -inf is never among them."""
         k = min(k, self._logits.shape[1])
         # Which of equal logits torch picks is not defined, and does not matter to the k-th largest.
         values = self._logits.topk(k, dim=1, sorted=False).values
@@ -187,7 +187,7 @@ class DeviceBlock:
         return LikeliestEntries(*_ragged(lengths, columns, logits, weights))
 
     def moments(self, rows: npt.NDArray[np.int64]) -> RowMoments:
-        """Moments of some rows of the block."""
+        """Compute the moments of some rows of the block."""
         chosen = self._sent(rows.astype(np.int64))
         numbers, maxima = self._numbers[chosen], self._maxima[chosen]
         depths = self._new((len(rows),), torch.float64)

@@ -45,16 +45,16 @@ class ResidualScaling:
         return self.skip == self.branch == 1.0
 
     def coefficient(self, sublayer: int) -> float:
-        """c_l of the branch-only form, for the sublayer's number from 0."""
+        """Return c_l of the branch-only form, for the sublayer's number from 0."""
         return self.branch / self.skip ** (sublayer + 1 if self.placement == "pre" else 1)
 
     def stream_scale(self, sublayers: int) -> float:
-        """lambda^l: what turns the stream y after so many sublayers into x."""
+        """Return lambda^l, the factor that turns the stream y after so many sublayers into x."""
         return float(self.skip**sublayers) if self.placement == "pre" else 1.0
 
 
 def residual_scaling(model: ModelConfig) -> ResidualScaling:
-    """Lambda and beta of a model: (1, 1) but for deepscale, completep and deepnorm.
+    """Return lambda and beta of a model: (1, 1) but for deepscale, completep and deepnorm.
 
     - deepscale: beta^2 = k / S, lambda^2 = 1 - beta^2 (arXiv 2403.09635, section 4).
     - completep: beta = base layers / layers (arXiv 2505.01618, table 1, alpha = 1).
@@ -72,7 +72,7 @@ def residual_scaling(model: ModelConfig) -> ResidualScaling:
 
 
 def residual_identity(model: ModelConfig) -> dict[str, Any]:
-    """What a checkpoint records of its residual scaling; its weights mean another function under any other.
+    """Return what a checkpoint records of its residual scaling; its weights mean another function under any other.
 
     Empty for a model without any.
     """
@@ -148,7 +148,7 @@ class Stds:
 
 
 def initial_stds(model: ModelConfig) -> Stds:
-    """The standard deviations that `model.init` stands for."""
+    """Compute the standard deviations that `model.init` stands for."""
     return _RULES[model.init](model)
 
 
@@ -296,7 +296,7 @@ def _completep(model: ModelConfig) -> Stds:
 
 
 def activation_of(model: ModelConfig) -> tuple[bool, str]:
-    """Whether the feed-forward block is gated, and its activation."""
+    """Return whether the feed-forward block is gated, and its activation."""
     return {"llama": (True, "silu"), "gpt2": (False, "gelu")}[model.arch]
 
 

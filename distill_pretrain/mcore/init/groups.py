@@ -35,7 +35,10 @@ class Multipliers:
 def multipliers(
     model: ModelConfig, name: str, dim: int, *, decay_embeddings: bool = True
 ) -> Multipliers:
-    """Factors for a parameter by its name and number of dimensions; all 1 but for completep and what does not decay."""
+    """Return the factors for a parameter by its name and number of dimensions.
+
+    All are 1 but for completep and for what does not decay.
+    """
     decays = float(dim > 1 and not name.endswith(".bias"))
     if not decay_embeddings and _is_embedding(model, name):
         decays = 0.0
@@ -60,7 +63,7 @@ def _is_embedding(model: ModelConfig, name: str) -> bool:
 def config_overrides(
     model: ModelConfig, optimizer: OptimizerConfig
 ) -> dict[ParamKey, dict[str, float]] | None:
-    """What `get_megatron_optimizer` takes as `config_overrides`; None leaves megatron-core's groups alone."""
+    """Return what `get_megatron_optimizer` takes as `config_overrides`; None leaves megatron-core's groups alone."""
     if model.init != "completep" and optimizer.decay_embeddings:
         return None
     factors_of = partial(multipliers, model, decay_embeddings=optimizer.decay_embeddings)

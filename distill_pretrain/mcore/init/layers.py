@@ -16,7 +16,7 @@ BiasDropoutAdd = Callable[..., Callable[[Any, torch.Tensor, float], torch.Tensor
 
 
 def scaled_bias_dropout_add(coefficient: float) -> BiasDropoutAdd:
-    """Residual + coefficient * dropout(x + bias), rounded once to the residual's type."""
+    """Compute residual + coefficient * dropout(x + bias), rounded once to the residual's type."""
 
     def with_mode(
         training: bool, fused: bool

@@ -23,7 +23,7 @@ _JOINED_NORMS = {
 
 
 def global_name(gpt: GPTModel, name: str) -> str:
-    """Parameter name with the layer's number in the whole model, tied head under the embedding's name.
+    """Return the parameter's name with the layer's number in the whole model, a tied head under the embedding's name.
 
     It is the same whatever computes the layers.
     """

@@ -48,7 +48,7 @@ class Moments:
 
 
 def linear(x: Moments, *, fan_in: int, std: float) -> Moments:
-    """Moments of W x: mean 0, variance fan_in std^2 E[x^2], correlation E[x x'] / E[x^2].
+    """Return the moments of W x: mean 0, variance fan_in std^2 E[x^2], correlation E[x x'] / E[x^2].
 
     Source: row "linear" of the paper's component table.
     """
@@ -56,12 +56,12 @@ def linear(x: Moments, *, fan_in: int, std: float) -> Moments:
 
 
 def linear_gradient(gradient: float, *, fan_out: int, std: float) -> float:
-    """Variance of W^T g: fan_out std^2 times that of g (row "linear" of the component table)."""
+    """Return the variance of W^T g: fan_out std^2 times that of g (row "linear" of the component table)."""
     return fan_out * std**2 * gradient
 
 
 def embedding(*, std: float, tables: int = 1, repeats: float = 0.0) -> Moments:
-    """Moments of the sum of a word vector and tables - 1 position vectors.
+    """Return the moments of the sum of a word vector and tables - 1 position vectors.
 
     Args:
         std: of every table's entries.
@@ -72,7 +72,7 @@ def embedding(*, std: float, tables: int = 1, repeats: float = 0.0) -> Moments:
 
 
 def dropout(x: Moments, p: float) -> Moments:
-    """Moments of x after dropout: each element is kept with probability 1 - p and divided by it.
+    """Return the moments of x after dropout: each element is kept with probability 1 - p and divided by it.
 
     The variance becomes (s2 + p mu^2) / (1 - p); the covariance of two tokens stays as it is, since they are dropped
     independently.
@@ -82,22 +82,22 @@ def dropout(x: Moments, p: float) -> Moments:
 
 
 def dropout_gradient(gradient: float, p: float) -> float:
-    """The gradient's variance over 1 - p."""
+    """Return the gradient's variance over 1 - p."""
     return gradient / (1 - p)
 
 
 def layer_norm(x: Moments) -> Moments:
-    """Mean 0, variance 1, correlation unchanged (LayerNorm, component table): wide vectors, so no error."""
+    """Return mean 0, variance 1 and the same correlation (LayerNorm, component table); exact for wide vectors."""
     return Moments(0.0, 1.0, x.correlation)
 
 
 def norm_gradient(gradient: float, second: float) -> float:
-    """The gradient's variance over that of the norm's input (LayerNorm; over E[x^2] for RMSNorm)."""
+    """Return the gradient's variance over that of the norm's input (LayerNorm; over E[x^2] for RMSNorm)."""
     return gradient / second
 
 
 def softmax(x: Moments, length: int) -> Moments:
-    """Moments of one of `length` probabilities of a softmax: mean 1/L, variance (e^((1-r) s2) - 1) / L^2.
+    """Return the moments of one of `length` probabilities of a softmax: mean 1/L, variance (e^((1-r) s2) - 1) / L^2.
 
     r is the correlation of two logits of one row: what they share cancels in a softmax, so only (1 - r) s2 spreads
     them. Source: row "softmax" of the component table.
@@ -107,7 +107,7 @@ def softmax(x: Moments, length: int) -> Moments:
 
 
 def softmax_gradient(gradient: float, x: Moments, length: int) -> float:
-    """e^((1-r) s2) / L^2 times the gradient's variance (softmax, component table)."""
+    """Return e^((1-r) s2) / L^2 times the gradient's variance (softmax, component table)."""
     return math.exp((1 - x.correlation) * x.variance) / length**2 * gradient
 
 
@@ -212,7 +212,7 @@ def _silu() -> Activation:
 
 
 def expectation(function: Callable[[Array], Array], variance: float) -> float:
-    """E[f(x)] for x ~ N(0, variance)."""
+    """Compute E[f(x)] for x ~ N(0, variance)."""
     nodes, weights = _quadrature()
     return float((weights * function(math.sqrt(variance) * nodes)).sum())
 
@@ -253,7 +253,7 @@ _ACTIVATIONS = {"relu": _relu, "gelu": _gelu, "silu": _silu}
 
 @lru_cache
 def activation(name: str) -> Activation:
-    """The moments of an activation; raises ConfigError for one that has not been derived."""
+    """Return the moments of an activation; raise ConfigError for one that has not been derived."""
     if name not in _ACTIVATIONS:
         raise ConfigError(
             "the moments of this activation are not derived",
@@ -265,7 +265,7 @@ def activation(name: str) -> Activation:
 
 
 def feed_forward_gain(name: str, *, gated: bool, variance: float = 1.0) -> float:
-    """E[h^2] of a feed-forward block's hidden units for inner activations of this variance.
+    """Return E[h^2] of a feed-forward block's hidden units for inner activations of this variance.
 
     Gated units are the product of an activation and an independent linear unit (SwiGLU): E[f^2] times the variance.
     """
@@ -275,7 +275,7 @@ def feed_forward_gain(name: str, *, gated: bool, variance: float = 1.0) -> float
 def feed_forward(
     x: Moments, name: str, *, gated: bool, stds: tuple[float, float], sizes: tuple[int, int]
 ) -> Moments:
-    """Moments of a feed-forward block's output (row "FFN" of the block table).
+    """Return the moments of a feed-forward block's output (row "FFN" of the block table).
 
     The paper has the plain block; the gated one is derived here in the same way.
 
@@ -304,7 +304,10 @@ def feed_forward_gradient(
     stds: tuple[float, float],
     sizes: tuple[int, int],
 ) -> float:
-    """Variance of the gradient at a feed-forward block's input, of mean square `variance` (FFN, block table)."""
+    """Return the variance of the gradient at a feed-forward block's input (row "FFN" of the block table).
+
+    `variance` is the mean square of that input.
+    """
     inner = sizes[0] * stds[0] ** 2 * variance
     found = activation(name)
     gain = found.slope(inner) * (inner if gated else 1.0)
@@ -315,7 +318,7 @@ def feed_forward_gradient(
 
 
 def same_token_weight(positions: Array, logit_variance: float) -> Array:
-    """E[sum_j p_j^2] of a softmax over so many independent logits N(0, v): e^v / L for many (`softmax`).
+    """Return E[sum_j p_j^2] of a softmax over so many independent logits N(0, v): e^v / L for many (`softmax`).
 
     With S = sum e^z, E[sum p^2] = L E[e^(2z) / S^2], and 1 / S^2 is the integral over t of t e^(-t S): so it is L times
     the integral of t E[e^(2z - t e^z)] E[e^(-t e^z)]^(L - 1).
@@ -336,14 +339,17 @@ def same_token_weight(positions: Array, logit_variance: float) -> Array:
 
 
 def shared_token_weight(positions: Array, logit_covariance: Array) -> Array:
-    """E[sum_j p_j p'_j] of two rows: e^c / (L - 1 + e^c) over L tokens, c the covariance of their logits at one."""
+    """Return E[sum_j p_j p'_j] of two rows: e^c / (L - 1 + e^c) over L tokens.
+
+    c is the covariance of the two rows' logits at one token.
+    """
     spread = np.exp(logit_covariance)
     result: Array = spread / (positions - 1 + spread)
     return result
 
 
 def attention_context(x: Moments, *, length: int, logit_variance: float) -> Moments:
-    """Moments of attention's output sum_j p_ij x_j under a causal mask, averaged over `length` positions.
+    """Return the moments of attention's output sum_j p_ij x_j under a causal mask, averaged over `length` positions.
 
     The variance is rho times that of x, rho = r + (1 - r) s (s: `same_token_weight`): for s = 0 the paper's r
     (attention, block table). Two contexts share the tokens up to the earlier one.

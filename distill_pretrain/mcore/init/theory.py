@@ -58,7 +58,7 @@ def predict(
     *,
     vocab_size: int,
 ) -> Signal:
-    """The signal expected of fresh weights.
+    """Compute the signal that is expected of fresh weights.
 
     Args:
         model: architecture and initialisation.

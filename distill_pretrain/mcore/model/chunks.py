@@ -73,7 +73,7 @@ def transformer_config(
     dtype: torch.dtype,
     fuse_gradient_accumulation: bool = False,
 ) -> TransformerConfig:
-    """Megatron-core's configuration of this model and layout."""
+    """Make megatron-core's configuration of this model and layout."""
     llama = model.arch == "llama"
     interleaved = parallel.virtual_pipeline > 1
     settings: dict[str, Any] = {
@@ -156,7 +156,7 @@ def build_model_chunks(
     loss_function: LossFunction | None = None,
     fuse_gradient_accumulation: bool = False,
 ) -> list[torch.nn.Module]:
-    """Model chunks of this rank, with initial weights that depend on `seed` and not on the layout.
+    """Build the model chunks of this rank, with initial weights that depend on `seed` and not on the layout.
 
     Args:
         model: architecture.
@@ -232,7 +232,7 @@ def unwrap(module: torch.nn.Module) -> GPTModel:
 
 
 def parameters_by_name(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.nn.Parameter]:
-    """Every parameter of this rank by its name in the whole model.
+    """Return every parameter of this rank by its name in the whole model.
 
     The head of a tied model that has a copy of the embedding (the last of several pipeline stages) is under the
     embedding's name.
@@ -249,7 +249,7 @@ def _chunk_names(chunks: Sequence[torch.nn.Module]) -> list[str]:
 
 
 def sharding_metadata() -> dict[str, Any]:
-    """How optimizer state is saved; inside `mcore.parallel.model_parallel`."""
+    """Return how optimizer state is saved; call it inside `mcore.parallel.model_parallel`."""
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
         # One rank at a time gathers a model shard's optimizer state, instead of all of them at once.
@@ -259,7 +259,7 @@ def sharding_metadata() -> dict[str, Any]:
 
 
 def sharded_chunks(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
-    """The weights as megatron-core's dist_checkpointing saves them, one entry per chunk."""
+    """Return the weights as megatron-core's dist_checkpointing saves them, one entry per chunk."""
     return {
         name: _without_extra_state(unwrap(chunk).sharded_state_dict(metadata=sharding_metadata()))
         for name, chunk in zip(_chunk_names(chunks), chunks, strict=True)

@@ -12,7 +12,7 @@ OPERATIONS_PER_WEIGHT = 6
 
 
 def matmul_weights(model: ModelConfig, *, vocab_size: int) -> int:
-    """Weights that a token is multiplied with, N: every matrix of the layers, and the LM head.
+    """Count the weights that a token is multiplied with, N: every matrix of the layers, and the LM head.
 
     H (n + 2 g) d + n d H of attention, (3 or 2) H F of the feed-forward block with or without a gate, and H V. The
     input embedding is looked up; norms, biases and padding columns are left out.
@@ -27,7 +27,7 @@ def matmul_weights(model: ModelConfig, *, vocab_size: int) -> int:
 
 
 def training_flops_per_token(model: ModelConfig, *, vocab_size: int, seq_len: int) -> int:
-    """6 N + 12 layers n d L: model FLOPs of a token, forward and backward (arXiv 2204.02311, appendix B).
+    """Compute 6 N + 12 layers n d L: model FLOPs of a token, forward and backward (arXiv 2204.02311, appendix B).
 
     As everywhere in the field, attention counts all L keys of a query though half of them are masked, and what is
     computed again (activation recomputation) or by a teacher in the same job does not count.

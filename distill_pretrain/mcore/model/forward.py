@@ -42,7 +42,7 @@ class ForwardOnly:
 
     @torch.no_grad()
     def hidden(self, tokens: torch.Tensor) -> torch.Tensor | None:
-        """What the LM head is applied to, [B, L, H], for tokens int64[B, L]; None without an LM head.
+        """Compute what the LM head is applied to, [B, L, H], for tokens int64[B, L]; None without an LM head.
 
         Every rank of the model calls it with the same tokens. With a pipeline the sequences pass in equal
         micro-batches, at most twice as many as stages, so that the stages work at once.
@@ -65,7 +65,7 @@ class ForwardOnly:
 
 
 def scoring_replica() -> Replica:
-    """The processes that hold this rank's copy of the model, in the layout in use."""
+    """Return the processes that hold this rank's copy of the model, in the layout in use."""
     ranks = sorted(dist.get_process_group_ranks(parallel_state.get_model_parallel_group()))
     tensor = parallel_state.get_tensor_model_parallel_world_size()
     has_head = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
@@ -82,7 +82,7 @@ def scoring_replica() -> Replica:
 
 
 def head_shard_rank() -> int:
-    """This rank's place among those that split the LM head's columns."""
+    """Return this rank's place among those that split the LM head's columns."""
     return int(parallel_state.get_tensor_model_parallel_rank())
 
 

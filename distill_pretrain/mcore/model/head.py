@@ -28,7 +28,7 @@ rank's part of a sum over the tensor-parallel ranks."""
 
 @contextmanager
 def head_computes(output_layer: Any, from_hidden: FromHidden) -> Iterator[None]:
-    """Within, the output layer (a ColumnParallelLinear) returns `from_hidden` of its whole input.
+    """Let the output layer (a ColumnParallelLinear), inside the block, return `from_hidden` of its whole input.
 
     The layer itself is still called, since ZeRO-3 and DDP gather its weight in hooks around the call.
     """

@@ -11,18 +11,18 @@ from distill_pretrain.mcore.model.config import ModelConfig, OptimizerConfig, Pa
 
 
 def padded_vocab_size(vocab_size: int, divisor: int, tensor_parallel_size: int) -> int:
-    """The least multiple of `divisor` and of the tensor-parallel size that holds the vocabulary."""
+    """Return the least multiple of `divisor` and of the tensor-parallel size that holds the vocabulary."""
     multiple = math.lcm(divisor, tensor_parallel_size)
     return -(-vocab_size // multiple) * multiple
 
 
 def replica_size(parallel: ParallelConfig) -> int:
-    """Processes that train on the same sequences together."""
+    """Return the number of processes that train on the same sequences together."""
     return parallel.tensor * parallel.pipeline * parallel.context
 
 
 def stage_layers(num_layers: int, parallel: ParallelConfig) -> list[int]:
-    """Layers of every pipeline stage; of a layout that fits (`check_layout`)."""
+    """Return the number of layers of every pipeline stage, of a layout that fits (`check_layout`)."""
     ends = (parallel.first_stage_layers, parallel.last_stage_layers)
     if parallel.pipeline == 1:
         return [num_layers]
@@ -36,7 +36,7 @@ def stage_layers(num_layers: int, parallel: ParallelConfig) -> list[int]:
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
-    """Replicas of the model; raises LayoutError where the processes do not divide."""
+    """Return the number of replicas of the model; raise LayoutError where the processes do not divide."""
     model_size = replica_size(parallel)
     if world_size % model_size:
         context = f" x context {parallel.context}" if parallel.context > 1 else ""
@@ -111,7 +111,7 @@ def require_fusion(parallel: ParallelConfig) -> None:
 
 
 def deepspeed_misfits(parallel: ParallelConfig) -> list[str]:
-    """What of a layout DeepSpeed cannot train, each with the reason."""
+    """List what of a layout DeepSpeed cannot train, each with the reason."""
     reasons = {
         "pipeline": "its engine runs no pipeline schedule of megatron-core",
         "virtual_pipeline": "its engine runs no pipeline schedule of megatron-core",

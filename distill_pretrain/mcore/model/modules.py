@@ -108,7 +108,7 @@ class SDPAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
-        """Query [s, b, n, h], key and value [s, b, g, h] -> [s, b, n * h].
+        """Attend: query [s, b, n, h], key and value [s, b, g, h] -> [s, b, n * h].
 
         Where documents are separate, `attention_mask` is `TokenBatch.pieces`.
         """
@@ -196,7 +196,7 @@ def _gathered_over_context(x: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def return_copied_bias(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
-    """Forward hook of a feed-forward block that is recomputed: its output and a copy of the bias to be added to it.
+    """Return a block's output and a copy of its bias, which is added later: a hook of recomputed feed-forward blocks.
 
     Megatron-core's recomputation makes what a block returns its own result: the parameter would be one for ever, and
     its backward pass would call itself.
@@ -206,7 +206,7 @@ def return_copied_bias(module: torch.nn.Module, inputs: Any, output: Any) -> Any
 
 
 def uses_transformer_engine(model: ModelConfig) -> bool:
-    """Whether `model.spec` means Transformer Engine's layers in this process.
+    """Tell whether `model.spec` means Transformer Engine's layers in this process.
 
     Raises:
         MissingDependency: they are asked for, and not installed.
@@ -227,14 +227,14 @@ def uses_transformer_engine(model: ModelConfig) -> bool:
 
 
 def transformer_engine_layer(config: TransformerConfig, scaling: ResidualScaling) -> LayerSpec:
-    """A layer, and the final norm, of Transformer Engine's modules (Pre-LN)."""
+    """Return a layer, and the final norm, of Transformer Engine's modules (Pre-LN)."""
     assert scaling.placement == "pre"
     layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     return _scaled(layer, transformer_engine_norm(), scaling)
 
 
 def local_layer(config: TransformerConfig, scaling: ResidualScaling) -> LayerSpec:
-    """A layer, and the final norm of a Pre-LN model, from the modules above."""
+    """Return a layer, and the final norm of a Pre-LN model, from the modules above."""
     norm = RMSNorm if config.normalization == "RMSNorm" else LayerNorm
     layer = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=False)
     if config.qk_layernorm:

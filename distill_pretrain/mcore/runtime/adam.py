@@ -34,7 +34,7 @@ class GroupStepAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient, once."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not group["params"]:

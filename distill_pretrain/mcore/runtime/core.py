@@ -76,7 +76,7 @@ def forget_rotary_embeddings() -> None:
 
 
 def transformer_engine_norm() -> Any:
-    """Megatron-core's norm on Transformer Engine, which must be installed."""
+    """Return megatron-core's norm on Transformer Engine, which must be installed."""
     with importing_megatron():
         from megatron.core.extensions.transformer_engine import TENorm
     return TENorm

@@ -132,7 +132,7 @@ def disabled_at_the_end() -> Iterator[None]:
 
 
 def transformer_overrides() -> dict[str, Any]:
-    """TransformerConfig settings that differ on CPU: init there, and keep pipeline outputs (gloo sends late)."""
+    """Return TransformerConfig settings that differ on CPU: init there, keep pipeline outputs (gloo sends late)."""
     if torch.cuda.is_available():
         return {}
     return {"use_cpu_initialization": True, "deallocate_pipeline_outputs": False}

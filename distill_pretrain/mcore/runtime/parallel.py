@@ -11,7 +11,7 @@ from distill_pretrain.processes.groups import ParallelGroups
 
 
 def current_groups() -> ParallelGroups:
-    """The process groups of the layout in use; inside `model_parallel`."""
+    """Return the process groups of the layout in use; call it inside `model_parallel`."""
     from distill_pretrain.mcore.runtime.core import parallel_state as ps
 
     return ParallelGroups(
@@ -26,7 +26,7 @@ def current_groups() -> ParallelGroups:
 
 @contextmanager
 def model_parallel(parallel: ParallelConfig, *, seed: int) -> Iterator[ParallelGroups]:
-    """Process groups of this layout over the default process group, taken down at the end.
+    """Make the process groups of this layout over the default one, and take them down at the end of the block.
 
     Args:
         parallel: layout; must divide the world size (`layout.data_parallel_size`).

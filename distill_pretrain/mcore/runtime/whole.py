@@ -41,7 +41,7 @@ class WholeEngine:
         return self._engine.identity
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Next-token logits, float32[B, L, V], for tokens int64[B, L]."""
+        """Compute next-token logits, float32[B, L, V], for tokens int64[B, L]."""
         with _using(self._groups):
             return self._engine.logits(tokens)
 

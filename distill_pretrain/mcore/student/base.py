@@ -68,14 +68,14 @@ class StepResult:
 
 
 def reduce_terms(num_tokens: torch.Tensor, terms: torch.Tensor) -> Reduced:
-    """The sums of a micro-batch, of its loss terms; the first is minimised."""
+    """Add up a micro-batch's loss terms; the first is minimised."""
     report = torch.cat((terms.detach().double(), num_tokens.double().reshape(1)))
     # A view would not be freed by the pipeline schedule.
     return terms[0].clone(), num_tokens, {"sums": report}
 
 
 def context_positions(num_positions: int, device: torch.device) -> torch.Tensor:
-    """The places in their sequence of the columns of this rank's micro-batches, int64[num_positions]."""
+    """Return the places in their sequence of the columns of this rank's micro-batches, int64[num_positions]."""
     rank = parallel_state.get_context_parallel_rank()
     size = parallel_state.get_context_parallel_world_size()
     spans = context_spans(num_positions * size, rank, size)
@@ -83,7 +83,7 @@ def context_positions(num_positions: int, device: torch.device) -> torch.Tensor:
 
 
 def forward_micro_batch(model: torch.nn.Module, batch: TokenBatch) -> torch.Tensor:
-    """What this rank's part of the model makes of a micro-batch: loss terms on the last pipeline stage."""
+    """Compute what this rank's part of the model makes of a micro-batch: loss terms on the last pipeline stage."""
     if batch.pieces is None:
         positions = context_positions(batch.tokens.size(1), batch.tokens.device)
         positions = positions.expand_as(batch.tokens)
@@ -95,20 +95,20 @@ def forward_micro_batch(model: torch.nn.Module, batch: TokenBatch) -> torch.Tens
 
 
 def piece_positions(pieces: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Places in their documents, int64[B, L] on the device of the tokens [B, L]; see `TokenBatch.pieces`."""
+    """Return places in their documents, int64[B, L] on the device of the tokens [B, L]; see `TokenBatch.pieces`."""
     positions = torch.cat([torch.arange(stop - start) for _, start, stop in pieces.tolist()])
     return positions.view(tokens.shape).to(tokens.device, non_blocking=True)
 
 
 def valid_tokens(batch: TokenBatch) -> torch.Tensor:
-    """Positions of a micro-batch that have a label, int32[]."""
+    """Count the positions of a micro-batch that have a label, int32[]."""
     return (batch.labels >= 0).sum().to(torch.int)
 
 
 def megatron_optimizer_config(
     optimizer: OptimizerConfig, *, precision: str, distributed: bool
 ) -> MegatronOptimizerConfig:
-    """Megatron-core's configuration of an optimizer section."""
+    """Make megatron-core's configuration of an optimizer section."""
     return MegatronOptimizerConfig(
         optimizer="adam",
         lr=optimizer.lr,
@@ -243,7 +243,7 @@ class Student(ABC):
     def optimizer_state(
         self, model_state: ShardedStateDict, *, is_loading: bool
     ) -> ShardedStateDict:
-        """The optimizer as megatron-core's dist_checkpointing saves it, beside what `model_state` returned.
+        """Return the optimizer as megatron-core's dist_checkpointing saves it, beside what `model_state` returned.
 
         Without the distributed optimizer it has one form, so that backends load each other's.
         """
@@ -253,7 +253,7 @@ class Student(ABC):
         """Restore what was loaded into `optimizer_state`; after `load_model_state`."""
 
     def model_state(self, *, is_loading: bool) -> ShardedStateDict:
-        """The weights as dist_checkpointing saves them, under any backend."""
+        """Return the weights as dist_checkpointing saves them, under any backend."""
         if not is_loading:
             self.settle_weights()
         return sharded_chunks(self.chunks)
@@ -263,11 +263,11 @@ class Student(ABC):
         load_chunks(self.chunks, loaded)
 
     def shape_of(self, parameter: torch.nn.Parameter) -> torch.Size:
-        """Shape of this tensor-parallel rank's slice of a parameter, under any backend."""
+        """Return the shape of this tensor-parallel rank's slice of a parameter, under any backend."""
         return parameter.shape
 
     def weight_entries(self) -> dict[torch.nn.Parameter, ShardedTensor]:
-        """How dist_checkpointing saves each parameter of this rank."""
+        """Return how dist_checkpointing saves each parameter of this rank."""
         return {
             entry.data: entry
             for state in sharded_chunks(self.chunks).values()
@@ -332,7 +332,7 @@ class Student(ABC):
 
     @torch.no_grad()
     def evaluate(self, iterators: list[Iterator[TokenBatch]]) -> tuple[torch.Tensor, int]:
-        """The loss terms of one global batch, without dropout; weights and optimizer stay as they are.
+        """Compute the loss terms of one global batch, without dropout; weights and optimizer stay as they are.
 
         Args:
             iterators: see `step`.

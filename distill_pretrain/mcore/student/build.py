@@ -7,7 +7,7 @@ from distill_pretrain.mcore.student.base import Student
 
 
 def student_class(optimizer: OptimizerConfig) -> type[Student]:
-    """The class of `optimizer.backend`; DeepSpeed is imported where it is asked for, and nowhere else."""
+    """Return the class of `optimizer.backend`; DeepSpeed is imported where it is asked for, and nowhere else."""
     if optimizer.backend == "deepspeed":
         from distill_pretrain.mcore.student.deepspeed import DeepSpeedStudent
 

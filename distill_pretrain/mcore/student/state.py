@@ -69,7 +69,7 @@ def _student_state(student: Student, *, is_loading: bool) -> ShardedStateDict:
 
 
 def rng_file(folder: Path, rank: int) -> Path:
-    """Where a rank's random streams are saved."""
+    """Return where a rank's random streams are saved."""
     return folder / f"rng-{rank:05d}.pt"
 
 
@@ -87,7 +87,7 @@ def _layout(student: Student) -> list[int]:
 
 
 def plan_save(student: Student, folder: Path) -> AsyncRequest:
-    """What is still to be written, as megatron-core's AsyncRequest; all but the sharded tensors is written.
+    """Return what is still to be written, as megatron-core's AsyncRequest; all but the sharded tensors is written here.
 
     Every rank calls it. The request refers to the student's own tensors.
     """
@@ -115,7 +115,7 @@ def plan_save(student: Student, folder: Path) -> AsyncRequest:
 
 
 def saved_bytes(student: Student, *, precision: str) -> int:
-    """About what a checkpoint of a student takes, over all ranks: weights, masters of bf16 and Adam's moments.
+    """Estimate what a checkpoint of a student takes, over all ranks: weights, masters of bf16 and Adam's moments.
 
     Every rank calls it. What two pipeline stages share counts twice.
     """

@@ -32,7 +32,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def import_deepspeed(optimizer: OptimizerConfig) -> ModuleType:
-    """The package, without its chatter and without compiling anything.
+    """Import the package, without its chatter and without compiling anything.
 
     Raises:
         MissingDependency: it is not installed.
@@ -59,7 +59,7 @@ def import_deepspeed(optimizer: OptimizerConfig) -> ModuleType:
 
 
 def model_parallel_unit(groups: ParallelGroups) -> SimpleNamespace:
-    """The process groups under the names DeepSpeed asks an `mpu` for."""
+    """Return the process groups under the names DeepSpeed asks an `mpu` for."""
 
     def named(name: str, group: dist.ProcessGroup) -> dict[str, Callable[[], object]]:
         return {
@@ -86,7 +86,7 @@ def engine_config(
     num_micro_batches: int,
     num_parameters: int,
 ) -> dict[str, object]:
-    """What `deepspeed.initialize` takes as its configuration."""
+    """Return what `deepspeed.initialize` takes as its configuration."""
     zero: dict[str, object] = {
         "stage": optimizer.zero_stage or 1,
         "reduce_bucket_size": min(LARGEST_BUCKET, num_parameters),
@@ -117,6 +117,6 @@ class AskingAdamW(torch.optim.AdamW):
     may_update: Callable[[], bool]
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of this rank's partition, if it is accepted."""
+        """Update this rank's partition once, if the update is accepted."""
         if self.may_update():
             super().step(closure)

@@ -84,7 +84,7 @@ class CompareConfig(Section):
 def default_sets(
     topk: Sequence[int] = DEFAULT_TOPK, draws: Sequence[int] = DEFAULT_DRAWS
 ) -> dict[str, dict[str, Any]]:
-    """Target sets for `capture.sets`: the k likeliest ids, and N draws of both unbiased samplers."""
+    """Return the target sets for `capture.sets`: the k likeliest ids, and N draws of both unbiased samplers."""
     sizes = {"topk": topk, "multinomial": draws, "systematic": draws}
     return {
         f"{sampler}-{size}": {"sampler": sampler, "num_draws": size}
@@ -96,7 +96,7 @@ def default_sets(
 def default_cells(
     samplers: Mapping[str, str], *, fixes_at: str | None = None
 ) -> dict[str, CellConfig]:
-    """CE, FullKD, one cell per target set (truncated ones renormalised), and the residual fixes on one of them.
+    """Return CE, FullKD, one cell per target set (truncated ones renormalised), and the residual fixes on one of them.
 
     Args:
         samplers: name of every target set to its sampler, in the order of the recipe.

@@ -37,7 +37,7 @@ class Stage:
 
     @classmethod
     def now(cls, name: str, seconds: float, *, processes: int) -> Stage:
-        """A stage that ends here and now."""
+        """Make a stage that ends here and now."""
         return cls(
             name=name,
             seconds=round(seconds, 2),
@@ -59,7 +59,7 @@ class Stage:
 
 
 def read_stages(folder: Path) -> list[Stage]:
-    """Stages in the order they ended; a line cut off by a full disk is left out."""
+    """Read the stages in the order they ended; a line cut off by a full disk is left out."""
     path = folder / FILE
     stages = []
     for line in path.read_text("utf-8").splitlines() if path.exists() else []:
@@ -71,7 +71,7 @@ def read_stages(folder: Path) -> list[Stage]:
 
 
 def hardware() -> str:
-    """This machine in words: processor and cores, and its GPUs if it has any."""
+    """Describe this machine in words: processor and cores, and its GPUs if it has any."""
     parts = [f"{_processor()}, {os.cpu_count()} cores"]
     if torch.cuda.is_available():
         parts.append(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}")

@@ -12,7 +12,10 @@ _NORMAL_QUANTILE = 2.0
 
 
 def decided_at(num_seeds: int) -> float:
-    """Standard errors from which a difference counts as resolved: Student's t, two-sided 95%, num_seeds - 1 degrees."""
+    """Return the standard errors from which a difference counts as resolved.
+
+    That is Student's t, two-sided 95 %, of num_seeds - 1 degrees of freedom.
+    """
     row = num_seeds - 2
     return _T_QUANTILES[row] if row < len(_T_QUANTILES) else _NORMAL_QUANTILE
 
@@ -48,7 +51,7 @@ class Ordering:
         return "yes" if self.gap.value > 0 else "no"
 
     def line(self) -> str:
-        """The claim, the verdict and the figures behind it."""
+        """Write the claim, the verdict and the figures behind it."""
         scale, unit, digits = (100, " points", 2) if self.field in _IN_PERCENT else (1, "", 4)
         error = self.gap.error
         margin = (
@@ -64,7 +67,7 @@ class Ordering:
 
 
 def orderings(comparison: Comparison) -> list[Ordering]:
-    """Every ordering of the paper whose two sides are in the comparison."""
+    """Judge every ordering of the paper whose two sides are in the comparison."""
     return [ordering for ordering in _all(comparison) if ordering is not None]
 
 
@@ -105,7 +108,7 @@ def _all(c: Comparison) -> Iterator[Ordering | None]:
 
 
 def own_orderings(comparison: Comparison) -> list[Ordering]:
-    """This project's claim: at equal draws, systematic sampling leaves less noise than multinomial."""
+    """Judge this project's claim: at equal draws, systematic sampling leaves less noise than multinomial."""
     theirs = {cell.spec.num_draws: cell for cell in comparison.family("multinomial")}
     found = [
         _order(

@@ -9,7 +9,7 @@ from distill_pretrain.reports.picture import _INK, _finish, _look, _new_figure, 
 
 
 def families(comparison: Comparison) -> dict[str, list[CellResults]]:
-    """Legend text -> plain cells on several sizes of one kind of target, then the single ones."""
+    """Return legend text -> plain cells on several sizes of one kind of target, then the single ones."""
     kinds = dict.fromkeys(
         (cell.spec.sampler, cell.spec.residual) for cell in comparison.cells if cell.spec.sampler
     )
@@ -29,7 +29,7 @@ def draw_losses(
     cost: Callable[[CellResults], float | None],
     x_label: str,
 ) -> bytes:
-    """A figure of held-out text against a cost of the targets, error bars one spread over seeds.
+    """Draw a figure of held-out text against a cost of the targets, error bars one spread over seeds.
 
     Args:
         comparison: cells.
@@ -69,7 +69,7 @@ def draw_losses(
 
 
 def reliability_choice(comparison: Comparison) -> Mapping[str, Mapping[str, object]]:
-    """First-seed figures of the cells whose calibration tells most: CE, small Top-K, samples, FullKD."""
+    """Choose first-seed figures of the cells whose calibration tells most: CE, small Top-K, samples, FullKD."""
     heads, seed = comparison.family("topk", "renormalise"), next(iter(comparison.evaluations))
     middle: Sequence[CellResults] = comparison.family("systematic")
     middle = middle[(len(middle) - 1) // 2 :][:1]

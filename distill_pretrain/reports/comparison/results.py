@@ -69,7 +69,7 @@ class Mean:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Mean:
-        """Mean, spread and standard error of one value per seed."""
+        """Compute mean, spread and standard error of one value per seed."""
         spread = statistics.stdev(values) if len(values) > 1 else None
         error = None if spread is None else spread / math.sqrt(len(values))
         return cls(statistics.fmean(values), spread, error, len(values))
@@ -99,13 +99,13 @@ class CellResults:
         return self.spec.name
 
     def mean(self, field: str) -> Mean | None:
-        """Mean of a figure over the seeds; None where `eval` did not compute it."""
+        """Return the mean of a figure over the seeds; None where `eval` did not compute it."""
         values = [scores.get(field) for scores in self.scores.values()]
         known = [float(value) for value in values if value is not None]
         return Mean.of(known) if len(known) == len(values) else None
 
     def minus(self, other: CellResults, field: str) -> Mean | None:
-        """The mean over seeds of this cell's figure minus the other's."""
+        """Return the mean over seeds of this cell's figure minus the other's."""
         gaps = []
         for seed, scores in self.scores.items():
             mine, theirs = scores.get(field), other.scores[seed].get(field)
@@ -171,7 +171,7 @@ class Comparison:
         return next((c for c in self.cells if c.spec.online and c.spec.plain), None)
 
     def family(self, sampler: str, residual: str | None = None) -> list[CellResults]:
-        """Plain cells of one sampler (and treatment of missing mass), by ascending unique ids."""
+        """List the plain cells of one sampler (and treatment of missing mass), by ascending unique ids."""
         found = [
             cell
             for cell in self.cells
@@ -186,7 +186,7 @@ class Comparison:
         return sorted(found, key=lambda cell: cell.unique_ids or 0.0)
 
     def fixes(self) -> dict[str, list[CellResults]]:
-        """Cache -> the plain cells on it that differ in what they do with the missing mass, if several do."""
+        """Return cache -> the plain cells on it that differ in what they do with the missing mass, if several do."""
         groups: dict[str, list[CellResults]] = {}
         for cell in self.cells:
             if cell.spec.residual is not None and cell.spec.cache is not None and cell.spec.plain:
@@ -204,7 +204,7 @@ class Comparison:
         return part.value / whole.value
 
     def first_step_gap(self) -> float:
-        """The largest difference, within any seed, of the cross-entropy at the first step: 0 if all began equal."""
+        """Return the largest difference, within a seed, of the cross-entropy at step 1: 0 if all began equal."""
         gaps = [0.0]
         for seed in self.evaluations:
             first = [float(cell.curves[seed]["ce"][0]) for cell in self.cells]

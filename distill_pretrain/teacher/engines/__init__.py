@@ -66,7 +66,7 @@ def open_engine(
 
 @contextmanager
 def teacher_groups(teacher: TeacherConfig) -> Iterator[None]:
-    """What `open_teacher_engine` needs of the job's processes, for as long as the block lasts.
+    """Make what `open_teacher_engine` needs of the job's processes, for as long as the block lasts.
 
     Inside `dist.process.process_group`; every rank of the job enters it.
 

@@ -20,7 +20,7 @@ _AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
 
 
 def import_transformers() -> Any:
-    """The package, or the line that installs it.
+    """Import the package, or say the line that installs it.
 
     Raises:
         MissingDependency: it is not there.
@@ -35,7 +35,7 @@ def import_transformers() -> Any:
 
 
 def read_config(path: Path, *, vocab_size: int, seq_len: int, trust: Trust = NO_TRUST) -> Any:
-    """The folder's configuration, of a model that knows the corpus's ids and positions.
+    """Read the folder's configuration, of a model that knows the corpus's ids and positions.
 
     Raises:
         TeacherError, TokenizerMismatch: it cannot be used.
@@ -102,7 +102,7 @@ def _require_plain_folder(path: Path, trust: Trust) -> None:
 
 
 def cannot_be_loaded(path: Path, error: Exception) -> TeacherError:
-    """What to raise after transformers refused."""
+    """Make the error to raise after transformers refused."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     said = " ".join(lines[:2])[:500]
     return TeacherError(
@@ -127,7 +127,7 @@ def require_known_ids(path: Path, width: int, vocab_size: int) -> None:
 
 
 def another_vocabulary(width: int, vocab_size: int) -> str:
-    """What to do where a model has another number of ids than a corpus."""
+    """Say what to do where a model has another number of ids than a corpus."""
     remedy = "tokenise the corpus with the model's own tokenizer (tokenizer.kind=hf)"
     if width >= vocab_size:
         return remedy
@@ -153,7 +153,7 @@ def require_positions(path: Path, longest: int | None, seq_len: int) -> None:
 
 
 def files_identity(path: Path, weights: list[Path], trust: Trust = NO_TRUST) -> dict[str, str]:
-    """File name -> sha256 of what decides the model. Every rank of the job calls it; one reads.
+    """Return file name -> sha256 of what decides the model; every rank of the job calls it, and one reads.
 
     Args:
         path: of the folder.

@@ -18,13 +18,16 @@ Finish = Callable[[torch.Tensor], torch.Tensor]
 
 
 def trunk_name(model: Any) -> str:
-    """The attribute of a causal LM that holds its trunk: the one transformers names, else `model` (as in Llama 4)."""
+    """Return the attribute of a causal LM that holds its trunk.
+
+    It is the one transformers names, else `model` (as in Llama 4).
+    """
     prefix: str = model.base_model_prefix
     return prefix if prefix and hasattr(model, prefix) else "model"
 
 
 def trunk_of(model: Any) -> Any:
-    """A causal LM's trunk; the model itself where that is no module of its own."""
+    """Return a causal LM's trunk; the model itself where that is no module of its own."""
     return getattr(model, trunk_name(model), model)
 
 
@@ -59,7 +62,7 @@ class ChunkedHead:
 
     @torch.no_grad()
     def chunks(self, hidden: torch.Tensor) -> Iterator[LogitsChunk]:
-        """Logits of hidden states [..., H] in the weight's type, chunk by chunk."""
+        """Yield the logits of hidden states [..., H] in the weight's type, chunk by chunk."""
         rows = hidden.reshape(-1, hidden.size(-1))
         for first in range(0, len(rows), self._chunk_tokens):
             some = rows[first : first + self._chunk_tokens].to(self._weight.dtype)
@@ -75,6 +78,9 @@ class ChunkedHead:
 
 
 def head_rows(total: int, number: int, count: int) -> slice:
-    """Rows of the LM head that one of `count` ranks holds: equal stretches, the last ones shorter or empty."""
+    """Return the rows of the LM head that one of `count` ranks holds.
+
+    They are equal stretches; the last ones are shorter, or empty.
+    """
     size = -(-total // count)
     return slice(min(number * size, total), min((number + 1) * size, total))

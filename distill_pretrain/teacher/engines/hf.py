@@ -84,7 +84,7 @@ class HFEngine:
 
     @torch.no_grad()
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """float32[B, L, V] for tokens int64[B, L]."""
+        """Compute logits float32[B, L, V] for tokens int64[B, L]."""
         output = self._model(input_ids=tokens, use_cache=False)
         return output.logits[..., : self.vocab_size].float()
 

@@ -16,7 +16,7 @@ from distill_pretrain.teacher.engines.head import Finish, trunk_name, trunk_of
 
 
 def finish_of(config: Any) -> Finish | None:
-    """What the model does to the product of hidden states and LM head, as far as known; see `require_known_head`.
+    """Return what the model does to the product of hidden states and LM head, as far as `require_known_head` knows.
 
     Args:
         config: of the whole model; the part for text is what counts.

@@ -75,7 +75,7 @@ class MegatronEngine:
 
     @torch.no_grad()
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """float32[B, L, V] for tokens int64[B, L]; of a model that this process holds alone."""
+        """Compute logits float32[B, L, V] for tokens int64[B, L], of a model that this process holds alone."""
         assert self.replica.group is None
         return model_logits(self._model, tokens, self.vocab_size)
 

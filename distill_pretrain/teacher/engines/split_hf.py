@@ -193,7 +193,7 @@ def open_transformers_trunk(teacher: TeacherConfig, config: Any, head: str) -> T
 
 
 def open_deepspeed_trunk(teacher: TeacherConfig, config: Any, head: str) -> Trunk:
-    """ZeRO-3 over all ranks of the job.
+    """Open the trunk under ZeRO-3 over all ranks of the job.
 
     Raises:
         MissingDependency: deepspeed or accelerate.

@@ -30,7 +30,7 @@ _PACKAGES = {"bitsandbytes": "bitsandbytes", "gptq": "gptqmodel", "awq": "gptqmo
 
 
 def weight_files(path: Path, trust: Trust = NO_TRUST) -> list[Path]:
-    """The files that transformers loads a folder's weights from.
+    """List the files that transformers loads a folder's weights from.
 
     Raises:
         CheckpointError: none, files that are missing, or both of two kinds.
@@ -67,7 +67,7 @@ def weight_files(path: Path, trust: Trust = NO_TRUST) -> list[Path]:
 
 
 def meta_model(path: Path, config: Any, trust: Trust = NO_TRUST) -> Any:
-    """The causal LM of a configuration, without values.
+    """Build the causal LM of a configuration, without values.
 
     Raises:
         TeacherError: there is none.

@@ -33,7 +33,7 @@ _SEEN_WEIGHT = 4
 def build_tables(
     targets: Iterable[RaggedTargets], *, kind: TargetKind, num_draws: int, vocab_size: int
 ) -> HcTables:
-    """Tables that suit targets like these, and can say any others of this kind, N and V.
+    """Fit tables to targets like these; they have a code for any other targets of this kind, N and V.
 
     Args:
         targets: the pilot, valid targets whose order does not matter; all are held in memory.
@@ -105,7 +105,7 @@ def block_symbols(
 
 
 def limited_code_lengths(weights: Sequence[int]) -> list[int]:
-    """Lengths of the best complete prefix code of at most MAX_CODE_LENGTH bits (package-merge).
+    """Return the lengths of the best complete prefix code of at most MAX_CODE_LENGTH bits (package-merge).
 
     Larmore and Hirschberg 1990. Of equal weights the earlier symbol goes first, and symbols before packages.
 

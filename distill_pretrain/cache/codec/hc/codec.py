@@ -63,11 +63,11 @@ class HcCodec:
         return min(self.num_draws, self.vocab_size)
 
     def payload_bounds(self, num_tokens: int, num_entries: int) -> tuple[int, int]:
-        """Bytes that a payload has at least and at most."""
+        """Return the least and the most bytes that the payload of a block has."""
         return self.tables.payload_bounds(num_tokens, num_entries)
 
     def encode(self, targets: RaggedTargets) -> bytes:
-        """Payload of one block; the distinct ids of a position may come in any order.
+        """Encode one block; the distinct ids of a position may come in any order.
 
         Raises:
             TeacherError: log-probabilities are positive, NaN, or add up to more than 1.
@@ -96,7 +96,7 @@ class HcCodec:
     def decode(
         self, payload: bytes | memoryview, num_tokens: int, num_entries: int
     ) -> RaggedTargets:
-        """Targets of one block, by ascending frequency rank within a position, not by ascending id.
+        """Decode one block; within a position ids ascend by their frequency rank, not by themselves.
 
         Nothing is allocated before T and E are possible for a payload of this length.
 

@@ -30,31 +30,31 @@ Integers = npt.NDArray[np.int64]
 
 
 def num_contexts(kind: TargetKind) -> int:
-    """C."""
+    """Return C, the number of contexts; each has a prefix code of its own."""
     values = (len(_EXCESS_LIMITS) + 1) * LEFT_BUCKETS if kind == "counts" else LEFT_BUCKETS
     return VALUE_CONTEXTS + values
 
 
 def bit_lengths(values: npt.NDArray[Any]) -> Integers:
-    """Bits of integers from 0 to 2^21 - 1, exactly."""
+    """Return the number of bits of integers from 0 to 2^21 - 1, exactly."""
     return np.searchsorted(_POWERS, values, side="right").astype(np.int64)
 
 
 def size_symbols(values: npt.NDArray[Any]) -> Integers:
-    """Symbols of row lengths or counts, 0 to 1024."""
+    """Return the symbols of row lengths or counts, 0 to 1024: itself below 64, then a quarter of an octave each."""
     octave = np.maximum(bit_lengths(values) - 1, 6)
     return np.where(values < 64, values, 64 + (octave - 6) * 4 + ((values >> (octave - 2)) & 3))
 
 
 def gap_contexts(previous_ranks: npt.NDArray[Any], left: npt.NDArray[Any]) -> Integers:
-    """Contexts of gap classes; previous rank 0 before the first entry, `left` counts this entry."""
+    """Return the contexts of gap classes; the previous rank is 0 before the first entry, `left` counts this entry."""
     return GAP_CONTEXTS + bit_lengths(previous_ranks) * LEFT_BUCKETS + _left_buckets(left)
 
 
 def value_contexts(
     kind: TargetKind, excess: npt.NDArray[Any], left: npt.NDArray[Any]
 ) -> npt.NDArray[np.int64]:
-    """Contexts of values; `excess` is the draws not yet counted less the entries left."""
+    """Return the contexts of values; `excess` is the draws not yet counted less the entries left."""
     if kind == "logprobs":
         return VALUE_CONTEXTS + _left_buckets(left)
     buckets = np.searchsorted(_EXCESS_LIMITS, excess, side="right").astype(np.int64)
@@ -62,7 +62,7 @@ def value_contexts(
 
 
 def alphabets(kind: TargetKind, num_draws: int, vocab_size: int) -> npt.NDArray[np.bool_]:
-    """bool[C, 81]: the symbols that each context has a code for; never none."""
+    """Return bool[C, 81]: the symbols that each context has a code for, at least one."""
     symbols = np.arange(NUM_SYMBOLS)
     allowed = np.zeros((num_contexts(kind), NUM_SYMBOLS), np.bool_)
     most_entries = min(num_draws, vocab_size)
@@ -84,7 +84,7 @@ def alphabets(kind: TargetKind, num_draws: int, vocab_size: int) -> npt.NDArray[
 
 
 def raw_bits(kind: TargetKind) -> npt.NDArray[np.int64]:
-    """int64[C, 81]: bits that follow each symbol as they are."""
+    """Return int64[C, 81]: the number of bits that follow each symbol as they are, without a code."""
     symbols = np.arange(NUM_SYMBOLS)
     bits = np.zeros((num_contexts(kind), NUM_SYMBOLS), np.int64)
     bits[:] = np.where(symbols < 64, 0, 4 + (symbols - 64) // 4)

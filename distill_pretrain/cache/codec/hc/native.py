@@ -73,7 +73,7 @@ class NativeCoder:
         ids: npt.NDArray[np.int32],
         codes: npt.NDArray[np.int32],
     ) -> bytes:
-        """Payload of rows: lengths int32[T], ids int32[E], counts or log-probability codes int32[E]."""
+        """Encode rows: lengths int32[T], ids int32[E], counts or log-probability codes int32[E]."""
         out = np.empty(tables.payload_bounds(len(lengths), len(ids))[1] + _SLACK, np.uint8)
         size = self._library.hc_encode(
             tables.kind == "counts",
@@ -94,7 +94,7 @@ class NativeCoder:
     def decode(
         self, tables: HcTables, payload: bytes | memoryview, num_tokens: int, num_entries: int
     ) -> Arrays:
-        """What `encode` was given, each row by ascending rank.
+        """Return what `encode` was given, each row by ascending frequency rank.
 
         Raises:
             CacheCorrupt: a rule of FORMAT.md is broken.
@@ -123,7 +123,7 @@ class NativeCoder:
 
 
 def find_library() -> Path | None:
-    """Where the library is, if it was built."""
+    """Return the path of the compiled library, if it was built."""
     stem = Path(__file__).with_name("_hc")
     # "_hc.so" is the last of them; the others are what builds in place were called before.
     files = (stem.with_name(stem.name + suffix) for suffix in reversed(EXTENSION_SUFFIXES))
@@ -131,7 +131,7 @@ def find_library() -> Path | None:
 
 
 def load() -> NativeCoder:
-    """The fast coder.
+    """Load the fast coder.
 
     Raises:
         OSError: it was not built, or cannot be loaded.
@@ -144,7 +144,7 @@ def load() -> NativeCoder:
 
 @cache
 def best_coder() -> NativeCoder | Oracle:
-    """The fast coder; the slow one, after one warning, where there is no fast one and the user asked for it.
+    """Return the fast coder; the slow one, after one warning, where there is no fast one and the user asked for it.
 
     Raises:
         CacheError: there is no fast coder, and `SLOW_VARIABLE` is not set to 1.

@@ -38,7 +38,7 @@ class Oracle:
         ids: npt.NDArray[np.int32],
         codes: npt.NDArray[np.int32],
     ) -> bytes:
-        """Payload of rows: lengths int32[T], ids int32[E], counts or log-probability codes int32[E]."""
+        """Encode rows: lengths int32[T], ids int32[E], counts or log-probability codes int32[E]."""
         half = -(-len(lengths) // 2)
         entries = zip(ids.tolist(), codes.tolist(), strict=True)
         streams = []
@@ -53,7 +53,7 @@ class Oracle:
     def decode(
         self, tables: HcTables, payload: bytes | memoryview, num_tokens: int, num_entries: int
     ) -> Arrays:
-        """What `encode` was given, each row by ascending rank.
+        """Return what `encode` was given, each row by ascending frequency rank.
 
         Raises:
             CacheCorrupt: a rule of FORMAT.md is broken.
@@ -89,7 +89,7 @@ class Oracle:
 
 
 def broken(rule: str) -> CacheCorrupt:
-    """The error for a payload that breaks a rule."""
+    """Make the error for a payload that breaks a rule."""
     return CacheCorrupt("a block breaks the rules of the format", found=rule)
 
 

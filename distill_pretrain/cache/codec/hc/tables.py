@@ -57,7 +57,7 @@ class HcTables:
     code_lengths: npt.NDArray[np.uint8]
 
     def to_bytes(self) -> bytes:
-        """The tables file."""
+        """Return the contents of the tables file."""
         kind = next(number for number, name in _KINDS.items() if name == self.kind)
         header = _HEADER.pack(
             _MAGIC,
@@ -73,7 +73,7 @@ class HcTables:
 
     @staticmethod
     def from_bytes(data: bytes | memoryview, *, where: object = None) -> HcTables:
-        """Tables from their file, with every rule of FORMAT.md checked.
+        """Read tables from their file's contents, and check every rule of FORMAT.md.
 
         Args:
             data: the file.
@@ -166,7 +166,7 @@ class HcTables:
         return lookup
 
     def payload_bounds(self, num_tokens: int, num_entries: int) -> tuple[int, int]:
-        """Bytes that a block of T positions and E <= T * min(N, V) entries has at least and at most."""
+        """Return the least and the most bytes of a block of T positions and E <= T * min(N, V) entries."""
         length, first, later, value = self._bit_bounds
         fewest_rows = -(-num_entries // min(self.num_draws, self.vocab_size))
         least = num_tokens * length[0] + fewest_rows * first[0]
@@ -219,6 +219,6 @@ class HcTables:
 
 
 def address(array: npt.NDArray[Any]) -> int:
-    """Where an array's first element lies in memory; several times faster than `array.ctypes`."""
+    """Return where an array's first element lies in memory; several times faster than `array.ctypes`."""
     first: int = array.__array_interface__["data"][0]
     return first
