@@ -21,7 +21,7 @@ from distill_pretrain.cache.reader import CacheHead, CacheReader
 from distill_pretrain.contracts import NO_ENTRY
 from distill_pretrain.corpus.sequence_plan import SequenceOutOfRange, SequencePlan
 from distill_pretrain.data.batches import pad_targets
-from distill_pretrain.data.patience import read_patiently
+from distill_pretrain.data.retry import read_with_retries
 from distill_pretrain.errors import TokenDataError, require_whole
 
 
@@ -112,7 +112,7 @@ class DistillationDataset(Dataset[dict[str, torch.Tensor]]):
         }
         if self._head is not None:
             read = partial(self._open(self._head).read, number, tokens[0])
-            ids, probs = pad_targets([read_patiently(read, patience_s=self._read_retry_s)], rows=1)
+            ids, probs = pad_targets([read_with_retries(read, retry_s=self._read_retry_s)], rows=1)
             item["ids"] = torch.from_numpy(ids[0].astype(np.int64))
             item["probs"] = torch.from_numpy(probs[0])
         return item

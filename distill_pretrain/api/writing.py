@@ -31,9 +31,9 @@ from distill_pretrain.teacher.capture import (
     make_plans,
 )
 from distill_pretrain.teacher.config import CaptureConfig
-from distill_pretrain.teacher.crew import Crew
 from distill_pretrain.teacher.gate import SanityGate
 from distill_pretrain.teacher.pilot import pilot_tables
+from distill_pretrain.teacher.replica_group import ReplicaGroup
 from distill_pretrain.teacher.sampling_backend import columns_reader
 
 Score = Callable[[torch.Tensor], "torch.Tensor | npt.NDArray[np.float32]"]
@@ -127,24 +127,26 @@ def write_cache(
         tokenizer_digests=record.tokenizer_digests if record else (),
         num_sequences=plan.num_sequences,
     )
-    crew = Crew(engine, sequences, read=columns_reader("auto", engine.device, engine.replica))
+    group = ReplicaGroup(
+        engine, sequences, read=columns_reader("auto", engine.device, engine.replica)
+    )
     ((folder, cache_plan),) = make_plans(sequences, capture, engine.identity).items()
     watch = CaptureWatch(SanityGate(vocab_size=vocab_size, mode=sanity_gate), progress=progress)
-    return crew.run(lambda: _write(folder, cache_plan, crew, capture, watch)) is True
+    return group.run(lambda: _write(folder, cache_plan, group, capture, watch)) is True
 
 
 def _write(
-    folder: Path, plan: CachePlan, crew: Crew, capture: CaptureConfig, watch: CaptureWatch
+    folder: Path, plan: CachePlan, group: ReplicaGroup, capture: CaptureConfig, watch: CaptureWatch
 ) -> bool:
     writer = CacheWriter.create_or_resume(
         folder,
         plan,
-        make_tables=lambda: pilot_tables(crew.score, [plan], num_tokens=capture.pilot_tokens)[0],
-        labels_of=lambda sequence: crew.sequences.plan.read([sequence])[1][0],
+        make_tables=lambda: pilot_tables(group.score, [plan], num_tokens=capture.pilot_tokens)[0],
+        labels_of=lambda sequence: group.sequences.plan.read([sequence])[1][0],
     )
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     # Processes that start together start at different shards.
-    capture_shards([writer], crew, first_shard=rank * plan.num_shards // size, watch=watch)
+    capture_shards([writer], group, first_shard=rank * plan.num_shards // size, watch=watch)
     return folder in finish_capture([writer])
 
 

@@ -81,7 +81,7 @@ class BackgroundFiles(Protocol):
     def wait(self, seconds: float) -> None:
         """Wait for this rank's files, not longer than that."""
 
-    def give_up(self) -> None:
+    def cancel(self) -> None:
         """Stop writing soon."""
 
     def finish(self) -> dict[str, str]:

@@ -19,7 +19,7 @@ import torch
 from distill_pretrain.contracts import NO_ENTRY, RaggedTargets, SparseTargets, TokenBatch
 from distill_pretrain.corpus.sequence_plan import pieces_of
 from distill_pretrain.data.blend import BlendOrder
-from distill_pretrain.data.patience import read_patiently
+from distill_pretrain.data.retry import read_with_retries
 from distill_pretrain.processes.context import context_spans
 from distill_pretrain.processes.watchdog import alive
 
@@ -254,8 +254,8 @@ class StudentBatches:
                 cache = self.sources[number].cache
                 assert cache is not None
                 parts += [
-                    read_patiently(
-                        partial(cache.read, sequence, row, *span), patience_s=self._read_retry_s
+                    read_with_retries(
+                        partial(cache.read, sequence, row, *span), retry_s=self._read_retry_s
                     )
                     for span in self._spans
                 ]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from distill_pretrain.contracts import TeacherEngine
     from distill_pretrain.data.sources import SequenceData
     from distill_pretrain.teacher.config import CaptureConfig
-    from distill_pretrain.teacher.crew import Crew
+    from distill_pretrain.teacher.replica_group import ReplicaGroup
     from distill_pretrain.teacher.telemetry import CaptureLog, Stopwatch
 
 _log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def capture_caches(recipe: Recipe) -> dict[Path, Manifest]:
     require_capture(recipe)
     assert recipe.data and recipe.capture and recipe.teacher
     from distill_pretrain.teacher.capture import make_plans
-    from distill_pretrain.teacher.crew import Crew, first_crew_first
+    from distill_pretrain.teacher.replica_group import ReplicaGroup, first_replica_first
     from distill_pretrain.teacher.sampling_backend import columns_reader
     from distill_pretrain.teacher.telemetry import Stopwatch, TimedTeacher
 
@@ -66,43 +66,46 @@ def capture_caches(recipe: Recipe) -> dict[Path, Manifest]:
         plans = make_plans(sequences, capture, engine.identity)
         stopwatch = Stopwatch()
         read = columns_reader(capture.sampling_impl, engine.device, engine.replica)
-        crew = Crew(TimedTeacher(engine, stopwatch), sequences, read=read)
-        if crew.replica.number == 0:
+        group = ReplicaGroup(TimedTeacher(engine, stopwatch), sequences, read=read)
+        if group.replica.number == 0:
             _warn_of_missing_bos(
                 recipe.teacher.path,
-                crew,
+                group,
                 next(iter(plans.values())),
-                partial(Crew, engine, read=read),
+                partial(ReplicaGroup, engine, read=read),
             )
         # The first replica makes the tables of new caches, which the others then find.
-        writers = first_crew_first(crew, lambda: _join(plans, capture, crew))
+        writers = first_replica_first(group, lambda: _join(plans, capture, group))
         if launch_rank() == 0:
             for writer in writers or []:
                 # A finished cache may be kept read-only.
                 if writer.pending():
                     dump_recipe(recipe, writer.folder / "recipe.yaml")
         # No barrier: shards differ in length by more than a collective may wait. The last to finish publishes.
-        manifests = crew.run(lambda: _capture(writers or [], capture, crew, stopwatch))
+        manifests = group.run(lambda: _capture(writers or [], capture, group, stopwatch))
     for folder, manifest in (manifests or {}).items():
         _summarise(folder, manifest, sequences)
     return manifests or {}
 
 
 def _warn_of_missing_bos(
-    model: Path, crew: Crew, plan: CachePlan, crew_of: Callable[[SequenceData], Crew]
+    model: Path,
+    group: ReplicaGroup,
+    plan: CachePlan,
+    group_of: Callable[[SequenceData], ReplicaGroup],
 ) -> None:
     """Say so where the teacher expects a token that the corpus lacks, and what it says with it."""
     from distill_pretrain.teacher.bos import measure_bos, missing_bos
 
-    bos = missing_bos(model, crew.sequences.index)
+    bos = missing_bos(model, group.sequences.index)
     if bos is not None:
-        figures = measure_bos(crew_of, crew.sequences, plan, bos)
+        figures = measure_bos(group_of, group.sequences, plan, bos)
         if figures is not None:
             _log.warning(figures.warning(bos), extra=ANY_RANK)
 
 
 def _capture(
-    writers: list[CacheWriter], capture: CaptureConfig, crew: Crew, stopwatch: Stopwatch
+    writers: list[CacheWriter], capture: CaptureConfig, group: ReplicaGroup, stopwatch: Stopwatch
 ) -> dict[Path, Manifest]:
     """What the leader of a replica does; the manifests of caches that are finished by then."""
     from distill_pretrain.teacher.capture import (
@@ -115,7 +118,7 @@ def _capture(
     from distill_pretrain.teacher.kept_mass import KeptMass
     from distill_pretrain.teacher.telemetry import CaptureLog, telemetry_path
 
-    replica = crew.replica
+    replica = group.replica
     plan = writers[0].plan
     left = sum(plan.shard_range(shard)[1] for shard in pending_shards(writers))
     is_first = replica.number == 0
@@ -146,7 +149,7 @@ def _capture(
         try:
             capture_shards(
                 writers,
-                crew,
+                group,
                 first_shard=replica.number * plan.num_shards // replica.count,
                 watch=watch,
             )
@@ -185,7 +188,9 @@ def open_replica(recipe: Recipe) -> Iterator[tuple[SequenceData, TeacherEngine]]
         yield sequences, load_replica(recipe.teacher, sequences, recipe.data.tokens)
 
 
-def _join(plans: Mapping[Path, CachePlan], capture: CaptureConfig, crew: Crew) -> list[CacheWriter]:
+def _join(
+    plans: Mapping[Path, CachePlan], capture: CaptureConfig, group: ReplicaGroup
+) -> list[CacheWriter]:
     """Start the caches, or join those that are there."""
     from distill_pretrain.cache.codec.files import read_tables
     from distill_pretrain.cache.writer import CacheWriter
@@ -195,13 +200,13 @@ def _join(plans: Mapping[Path, CachePlan], capture: CaptureConfig, crew: Crew) -
         (folder, plan), *_ = plans.items()
         given = read_tables(capture.codec_tables, plan)
         plans = {folder: plan.with_tables(given.sha256)}
-    make_tables = _tables_of_new_caches(plans, capture, crew, given)
+    make_tables = _tables_of_new_caches(plans, capture, group, given)
     return [
         CacheWriter.create_or_resume(
             folder,
             plan,
             make_tables=make_tables(folder),
-            labels_of=lambda sequence: crew.sequences.plan.read([sequence])[1][0],
+            labels_of=lambda sequence: group.sequences.plan.read([sequence])[1][0],
         )
         for folder, plan in plans.items()
     ]
@@ -210,7 +215,7 @@ def _join(plans: Mapping[Path, CachePlan], capture: CaptureConfig, crew: Crew) -
 def _tables_of_new_caches(
     plans: Mapping[Path, CachePlan],
     capture: CaptureConfig,
-    crew: Crew,
+    group: ReplicaGroup,
     given: HcTables | None,
 ) -> Callable[[Path], Callable[[], HcTables]]:
     """Folder -> what makes the tables of its cache: the given ones, or those of one pilot for all that need any."""
@@ -227,7 +232,7 @@ def _tables_of_new_caches(
             # One that another process starts meanwhile gets tables in vain, and its own are used.
             new = [path for path in plans if not (path / PLAN_NAME).exists() or path == folder]
             tables = pilot_tables(
-                crew.score, [plans[path] for path in new], num_tokens=capture.pilot_tokens
+                group.score, [plans[path] for path in new], num_tokens=capture.pilot_tokens
             )
             made.update(zip(new, tables, strict=True))
         return made[folder]

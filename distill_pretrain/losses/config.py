@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from distill_pretrain.config import Section
 from distill_pretrain.kernels.sparse_kd.settings import LossSettings, Residual, TokenWeighting
-from distill_pretrain.losses.points import Points, Scheduled, extremes, value_at
+from distill_pretrain.losses.schedule import Schedule, Scheduled, extremes, value_at
 
 Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
 
@@ -78,22 +78,24 @@ class ObjectiveConfig(Section):
 
     @field_validator("ce_weight", "kd_weight")
     @classmethod
-    def _a_weight(cls, points: Points) -> Points:
+    def _a_weight(cls, schedule: Schedule) -> Schedule:
         return _within(
-            points, f"at least 0, at most {MOST_WEIGHT:g}", lambda value: 0 <= value <= MOST_WEIGHT
+            schedule,
+            f"at least 0, at most {MOST_WEIGHT:g}",
+            lambda value: 0 <= value <= MOST_WEIGHT,
         )
 
     @field_validator("temperature")
     @classmethod
-    def _a_temperature(cls, points: Points) -> Points:
+    def _a_temperature(cls, schedule: Schedule) -> Schedule:
         return _within(
-            points, "more than 0, from 1e-06 to 1e+06", lambda value: 1e-6 <= value <= 1e6
+            schedule, "more than 0, from 1e-06 to 1e+06", lambda value: 1e-6 <= value <= 1e6
         )
 
     @field_validator("smoothing")
     @classmethod
-    def _a_share(cls, points: Points) -> Points:
-        return _within(points, "at least 0 and less than 1", lambda value: 0 <= value < 1)
+    def _a_share(cls, schedule: Schedule) -> Schedule:
+        return _within(schedule, "at least 0 and less than 1", lambda value: 0 <= value < 1)
 
     @model_validator(mode="after")
     def _consistent(self) -> ObjectiveConfig:
@@ -125,7 +127,7 @@ class ObjectiveConfig(Section):
             )
 
 
-def _within(points: Points, expected: str, holds: Callable[[float], bool]) -> Points:
-    if not all(map(holds, extremes(points))):
-        raise ValueError(f"found: {points}; expected: {expected}")
-    return points
+def _within(schedule: Schedule, expected: str, holds: Callable[[float], bool]) -> Schedule:
+    if not all(map(holds, extremes(schedule))):
+        raise ValueError(f"found: {schedule}; expected: {expected}")
+    return schedule

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from distill_pretrain.contracts import TokenBatch
 from distill_pretrain.kernels.sparse_kd.settings import ALWAYS_REPORTED, TERMS
 from distill_pretrain.losses.config import ObjectiveConfig
-from distill_pretrain.losses.points import extremes
+from distill_pretrain.losses.schedule import extremes
 
 
 def column_slice(

@@ -21,7 +21,7 @@ _OF_FILES = ("reading", "writing", "saving", "loading", "exporting", "checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beat:
+class Heartbeat:
     """What a rank last said of itself.
 
     Attributes:
@@ -30,7 +30,7 @@ class Beat:
         pid: its process.
         doing: such as "step 12: reading".
         since: seconds in that when it said so.
-        beats: how often it has spoken.
+        count: how often it has spoken.
     """
 
     rank: int
@@ -38,7 +38,7 @@ class Beat:
     pid: int
     doing: str
     since: float
-    beats: int
+    count: int
 
 
 class Watchdog:
@@ -63,7 +63,7 @@ class Watchdog:
         self._moves = self._told = 0
         self._of_all = 0
         self._moved = time.monotonic()
-        self._beats = 0
+        self._count = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -110,7 +110,7 @@ class Watchdog:
         return time.monotonic() - self._moved > self._timeout
 
     def _look(self) -> None:
-        """Publish this rank's beat and moves, and see whether any rank has moved since the last look."""
+        """Publish this rank's heartbeat and moves, and see whether any rank has moved since the last look."""
         moves = self._moves
         own, self._told = moves - self._told, moves
         if own:
@@ -143,23 +143,23 @@ class Watchdog:
         )
 
     def _publish(self) -> None:
-        self._beats += 1
-        beat = Beat(
+        self._count += 1
+        heartbeat = Heartbeat(
             rank=dist.get_rank(),
             host=socket.gethostname(),
             pid=os.getpid(),
             doing=self._doing,
             since=time.monotonic() - self._changed,
-            beats=self._beats,
+            count=self._count,
         )
-        self._store.set(f"beat/{beat.rank}", dumps(asdict(beat)))
+        self._store.set(f"heartbeat/{heartbeat.rank}", dumps(asdict(heartbeat)))
 
-    def _heard(self) -> dict[int, Beat]:
-        keys = {rank: f"beat/{rank}" for rank in range(dist.get_world_size())}
+    def _heard(self) -> dict[int, Heartbeat]:
+        keys = {rank: f"heartbeat/{rank}" for rank in range(dist.get_world_size())}
         there = {rank: key for rank, key in keys.items() if self._store.check([key])}
-        return {rank: Beat(**loads(self._store.get(key))) for rank, key in there.items()}
+        return {rank: Heartbeat(**loads(self._store.get(key))) for rank, key in there.items()}
 
-    def _report(self, before: dict[int, Beat], now: dict[int, Beat]) -> str:
+    def _report(self, before: dict[int, Heartbeat], now: dict[int, Heartbeat]) -> str:
         """Who is silent, and who does something else than the others.
 
         A rank that lives has spoken between the two looks; one that waits in a collective says the same as most.
@@ -170,7 +170,7 @@ class Watchdog:
             for rank in range(dist.get_world_size())
             if rank != own and (rank not in now or now[rank] == before.get(rank))
         ]
-        live = [beat for rank, beat in sorted(now.items()) if rank not in silent]
+        live = [heartbeat for rank, heartbeat in sorted(now.items()) if rank not in silent]
         lines = [self._complaint()]
         for rank in silent:
             last = now.get(rank)
@@ -181,11 +181,11 @@ class Watchdog:
             )
             lines.append(f"  rank {rank} is silent: dead, stopped, or cut off ({known})")
         most = max((b.doing for b in live), key=[b.doing for b in live].count)
-        for beat in live:
-            if beat.doing != most:
+        for heartbeat in live:
+            if heartbeat.doing != most:
                 lines.append(
-                    f'  rank {beat.rank} (pid {beat.pid} on {beat.host}) is at "{beat.doing}" for '
-                    f'{beat.since:.0f} s; most ranks are at "{most}"'
+                    f'  rank {heartbeat.rank} (pid {heartbeat.pid} on {heartbeat.host}) is at "{heartbeat.doing}" for '
+                    f'{heartbeat.since:.0f} s; most ranks are at "{most}"'
                 )
         if len(lines) == 1:
             what = "file system" if any(word in most for word in _OF_FILES) else "network"

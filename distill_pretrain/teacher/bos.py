@@ -21,8 +21,8 @@ from distill_pretrain.contracts import IGNORED_LABEL
 from distill_pretrain.corpus.sequence_plan import SequencePlan
 from distill_pretrain.corpus.token_index import TokenIndex
 from distill_pretrain.data.sources import SequenceData
-from distill_pretrain.teacher.crew import Crew
 from distill_pretrain.teacher.gate import SanityGate
+from distill_pretrain.teacher.replica_group import ReplicaGroup
 
 SEQUENCES = 8
 DOCUMENTS = 64
@@ -77,14 +77,17 @@ class BosFigures:
 
 
 def measure_bos(
-    crew_of: Callable[[SequenceData], Crew], sequences: SequenceData, plan: CachePlan, bos: int
+    group_of: Callable[[SequenceData], ReplicaGroup],
+    sequences: SequenceData,
+    plan: CachePlan,
+    bos: int,
 ) -> BosFigures | None:
     """Runs the teacher over the first sequences of a plan, without and with a BOS token in front of each.
 
     Every rank of the replica calls it.
 
     Args:
-        crew_of: the teacher, over some sequences.
+        group_of: the teacher, over some sequences.
         sequences: of the plan.
         plan: of the cache, or of one of them.
         bos: the token.
@@ -93,8 +96,8 @@ def measure_bos(
         The figures on the replica's leader; None on its other ranks.
     """
     with_bos = replace(sequences, plan=_BosFirst(sequences.plan, bos))
-    crews = [crew_of(sequences), crew_of(with_bos)]
-    found = [crew.run(partial(_figures, crew, plan)) for crew in crews]
+    groups = [group_of(sequences), group_of(with_bos)]
+    found = [group.run(partial(_figures, group, plan)) for group in groups]
     if found[0] is None or found[1] is None:
         return None
     return BosFigures(
@@ -104,15 +107,15 @@ def measure_bos(
     )
 
 
-def _figures(crew: Crew, plan: CachePlan) -> tuple[float, float]:
+def _figures(group: ReplicaGroup, plan: CachePlan) -> tuple[float, float]:
     """Mean entropy and hit rate over the first sequences."""
     gate = SanityGate(vocab_size=plan.vocab_size, mode="off")
     wanted = min(SEQUENCES, plan.num_sequences)
     entropy = hits = positions = 0.0
     for first in range(0, wanted, plan.micro_batch_size):
         count = min(plan.micro_batch_size, wanted - first)
-        batch = crew.score(first, count, [plan])
-        _, labels = crew.sequences.plan.read(np.arange(first, first + count))
+        batch = group.score(first, count, [plan])
+        _, labels = group.sequences.plan.read(np.arange(first, first + count))
         seen = gate.look(batch, 0, labels)
         entropy += seen.entropy * seen.positions
         hits += seen.hits

@@ -31,9 +31,9 @@ from distill_pretrain.cache.writer import CacheWriter
 from distill_pretrain.data.sources import SequenceData
 from distill_pretrain.sampling.philox import RNG_NAME
 from distill_pretrain.teacher.config import CaptureConfig, TargetSetConfig
-from distill_pretrain.teacher.crew import Crew
 from distill_pretrain.teacher.gate import BatchFigures, SanityGate
 from distill_pretrain.teacher.kept_mass import KeptMass
+from distill_pretrain.teacher.replica_group import ReplicaGroup
 from distill_pretrain.teacher.scoring import SampledBatch
 from distill_pretrain.teacher.telemetry import CaptureLog, Stopwatch, Written
 
@@ -145,13 +145,13 @@ def pending_shards(writers: Sequence[CacheWriter]) -> dict[int, list[CacheWriter
 
 
 def capture_shards(
-    writers: Sequence[CacheWriter], crew: Crew, *, first_shard: int, watch: CaptureWatch
+    writers: Sequence[CacheWriter], group: ReplicaGroup, *, first_shard: int, watch: CaptureWatch
 ) -> None:
     """Write every shard that no other process owns, until a pass finds none; on the replica's leader.
 
     Args:
         writers: the caches; their plans differ in sampler and codec only.
-        crew: the replica.
+        group: the replica.
         first_shard: where this replica starts looking, so that replicas started together spread out.
         watch: looks at every batch before it is written, and is told of what was.
 
@@ -168,7 +168,7 @@ def capture_shards(
                 claimed = _claim(pending[shard], shard, owned)
                 if not claimed:
                     continue
-                _fill_shards(claimed, crew, watch)
+                _fill_shards(claimed, group, watch)
                 with watch.stopwatch.running("writing"):
                     for mine in claimed:
                         mine.shard.finish()
@@ -206,7 +206,7 @@ def _claim(lacking: Sequence[CacheWriter], shard: int, owned: ExitStack) -> list
     return claimed
 
 
-def _fill_shards(claimed: Sequence[_Claimed], crew: Crew, watch: CaptureWatch) -> None:
+def _fill_shards(claimed: Sequence[_Claimed], group: ReplicaGroup, watch: CaptureWatch) -> None:
     """Score and append the blocks that are missing from one shard of every cache.
 
     Micro-batches start at fixed sequences of the shard, so a resumed shard sees the batch shapes of an unbroken
@@ -214,7 +214,7 @@ def _fill_shards(claimed: Sequence[_Claimed], crew: Crew, watch: CaptureWatch) -
 
     Args:
         claimed: shards of one number in different caches.
-        crew: the replica.
+        group: the replica.
         watch: see `capture_shards`.
     """
     plan, shard = claimed[0]
@@ -228,8 +228,8 @@ def _fill_shards(claimed: Sequence[_Claimed], crew: Crew, watch: CaptureWatch) -
         for start in starts:
             size = min(plan.micro_batch_size, count - start)
             with watch.stopwatch.running("scoring"):
-                batch = crew.score(first + start, size, [mine.plan for mine in claimed])
-            labels = crew.sequences.plan.read(np.arange(batch.first, batch.stop))[1]
+                batch = group.score(first + start, size, [mine.plan for mine in claimed])
+            labels = group.sequences.plan.read(np.arange(batch.first, batch.stop))[1]
             with watch.stopwatch.running("waiting"):
                 queue.put(partial(_append_batch, claimed, batch, labels, watch, queue))
 

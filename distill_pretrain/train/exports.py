@@ -107,6 +107,6 @@ class _Exporting(Callback):
         """See `Callback`."""
         if self._exports.is_due(step):
             doing(f"step {step}: exporting")
-            self._student.settle_weights()
+            self._student.gather_weights()
             self._exports.after_step(step, self._student.chunks)
         return {}

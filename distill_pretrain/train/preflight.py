@@ -18,7 +18,7 @@ from distill_pretrain.data.sources import SequenceData, TrainingSource
 from distill_pretrain.errors import TeacherError
 from distill_pretrain.losses.backend import LossBackend, choose_backend
 from distill_pretrain.losses.config import ObjectiveConfig
-from distill_pretrain.losses.points import extremes
+from distill_pretrain.losses.schedule import extremes
 from distill_pretrain.losses.sparse_kd import require_entries_fit
 from distill_pretrain.processes.process import local_device, on_first_rank
 from distill_pretrain.train.config import TrainConfig

@@ -79,7 +79,7 @@ class Saver(Callback):
     def end(self) -> None:
         """See `Callback`: a save that is still in flight is left unfinished, as where one rank alone fails."""
         if self._pending is not None:
-            self._pending.files.give_up()
+            self._pending.files.cancel()
 
     def save(self, step: int, progress: dict[str, Any], doing: Callable[[str], None]) -> None:
         """Save; or begin to, once the save before is published. Every rank calls it.

@@ -19,9 +19,9 @@ from distill_pretrain.teacher.capture import (
     make_plans,
 )
 from distill_pretrain.teacher.config import CaptureConfig
-from distill_pretrain.teacher.crew import Crew
 from distill_pretrain.teacher.gate import SanityGate
 from distill_pretrain.teacher.pilot import pilot_tables
+from distill_pretrain.teacher.replica_group import ReplicaGroup
 from tests.support.small_corpus import NUM_SEQUENCES, SEQ_LEN, VOCAB_SIZE, write_small_corpus
 
 LAYOUT = {"micro_batch_size": 2, "shard_sequences": 5, "block_tokens": 16, "num_draws": 12}
@@ -60,7 +60,7 @@ def files(folder):
 
 
 def captured(folder, plan, identity):
-    """The same by the engine, crew and writer of the verb `capture`."""
+    """The same by the engine, group and writer of the verb `capture`."""
 
     class Engine:
         vocab_size, device, replica = VOCAB_SIZE, torch.device("cpu"), Replica()
@@ -81,18 +81,18 @@ def captured(folder, plan, identity):
     ((_, cache_plan),) = make_plans(
         data, CaptureConfig(output_dir=folder, **LAYOUT), identity
     ).items()
-    crew = Crew(Engine(), data)
+    group = ReplicaGroup(Engine(), data)
     with torch.no_grad():
-        writer = crew.run(
+        writer = group.run(
             lambda: CacheWriter.create_or_resume(
                 folder,
                 cache_plan,
-                make_tables=lambda: pilot_tables(crew.score, [cache_plan], num_tokens=65536)[0],
+                make_tables=lambda: pilot_tables(group.score, [cache_plan], num_tokens=65536)[0],
                 labels_of=lambda sequence: plan.read([sequence])[1][0],
             )
         )
         watch = CaptureWatch(SanityGate(vocab_size=VOCAB_SIZE, mode="off"))
-        crew.run(lambda: capture_shards([writer], crew, first_shard=0, watch=watch))
+        group.run(lambda: capture_shards([writer], group, first_shard=0, watch=watch))
     finish_capture([writer])
     return folder
 

@@ -63,7 +63,7 @@ def test_other_loggers_and_what_was_set_before_are_left_alone(capsys):
 
 def test_importing_the_package_sets_up_nothing():
     code = (
-        "import logging, distill_pretrain as d, distill_pretrain.data.patience\n"
+        "import logging, distill_pretrain as d, distill_pretrain.data.retry\n"
         "log = logging.getLogger('distill_pretrain')\n"
         "assert [type(h).__name__ for h in log.handlers] == ['NullHandler'], log.handlers\n"
         "assert log.level == logging.NOTSET and log.propagate and not logging.root.handlers\n"

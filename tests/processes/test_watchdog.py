@@ -41,7 +41,7 @@ def reports(kind: str) -> str:
                         time.sleep(10)
                         os.kill(pid, signal.SIGCONT)
                         os._exit(0)
-                    while not store.check(["beat/1"]):
+                    while not store.check(["heartbeat/1"]):
                         time.sleep(0.05)
                     os.kill(pid, signal.SIGSTOP)
                 else:
@@ -109,10 +109,10 @@ def test_a_rank_is_known_from_its_first_moment():
         dog = Watchdog(store, 1000.0)  # looks every ten seconds
         dog.start()
         deadline = time.monotonic() + 5
-        while not store.check(["beat/0"]) and time.monotonic() < deadline:
+        while not store.check(["heartbeat/0"]) and time.monotonic() < deadline:
             time.sleep(0.01)
         dog.close()
-    assert store.check(["beat/0"])
+    assert store.check(["heartbeat/0"])
 
 
 def test_progress_of_any_rank_is_progress():
@@ -171,11 +171,11 @@ def test_reading_and_hashing_say_that_they_go_on(tmp_path):
 
 
 def test_waiting_for_a_store_is_a_sign_of_life_all_along(monkeypatch):
-    from distill_pretrain.data import patience
+    from distill_pretrain.data import retry
     from distill_pretrain.errors import CacheUnreadable
     from distill_pretrain.processes import watchdog as module
 
-    monkeypatch.setattr(patience, "SIGN_OF_LIFE_S", 0.02)
+    monkeypatch.setattr(retry, "SIGN_OF_LIFE_S", 0.02)
     dog = Watchdog(dist.HashStore(), 100.0)
     monkeypatch.setattr(module, "_current", dog)
     failures = [CacheUnreadable("the cache cannot be read", where="x.dpt")]
@@ -186,7 +186,7 @@ def test_waiting_for_a_store_is_a_sign_of_life_all_along(monkeypatch):
         return "read"
 
     with noted() as said:
-        assert patience.read_patiently(read, patience_s=0.3) == "read"
+        assert retry.read_with_retries(read, retry_s=0.3) == "read"
     assert len(said) == 1 and dog._moves >= 5
 
 

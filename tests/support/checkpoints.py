@@ -29,7 +29,7 @@ class Written:
     def wait(self, seconds: float) -> None:
         pass
 
-    def give_up(self) -> None:
+    def cancel(self) -> None:
         pass
 
     def finish(self) -> dict[str, str]:

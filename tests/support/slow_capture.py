@@ -23,9 +23,9 @@ from distill_pretrain.teacher.capture import (
     make_plans,
 )
 from distill_pretrain.teacher.config import CaptureConfig
-from distill_pretrain.teacher.crew import Crew, first_crew_first
 from distill_pretrain.teacher.gate import SanityGate
 from distill_pretrain.teacher.pilot import pilot_tables
+from distill_pretrain.teacher.replica_group import ReplicaGroup, first_replica_first
 from distill_pretrain.teacher.sampling_backend import ReadColumns
 from distill_pretrain.teacher.telemetry import CaptureLog, Stopwatch, TimedTeacher, telemetry_path
 
@@ -73,7 +73,7 @@ def capture(
     """What the verb does, but for the teacher."""
     sequences = open_sequences(DataConfig(tokens=prefix, vocab_size=VOCAB_SIZE, seq_len=SEQ_LEN))
     stopwatch = Stopwatch()
-    crew = Crew(TimedTeacher(teacher, stopwatch), sequences, read=read)
+    group = ReplicaGroup(TimedTeacher(teacher, stopwatch), sequences, read=read)
     config = CaptureConfig(output_dir=output, **LAYOUT)
     ((folder, plan),) = make_plans(sequences, config, teacher.identity).items()
 
@@ -81,11 +81,11 @@ def capture(
         return CacheWriter.create_or_resume(
             folder,
             plan,
-            make_tables=lambda: pilot_tables(crew.score, [plan], num_tokens=100)[0],
+            make_tables=lambda: pilot_tables(group.score, [plan], num_tokens=100)[0],
             labels_of=lambda sequence: sequences.plan.read([sequence])[1][0],
         )
 
-    writer = first_crew_first(crew, join)
+    writer = first_replica_first(group, join)
 
     def lead() -> dict[Path, Manifest]:
         assert writer is not None
@@ -100,11 +100,11 @@ def capture(
         gate = SanityGate(vocab_size=VOCAB_SIZE, mode="off")
         watch = CaptureWatch(gate, log=log, stopwatch=stopwatch)
         first = teacher.replica.number * plan.num_shards // teacher.replica.count
-        capture_shards([writer], crew, first_shard=first, watch=watch)
+        capture_shards([writer], group, first_shard=first, watch=watch)
         log.write()
         return finish_capture([writer])
 
-    return crew.run(lead)
+    return group.run(lead)
 
 
 if __name__ == "__main__":

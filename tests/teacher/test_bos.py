@@ -22,7 +22,7 @@ from distill_pretrain.teacher import bos
 from distill_pretrain.teacher.bos import SEQUENCES, measure_bos, missing_bos
 from distill_pretrain.teacher.capture import make_plans
 from distill_pretrain.teacher.config import CaptureConfig
-from distill_pretrain.teacher.crew import Crew
+from distill_pretrain.teacher.replica_group import ReplicaGroup
 from tests.support.notices import noted
 from tests.support.small_corpus import SEQ_LEN, VOCAB_SIZE, write_small_corpus
 
@@ -61,7 +61,7 @@ def test_what_a_teacher_says_is_measured_without_and_with_the_token(tmp_path, se
     engine = NeedsBos(sequences)
     capture = CaptureConfig(output_dir=tmp_path / "cache", micro_batch_size=3, num_draws=10)
     (plan,) = make_plans(sequences, capture, engine.identity).values()
-    figures = measure_bos(partial(Crew, engine), sequences, plan, BOS)
+    figures = measure_bos(partial(ReplicaGroup, engine), sequences, plan, BOS)
     assert figures is not None
     assert engine.seen == 2 * SEQUENCES
     assert figures.entropies == pytest.approx((math.log(VOCAB_SIZE), 0), abs=1e-3)
@@ -95,14 +95,14 @@ def test_a_capture_says_that_the_token_is_missing(tmp_path, sequences):
     engine = NeedsBos(sequences)
     config = CaptureConfig(output_dir=tmp_path / "cache", micro_batch_size=4)
     (plan,) = make_plans(sequences, config, engine.identity).values()
-    crew = Crew(engine, sequences)
+    group = ReplicaGroup(engine, sequences)
     (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": BOS}))
     with noted() as said:
-        job._warn_of_missing_bos(tmp_path, crew, plan, partial(Crew, engine))
+        job._warn_of_missing_bos(tmp_path, group, plan, partial(ReplicaGroup, engine))
         (line,) = said
         assert line.startswith("WARNING: the teacher's config.json names token 3 as BOS")
         (tmp_path / "config.json").write_text("{}")
-        job._warn_of_missing_bos(tmp_path, crew, plan, partial(Crew, engine))
+        job._warn_of_missing_bos(tmp_path, group, plan, partial(ReplicaGroup, engine))
         assert said == [line]
 
 

@@ -30,9 +30,9 @@ from distill_pretrain.teacher.capture import (
     make_plans,
 )
 from distill_pretrain.teacher.config import CaptureConfig, TargetSetConfig
-from distill_pretrain.teacher.crew import Crew
 from distill_pretrain.teacher.gate import SanityGate
 from distill_pretrain.teacher.pilot import pilot_tables
+from distill_pretrain.teacher.replica_group import ReplicaGroup
 from distill_pretrain.teacher.sampling_backend import ReadColumns, device_reader
 from tests.support.emulation import emulated
 from tests.support.small_corpus import SEQ_LEN, VOCAB_SIZE, write_small_corpus
@@ -73,8 +73,8 @@ def watching(mode: Any = "refuse", **settings: Any) -> CaptureWatch:
 
 def tables_of(sequences: SequenceData, plans: list[CachePlan], engine: Any = None) -> list[Any]:
     """Of a pilot on 100 positions."""
-    crew = Crew(engine or BatchSensitive(), sequences)
-    tables = crew.run(lambda: pilot_tables(crew.score, plans, num_tokens=100))
+    group = ReplicaGroup(engine or BatchSensitive(), sequences)
+    tables = group.run(lambda: pilot_tables(group.score, plans, num_tokens=100))
     assert tables is not None
     return tables
 
@@ -114,8 +114,8 @@ def capture(
         )
         for path, plan in plans.items()
     ]
-    crew = Crew(engine, sequences, read=read)
-    capture_shards(writers, crew, first_shard=0, watch=watching("off"))
+    group = ReplicaGroup(engine, sequences, read=read)
+    capture_shards(writers, group, first_shard=0, watch=watching("off"))
     assert set(finish_capture(writers)) == set(plans)
     return contents(folder)
 
@@ -217,11 +217,11 @@ def test_a_faulty_teacher_keeps_shards_and_publishes_nothing(sequences, tmp_path
     config = CaptureConfig(output_dir=tmp_path, codec="raw", **LAYOUT)
     ((_, plan),) = make_plans(sequences, config, Frozen().identity).items()
     writer = CacheWriter.create_or_resume(tmp_path, plan)
-    crew = Crew(Frozen(), sequences)
+    group = ReplicaGroup(Frozen(), sequences)
 
     def refused() -> None:
         with pytest.raises(TeacherError, match="uniform"):
-            capture_shards([writer], crew, first_shard=0, watch=watching())
+            capture_shards([writer], group, first_shard=0, watch=watching())
 
     refused()
     assert writer.pending() == [1] and (tmp_path / "s-000000.dpt").exists()
@@ -271,15 +271,15 @@ def test_a_shard_owned_in_the_first_set_is_left_alone_in_all(sequences, tmp_path
     engine = BatchSensitive()
     plans = make_plans(sequences, config, engine.identity)
     writers = [CacheWriter.create_or_resume(path, plan) for path, plan in plans.items()]
-    crew = Crew(engine, sequences)
+    group = ReplicaGroup(engine, sequences)
     options: dict[str, Any] = {"first_shard": 0, "watch": watching("off")}
     with writers[0].claim(0) as _, writers[2].claim(1) as _:
-        capture_shards(writers, crew, **options)
+        capture_shards(writers, group, **options)
         last = len(shard_sizes(sequences))
         assert [writer.pending() for writer in writers] == [[0], [0], [0, 1], [0]]
         assert engine.calls == sum(-(-size // 3) for size in shard_sizes(sequences)[1:])
     assert finish_capture(writers) == {}
-    capture_shards(writers, crew, **options)
+    capture_shards(writers, group, **options)
     assert len(finish_capture(writers)) == len(writers)
     assert last >= 2
 

@@ -58,7 +58,7 @@ class BackgroundSave:
         self._results: dict[int, list[WriteResult]] = {}
         self._hashes: dict[str, str] = {}
         self._failure: str | None = None
-        self._given_up = False
+        self._cancelled = False
         # Nothing is left to write on a rank that holds copies only.
         nothing = self._request.async_fn is None
         self._files: list[_File] = [] if nothing else self._request.async_fn_args[1]
@@ -83,9 +83,9 @@ class BackgroundSave:
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
-    def give_up(self) -> None:
+    def cancel(self) -> None:
         """Stop writing, after the tensor that is being written."""
-        self._given_up = True
+        self._cancelled = True
 
     def finish(self) -> dict[str, str]:
         """Write what describes the files of all ranks; the sha256 of every file that the threads wrote, by name.
@@ -134,7 +134,7 @@ class BackgroundSave:
             self._failure = f"{type(error).__name__}: {error}"
 
     def _move(self) -> None:
-        if self._given_up:
+        if self._cancelled:
             raise InterruptedError("given up")
         self.moves += 1
 

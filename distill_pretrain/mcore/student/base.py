@@ -229,7 +229,7 @@ class Student(ABC):
         for chunk in self.chunks:
             require_documents_apart(unwrap(chunk).decoder.layers)
 
-    def settle_weights(self) -> None:
+    def gather_weights(self) -> None:
         """Make this rank's weights those of the last update, where they would be gathered by the next forward pass.
 
         Every rank calls it, before weights are read.
@@ -255,7 +255,7 @@ class Student(ABC):
     def model_state(self, *, is_loading: bool) -> ShardedStateDict:
         """Return the weights as dist_checkpointing saves them, under any backend."""
         if not is_loading:
-            self.settle_weights()
+            self.gather_weights()
         return sharded_chunks(self.chunks)
 
     def load_model_state(self, loaded: StateDict) -> None:

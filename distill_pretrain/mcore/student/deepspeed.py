@@ -42,7 +42,7 @@ from distill_pretrain.mcore.student.base import (
     valid_tokens,
 )
 from distill_pretrain.mcore.student.zero import (
-    AskingAdamW,
+    ConditionalAdamW,
     engine_config,
     import_deepspeed,
     model_parallel_unit,
@@ -64,7 +64,7 @@ def _destroy(engine: DeepSpeedEngine) -> None:
 class DeepSpeedStudent(Student):
     """A student whose optimizer state, gradients (ZeRO-2) and weights (ZeRO-3) are sharded by DeepSpeed."""
 
-    optimizer: AskingAdamW
+    optimizer: ConditionalAdamW
 
     def _attach_optimizer(
         self,
@@ -72,7 +72,7 @@ class DeepSpeedStudent(Student):
         parallel: ParallelConfig,
         optimizer: OptimizerConfig,
         precision: str,
-    ) -> AskingAdamW:
+    ) -> ConditionalAdamW:
         self._deepspeed = import_deepspeed(optimizer)
         (module,) = self.chunks
         self._keeps_masters = precision != "fp32"
@@ -87,7 +87,7 @@ class DeepSpeedStudent(Student):
         self._shapes = {p: p.shape for p in module.parameters()}
         self._template: ShardedStateDict = sharded_chunks([module])["model"]
         self._sum_partial_gradients(module)
-        adam = AskingAdamW(
+        adam = ConditionalAdamW(
             groups,
             lr=optimizer.lr,
             betas=(optimizer.beta1, optimizer.beta2),

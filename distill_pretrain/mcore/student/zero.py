@@ -111,7 +111,7 @@ def engine_config(
     return config
 
 
-class AskingAdamW(torch.optim.AdamW):
+class ConditionalAdamW(torch.optim.AdamW):
     """AdamW that asks before it updates; ZeRO calls it between the gradient norm and the new weights."""
 
     may_update: Callable[[], bool]

@@ -32,8 +32,8 @@ class _End(NamedTuple):
     error: DistillPretrainError | None
 
 
-class Crew:
-    """One rank's part in its replica.
+class ReplicaGroup:
+    """The processes that hold one copy of the teacher, as one of them sees them: its share, and the others' orders.
 
     Args:
         engine: this rank's share of the teacher.
@@ -103,17 +103,17 @@ class Crew:
             score(self._engine, self.sequences, *order, self._read)
 
 
-def first_crew_first(crew: Crew, action: Callable[[], Result]) -> Result | None:
-    """Call `crew.run(action)`, on the other replicas of a job only after the first one is done with it.
+def first_replica_first(group: ReplicaGroup, action: Callable[[], Result]) -> Result | None:
+    """Call `group.run(action)`, on the other replicas of a job only after the first one is done with it.
 
     Every rank of the job calls it. A user's mistake that the first replica finds reaches every rank.
     """
-    if crew.replica.count == 1:
-        return crew.run(action)
+    if group.replica.count == 1:
+        return group.run(action)
     result, error = None, None
-    if crew.replica.number == 0:
+    if group.replica.number == 0:
         try:
-            result = crew.run(action)
+            result = group.run(action)
         except DistillPretrainError as caught:
             error = caught
     errors: list[DistillPretrainError | None] = [None] * dist.get_world_size()
@@ -121,7 +121,7 @@ def first_crew_first(crew: Crew, action: Callable[[], Result]) -> Result | None:
     for found in errors:
         if found is not None:
             raise found
-    return result if crew.replica.number == 0 else crew.run(action)
+    return result if group.replica.number == 0 else group.run(action)
 
 
 def _as_told(error: Exception) -> DistillPretrainError:

@@ -21,26 +21,26 @@ SIGN_OF_LIFE_S = 1.0
 
 
 def wait_alive(seconds: float) -> None:
-    """Wait, saying all along that this process lives: up to its patience, a rank that waits here is not stuck."""
+    """Wait, and say all along that this process lives: a rank that waits here between retries is not stuck."""
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
         alive()
         time.sleep(min(left, SIGN_OF_LIFE_S))
 
 
-def read_patiently(
+def read_with_retries(
     read: Callable[[], Result],
     *,
-    patience_s: float,
+    retry_s: float,
     sleep: Callable[[float], None] = wait_alive,
 ) -> Result:
-    """What `read` returns, tried again after waits that double, each announced by a warning.
+    """Return what `read` returns, tried again after waits that double, each announced by a warning.
 
     Only failures of the storage are tried again: damaged or foreign data would be found again.
 
     Args:
         read: may be called several times.
-        patience_s: seconds of waiting in all; 0 tries once.
+        retry_s: seconds of waiting in all; 0 tries once.
         sleep: waits.
 
     Raises:
@@ -51,7 +51,7 @@ def read_patiently(
         try:
             return read()
         except CacheUnreadable as error:
-            wait = min(wait, patience_s - waited)
+            wait = min(wait, retry_s - waited)
             if wait <= 0:
                 raise
             _log.warning(f"{error}; trying again in {wait:g} s", extra=ANY_RANK)

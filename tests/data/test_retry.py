@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from distill_pretrain.cache.reader import CacheReader
-from distill_pretrain.data import patience
+from distill_pretrain.data import retry
 from distill_pretrain.data.batches import BatchSource, StudentBatches
-from distill_pretrain.data.patience import read_patiently
 from distill_pretrain.data.prefetch import PrefetchedBatches
+from distill_pretrain.data.retry import read_with_retries
 from distill_pretrain.errors import CacheCorrupt, CacheError, CacheUnreadable
 from tests.support.cache_samples import make_plan, make_tokens, write_cache
 from tests.support.notices import noted
@@ -69,7 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Waiting takes no time, and is noted."""
     noted: list[float] = []
-    monkeypatch.setitem(read_patiently.__kwdefaults__, "sleep", noted.append)
+    monkeypatch.setitem(read_with_retries.__kwdefaults__, "sleep", noted.append)
     return noted
 
 
@@ -118,7 +118,7 @@ def test_what_would_be_found_again_is_not_tried_again(waits, error):
         raise error
 
     with pytest.raises(type(error)):
-        read_patiently(read, patience_s=60)
+        read_with_retries(read, retry_s=60)
     assert waits == []
 
 
@@ -131,7 +131,7 @@ def test_permissions_are_no_passing_failure(folder, waits, monkeypatch):
     assert not isinstance(caught.value, CacheUnreadable)
 
 
-def test_no_patience_tries_once(waits):
+def test_no_retries_tries_once(waits):
     attempts = []
 
     def read() -> None:
@@ -139,9 +139,9 @@ def test_no_patience_tries_once(waits):
         raise CacheUnreadable("the cache cannot be read", where="x.dpt")
 
     with pytest.raises(CacheUnreadable):
-        read_patiently(read, patience_s=0)
+        read_with_retries(read, retry_s=0)
     assert len(attempts) == 1 and waits == []
-    assert patience.FIRST_WAIT_S > 0
+    assert retry.FIRST_WAIT_S > 0
 
 
 def test_bytes_read_are_those_of_the_blocks_that_were_read(folder):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from distill_pretrain.losses.config import ObjectiveConfig
-from distill_pretrain.losses.points import extremes, parse_points, value_at
+from distill_pretrain.losses.schedule import extremes, parse_schedule, value_at
 
 
 def test_points_are_joined_by_lines_and_constant_outside():
-    points = parse_points([[10, 1.0], [20, 0.0], [40, 0.5]])
+    points = parse_schedule([[10, 1.0], [20, 0.0], [40, 0.5]])
     steps = [0, 1, 10, 12, 15, 20, 30, 40, 1000]
     expected = [1.0, 1.0, 1.0, 0.8, 0.5, 0.0, 0.25, 0.5, 0.5]
     assert [value_at(points, step) for step in steps] == pytest.approx(expected)
@@ -17,7 +17,7 @@ def test_points_are_joined_by_lines_and_constant_outside():
 
 
 def test_a_number_is_the_value_of_every_step():
-    assert value_at(parse_points(0.3), 1) == value_at(parse_points("3e-1"), 10**9) == 0.3
+    assert value_at(parse_schedule(0.3), 1) == value_at(parse_schedule("3e-1"), 10**9) == 0.3
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_a_number_is_the_value_of_every_step():
 )
 def test_other_values_are_refused(value):
     with pytest.raises(ValueError, match="points with whole, ascending steps"):
-        parse_points(value)
+        parse_schedule(value)
 
 
 def test_every_weight_follows_its_own_points():

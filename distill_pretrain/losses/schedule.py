@@ -7,24 +7,24 @@ from typing import Annotated
 
 from pydantic import BeforeValidator
 
-Points = float | tuple[tuple[float, float], ...]
-"""A constant, or (step, value) points with ascending steps."""
+Schedule = float | tuple[tuple[float, float], ...]
+"""How a setting changes with the optimizer step: a constant, or (step, value) points with ascending steps."""
 
 
-def value_at(points: Points, step: int) -> float:
+def value_at(schedule: Schedule, step: int) -> float:
     """Return the value at optimizer step `step` (1 is the first): linear between the points, constant outside them."""
-    if not isinstance(points, tuple):
-        return points
+    if not isinstance(schedule, tuple):
+        return schedule
     # numpy is not imported with the recipe's sections, which every --help reads.
     import numpy as np
 
-    steps, values = zip(*points, strict=True)
+    steps, values = zip(*schedule, strict=True)
     return float(np.interp(step, steps, values))
 
 
-def extremes(points: Points) -> tuple[float, float]:
+def extremes(schedule: Schedule) -> tuple[float, float]:
     """Return the least and the largest value over all steps."""
-    values = [value for _, value in points] if isinstance(points, tuple) else [points]
+    values = [value for _, value in schedule] if isinstance(schedule, tuple) else [schedule]
     return min(values), max(values)
 
 
@@ -37,8 +37,8 @@ def _number(value: object) -> float:
     return number
 
 
-def parse_points(value: object) -> Points:
-    """Parse a recipe's value as `Points`.
+def parse_schedule(value: object) -> Schedule:
+    """Parse a recipe's value as a schedule.
 
     Raises:
         ValueError: it is neither a number nor a list of points.
@@ -58,5 +58,5 @@ def parse_points(value: object) -> Points:
     return points
 
 
-Scheduled = Annotated[Points, BeforeValidator(parse_points)]
-"""Type of a recipe key that takes `Points`."""
+Scheduled = Annotated[Schedule, BeforeValidator(parse_schedule)]
+"""The type of a recipe key that takes a schedule."""
