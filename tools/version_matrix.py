@@ -34,6 +34,7 @@ FATES = ("passed", "failed", "skipped")
 
 RESUME = (
     "tests/test_every_module.py",
+    "tests/processes/test_process.py",
     "tests/mcore/test_state.py",
     "tests/mcore/test_resume_table.py",
     "tests/train/test_async_save.py",

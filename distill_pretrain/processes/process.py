@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -79,9 +80,9 @@ def process_group(timeout: timedelta = timedelta(hours=2)) -> Iterator[None]:
         yield
     except BaseException:
         if launch_world_size() == 1:
-            dist.destroy_process_group()
+            _close()
         raise
-    dist.destroy_process_group()
+    _close()
     # As in `released_groups`: of a process that goes on, each group that is still referred to would keep its threads.
     gc.collect()
 
@@ -92,7 +93,10 @@ def _meet(backend: str, timeout: timedelta) -> None:
         store = _store_of_this_start(timeout)
         rank, size = (launch_rank(), launch_world_size()) if store is not None else (-1, -1)
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
-    except dist.DistNetworkError as error:
+    except RuntimeError as error:
+        # Of torch 2.6 this one is no DistNetworkError.
+        if not isinstance(error, dist.DistNetworkError) and "EADDRINUSE" not in str(error):
+            raise
         # torchrun names a port that was free; where it does not keep it, another program may have taken it since.
         raise LaunchError(
             "the processes of the job cannot meet",
@@ -139,9 +143,21 @@ def released_groups() -> Iterator[None]:
     # No rank may close a group that another is still using.
     dist.barrier()
     for group in [group for group in known if group not in before]:
-        dist.destroy_process_group(group)
+        _close(group)
     # A model is full of reference cycles, and what still refers to a group keeps its threads and sockets.
     gc.collect()
+
+
+def _close(group: dist.ProcessGroup | None = None) -> None:
+    """Close a process group, by default all of them.
+
+    A thread of gloo's may still have to drop the tensors of the last collective, for which it needs the interpreter's
+    lock. Closing waits for that thread and holds the lock meanwhile (seen with torch 2.6: neither went on). So the lock
+    is given up first.
+    """
+    for _ in range(5):
+        time.sleep(0.002)
+    dist.destroy_process_group(group)
 
 
 def on_first_rank(action: Callable[[], Result]) -> Result:
