@@ -39,7 +39,7 @@ body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--page);
 padding:0 1em}h1{font-size:1.5em;margin:0}h2{font-size:1.1em;margin:1.6em 0 .4em}.dim{color:var(--dim)}
 .tiles{display:flex;flex-wrap:wrap;gap:.6em;margin:1em 0}.tile{background:var(--box);border-radius:6px;
 padding:.45em .9em}.tile b{display:block;font-size:1.2em}.tile span{color:var(--dim);font-size:.85em}
-.plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(420px,1fr));gap:1.2em}figure{margin:0}
+.plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(420px,100%),1fr));gap:1.2em}figure{margin:0}
 figcaption{font-size:.9em}.key{margin-left:.8em;color:var(--dim)}.key i{display:inline-block;width:.8em;height:.8em;
 border-radius:2px;margin-right:.3em;vertical-align:-.05em}svg{width:100%;height:auto;font:11px system-ui,sans-serif}
 svg text{fill:var(--dim)}.grid{stroke:var(--line)}polyline{fill:none;stroke-width:2;stroke-linejoin:round}
@@ -100,12 +100,12 @@ def _page(run: Path, curve: TrainingCurve, events: list[dict[str, Any]]) -> str:
         "<h2>What happened</h2>",
         _history(curve, events),
         "<h2>Recipe</h2>",
-        f"<pre>{html.escape(_recipe(run))}</pre>",
+        f'<pre tabindex="0" role="region" aria-label="Recipe">{html.escape(_recipe(run))}</pre>',
     ]
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>'
-        f"<body>{''.join(sections)}</body></html>\n"
+        f"<body><main>{''.join(sections)}</main></body></html>\n"
     )
 
 

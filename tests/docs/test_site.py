@@ -22,7 +22,7 @@ from distill_pretrain.config import load_recipe
 from distill_pretrain.config.loader import section_of
 from distill_pretrain.errors import ConfigError
 from distill_pretrain.jobs.recipe import Recipe
-from tools import docs_site
+from tools import docs_site, run_pages
 
 ROOT = Path(__file__).parents[2]
 WRITTEN = sorted(
@@ -80,6 +80,19 @@ def test_a_command_on_a_page_is_one_that_the_program_takes(page, words):
     for override in overrides:
         key = override.partition("=")[0]
         assert key in known_keys(), f"{page}: {key}"
+
+
+def test_every_command_on_a_page_is_run_or_says_why_not():
+    found = [command for page in run_pages.pages() for command in run_pages.commands(page)]
+    assert {ROOT / command.page for command in found} <= set(WRITTEN)
+    shown = sum(len([line for line in text.splitlines() if line]) for _, text in blocks("bash"))
+    assert len([command for command in found if command.page != "README.md"]) == shown
+    assert len([command for command in found if not command.reason]) > 30
+    for command in found:
+        if command.reason.startswith("run by: "):
+            assert (ROOT / command.reason.removeprefix("run by: ")).is_file(), command.place
+        elif command.reason:
+            assert "needs" in command.reason, command.place
 
 
 def known_keys() -> set[str]:

@@ -101,6 +101,13 @@ def test_the_page_says_what_the_run_went_through(run: Path) -> None:
     assert parser.found == []
 
 
+def test_the_page_is_read_by_keyboard_and_by_voice(run: Path) -> None:
+    page = write_run_page(run).read_text()
+    # What axe-core asks for: text within a landmark, and what scrolls can have the focus.
+    assert page.index("<main>") < page.index("<h1>") < page.index("</main>")
+    assert '<pre tabindex="0" role="region" aria-label="Recipe">' in page
+
+
 def test_every_known_column_has_a_picture_and_no_other(run: Path) -> None:
     found = figures(write_run_page(run).read_text())
     assert list(found) == [
