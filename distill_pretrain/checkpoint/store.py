@@ -56,12 +56,31 @@ def find_checkpoint(path: Path) -> Checkpoint:
     )
 
 
+def find_checkpoints(run: Path, count: int) -> list[Checkpoint]:
+    """The newest checkpoints of a run folder, oldest first.
+
+    Raises:
+        CheckpointError: there are fewer.
+    """
+    root = run / "checkpoints"
+    folders = CheckpointStore(root).complete() if root.is_dir() else []
+    if len(folders) < count:
+        raise CheckpointError(
+            "the run does not have so many checkpoints",
+            where=run,
+            found=", ".join(folder.name for folder in folders) or "none",
+            expected=f"{count} in {root}",
+            remedy="ask for fewer, or train with a larger train.keep_checkpoints",
+        )
+    return [Checkpoint.open(folder) for folder in folders[-count:]]
+
+
 def drop_unfinished(run: Path) -> None:
     """Remove what killed processes left half-written in a run folder; for its owner alone, before it writes.
 
     On a full disk it is what fills it.
     """
-    for pattern in ("checkpoints/step-*.tmp", "hf/step-*.tmp"):
+    for pattern in ("checkpoints/step-*.tmp", "hf/step-*.tmp", "hf-ema/step-*.tmp"):
         for path in run.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
     discard_stale_temporaries(run, min_age_s=0.0)

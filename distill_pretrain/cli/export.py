@@ -28,6 +28,7 @@ files say: another one goes into FOLDER/tokenizer, to be loaded from there.
 A model that one process cannot hold is exported by several, under any layout:
 
     distill-pretrain export runs/student exported
+    distill-pretrain export runs/student averaged --weights ema
     torchrun --nproc-per-node=4 -m distill_pretrain export runs/student exported --tensor 2 --pipeline 2 --dtype bf16
 """
 
@@ -53,6 +54,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pipeline", type=int, default=1, metavar="N", help="pipeline-parallel size"
     )
+    parser.add_argument(
+        "--weights",
+        choices=("last", "ema"),
+        default="last",
+        help="the last weights, or their moving average (optimizer.ema_decay)",
+    )
+    parser.add_argument(
+        "--mean-of",
+        type=int,
+        default=1,
+        metavar="N",
+        help="the mean of the last weights of the newest N checkpoints of a run folder",
+    )
 
 
 def run(recipe: Recipe | None, args: argparse.Namespace) -> None:
@@ -66,4 +80,6 @@ def run(recipe: Recipe | None, args: argparse.Namespace) -> None:
         tokenizer=args.tokenizer,
         tensor=args.tensor,
         pipeline=args.pipeline,
+        weights=args.weights,
+        mean_of=args.mean_of,
     )

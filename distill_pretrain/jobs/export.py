@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill_pretrain.errors import DistillPretrainError, TokenizerMismatch
+from distill_pretrain.errors import ConfigError, DistillPretrainError, TokenizerMismatch
 from distill_pretrain.jobs.console import say
 from distill_pretrain.jobs.recipe import Recipe
 
@@ -24,6 +24,8 @@ def export(
     tokenizer: Path | str | None = None,
     tensor: int = 1,
     pipeline: int = 1,
+    weights: str = "last",
+    mean_of: int = 1,
 ) -> None:
     """Write a trained model as a Hugging Face folder, with all processes of the job.
 
@@ -34,15 +36,30 @@ def export(
         tokenizer: a Hugging Face folder, a sentencepiece model, or "none"; None takes the one of the run's tokens.
         tensor: tensor-parallel size.
         pipeline: pipeline-parallel size.
+        weights: "last", or "ema", the moving average that the run kept (optimizer.ema_decay).
+        mean_of: of the last weights of so many newest checkpoints of a run, the mean.
 
     Raises:
-        CheckpointError: damaged, or none there.
+        CheckpointError: damaged, none there, fewer than `mean_of`, or without a moving average.
+        ConfigError: both averages at once.
         TokenizerMismatch: the tokenizer is not the model's.
     """
     from distill_pretrain.checkpoint.identity import trained_model
-    from distill_pretrain.checkpoint.store import find_checkpoint
+    from distill_pretrain.checkpoint.store import find_checkpoint, find_checkpoints
 
-    checkpoint = find_checkpoint(checkpoint_or_run)
+    if mean_of > 1 and weights != "last":
+        raise ConfigError(
+            "a mean of checkpoints is one of last weights",
+            where=f"--mean-of {mean_of}",
+            found=f"--weights {weights}",
+            remedy="leave one of the two out",
+        )
+    earlier: list[Checkpoint] = []
+    if mean_of > 1:
+        weights = f"mean of {mean_of} checkpoints"
+        *earlier, checkpoint = find_checkpoints(checkpoint_or_run, mean_of)
+    else:
+        checkpoint = find_checkpoint(checkpoint_or_run)
     trained = trained_model(checkpoint.identity, checkpoint.folder)
     dtype = dtype or trained.precision
     path, eod_id = _tokenizer_of_run(checkpoint, required=tokenizer is None)
@@ -67,8 +84,11 @@ def export(
             pipeline=pipeline,
             tokenizer=path,
             eod_id=eod_id,
+            weights=weights,
+            earlier=earlier,
         )
-    say(f"step {checkpoint.step} of {checkpoint_or_run} is in {folder}, weights in {dtype}")
+    which = "" if weights == "last" else f" ({weights})"
+    say(f"step {checkpoint.step} of {checkpoint_or_run}{which} is in {folder}, weights in {dtype}")
 
 
 def _named_tokenizer(path: Path, vocab_size: int) -> tuple[Path, int]:

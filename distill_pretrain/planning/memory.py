@@ -20,6 +20,7 @@ from distill_pretrain.planning.parameters import head_width, rank_shapes, stages
 ACTIVATION_BYTES = {"fp32": 4, "bf16": 2}
 MOMENT_BYTES = 8
 MASTER_BYTES = 4
+AVERAGE_BYTES = 4
 GRADIENT_BYTES = 4
 PARAMETER_ALIGNMENT = 64
 """Elements at whose multiples megatron-core's distributed optimizer starts each parameter."""
@@ -174,9 +175,10 @@ def _shards_optimizer(job: StudentJob) -> bool:
 def _states(job: StudentJob, numels: list[int]) -> tuple[int, int, int]:
     """Bytes of weights, gradients, and optimizer state.
 
-    megatron-core: e, 4, and 8 (moments) + 4 (masters, bf16 only) bytes per parameter, the last divided by the
-    data-parallel size under the distributed optimizer, whose buffers align each parameter. DeepSpeed (an estimate):
-    the same with masters in fp32 too, gradients divided from ZeRO-2 on and weights under ZeRO-3.
+    megatron-core: e, 4, and 8 (moments) + 4 (masters, bf16 only) + 4 (optimizer.ema_decay) bytes per parameter, the
+    last divided by the data-parallel size under the distributed optimizer, whose buffers align each parameter.
+    DeepSpeed (an estimate): the same with masters in fp32 too, gradients divided from ZeRO-2 on and weights under
+    ZeRO-3.
     """
     total = sum(numels)
     weight, state = job.bytes_per_activation, MOMENT_BYTES
@@ -190,6 +192,8 @@ def _states(job: StudentJob, numels: list[int]) -> tuple[int, int, int]:
         )
     if job.precision != "fp32":
         state += MASTER_BYTES
+    if job.optimizer.ema_decay is not None:
+        state += AVERAGE_BYTES
     if not job.parallel.distributed_optimizer:
         return weight * total, GRADIENT_BYTES * total, state * total
     padded = _round_up(

@@ -145,10 +145,26 @@ class HeldOutEvaluation(Callback):
         self._train = train
 
     def after_step(self, step: int, doing: Callable[[str], None]) -> dict[str, Any]:
-        """See `Callback`: `held_out_ce` and, with targets, `held_out_kl`, means over valid tokens in nats."""
+        """See `Callback`: `held_out_ce` and, with targets, `held_out_kl`, means over valid tokens in nats.
+
+        Of a student whose weights are averaged, `held_out_ce_ema` and `held_out_kl_ema`, too.
+        """
         interval = self._train.eval_interval
         if interval is None or (step % interval and step != self._train.steps):
             return {}
+        figures = self._score(step, doing)
+        if self._student.average is not None:
+            with self._student.average.in_place():
+                averaged = self._score(step, doing)
+            figures |= {f"{name}_ema": figure for name, figure in averaged.items()}
+        shown = "  ".join(
+            f"{k.removeprefix('held_out_')} {v:.4f}" for k, v in figures.items() if v is not None
+        )
+        _log.info(f"step {step}/{self._train.steps}  held out: {shown}")
+        return figures
+
+    def _score(self, step: int, doing: Callable[[str], None]) -> dict[str, float | None]:
+        """The figures of the weights that the student has now."""
         total, num_tokens = torch.zeros(len(self._places), dtype=torch.float64), 0
         for batch in range(self._num_batches):
             doing(f"step {step}: evaluating, batch {batch + 1} of {self._num_batches}")
@@ -159,12 +175,7 @@ class HeldOutEvaluation(Callback):
             total += sums[self._places]
             num_tokens += tokens
         means = (total / max(1, num_tokens)).tolist()
-        figures = {
+        return {
             f"held_out_{name}": mean if math.isfinite(mean) else None
             for name, mean in zip(self._names, means, strict=True)
         }
-        shown = "  ".join(
-            f"{k.removeprefix('held_out_')} {v:.4f}" for k, v in figures.items() if v is not None
-        )
-        _log.info(f"step {step}/{self._train.steps}  held out: {shown}")
-        return figures

@@ -1,4 +1,7 @@
-"""Exports during training: output_dir/hf/step-N, folders that stock transformers loads."""
+"""Exports during training: output_dir/hf/step-N, folders that stock transformers loads.
+
+Of a student whose weights are averaged, output_dir/hf-ema/step-N, too.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,6 @@ class RunExports:
         self, train: TrainConfig, identity: dict[str, Any], tokens: Path, *, zero_stage: int | None
     ) -> None:
         self._train = train
-        self._folder = train.output_dir / "hf"
         self._identity = identity
         record = TokensRecord.beside(tokens)
         self._tokenizer = None if record is None else tokens.parent / record.tokenizer["file"]
@@ -66,32 +68,32 @@ class RunExports:
         return _Exporting(self, student)
 
     def is_due(self, step: int) -> bool:
-        """Tell whether `after_step` will export."""
+        """Tell whether a step's turn has come."""
         interval = self._train.export_interval
         return interval is not None and (step % interval == 0 or step == self._train.steps)
 
-    def after_step(self, step: int, chunks: Sequence[torch.nn.Module]) -> None:
-        """Export if this step's turn has come. Every rank calls it."""
-        if not self.is_due(step):
-            return
+    def write(self, step: int, chunks: Sequence[torch.nn.Module], *, weights: str = "last") -> None:
+        """Export what the chunks hold: "last" or "ema" weights. Every rank calls it."""
+        folder = self._train.output_dir / ("hf" if weights == "last" else f"hf-{weights}")
         from distill_pretrain.checkpoint.hf.export import export_model
 
         export_model(
             chunks,
             self._identity,
             step,
-            self._folder / f"step-{step:08d}",
+            folder / f"step-{step:08d}",
             dtype=self._train.precision,
             tokenizer=self._tokenizer,
             eod_id=self._eod_id,
             replaces_step=True,
+            weights=weights,
         )
-        on_first_rank(self._prune)
+        on_first_rank(lambda: self._prune(folder))
 
-    def _prune(self) -> None:
+    def _prune(self, folder: Path) -> None:
         """Drop all exports but the newest `train.keep_exports`."""
         keep = self._train.keep_exports
-        found = sorted(self._folder.glob("step-*")) if keep is not None else []
+        found = sorted(folder.glob("step-*")) if keep is not None else []
         exports = [p for p in found if _STEP_FOLDER.fullmatch(p.name) and (p / RECORD).is_file()]
         for old in exports[: -(keep or 0)]:
             shutil.rmtree(old, ignore_errors=True)
@@ -108,5 +110,8 @@ class _Exporting(Callback):
         if self._exports.is_due(step):
             doing(f"step {step}: exporting")
             self._student.gather_weights()
-            self._exports.after_step(step, self._student.chunks)
+            self._exports.write(step, self._student.chunks)
+            if self._student.average is not None:
+                with self._student.average.in_place():
+                    self._exports.write(step, self._student.chunks, weights="ema")
         return {}

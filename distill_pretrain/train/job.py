@@ -47,6 +47,7 @@ from distill_pretrain.processes.process import (
     process_group,
     set_cpu_threads,
 )
+from distill_pretrain.train.averaging import Averaging
 from distill_pretrain.train.callbacks import Callback
 from distill_pretrain.train.config import TrainConfig
 from distill_pretrain.train.evaluation import HeldOutEvaluation, open_held_out, require_held_out
@@ -275,7 +276,8 @@ def train_student(
                 student.require_documents_apart()
             needed = saved_bytes(student, precision=train.precision)
             on_first_rank(lambda: checkpoints.require_room(needed, keep=train.keep_checkpoints))
-            own: list[Callback] = [exports.of(student)]
+            own: list[Callback] = [] if student.average is None else [Averaging(student.average)]
+            own.append(exports.of(student))
             if held_out is not None:
                 evaluation = HeldOutEvaluation(
                     student=student,

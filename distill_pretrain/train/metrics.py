@@ -15,6 +15,7 @@ Fields of a step's record (null where unknown; "most" is over the ranks of the j
     gpu_peak_gb           1e9 bytes, most memory of tensors on a GPU since the process started
     time                  seconds since 1970 when the step was done
     held_out_ce, held_out_kl   at steps of train.eval_interval: nats, means over the valid tokens of held-out text
+    held_out_ce_ema, held_out_kl_ema   the same of the averaged weights (optimizer.ema_decay)
 
 Events: `started` (num_processes), `repeating` (steps done before and lost), `bad_step` (reason, verdict),
 `rolled_back`, `saved` (seconds for which training waited; under train.async_save also published_after, seconds since

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -232,6 +232,16 @@ def test_the_size_of_a_published_model_is_its_own():
         num_query_groups=8,
     )
     assert num_parameters(llama_8b, vocab_size=128256, seq_len=8192) == 8_030_261_248
+
+
+def test_an_average_takes_four_bytes_of_a_parameter_and_is_shared_out():
+    for distributed in (False, True):
+        parallel = {"distributed_optimizer": distributed}
+        job = planned({"model": LLAMA, "precision": "bf16", "parallel": parallel})
+        averaged = rank_memory(replace(job, optimizer=OptimizerConfig(ema_decay=0.9)), 0)
+        plain = rank_memory(job, 0)
+        assert averaged.optimizer == pytest.approx(plain.optimizer * (8 + 4 + 4) / (8 + 4))
+        assert averaged.total - plain.total == averaged.optimizer - plain.optimizer
 
 
 def test_sharding_divides_the_optimizer_state_alone():

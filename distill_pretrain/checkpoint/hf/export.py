@@ -13,6 +13,7 @@ import torch.distributed as dist
 from distill_pretrain.checkpoint.hf.save import require_replaceable, save_hf_model
 from distill_pretrain.checkpoint.identity import TrainedModel, trained_model
 from distill_pretrain.checkpoint.record import Checkpoint
+from distill_pretrain.errors import CheckpointError
 from distill_pretrain.files.atomic import canonical_json
 from distill_pretrain.mcore.init.deep import residual_scaling
 from distill_pretrain.mcore.model.config import ParallelConfig
@@ -25,9 +26,26 @@ def _finer(dtype: str, trained: TrainedModel) -> str:
     return "fp32" if "fp32" in (dtype, trained.precision) else "bf16"
 
 
-def export_source(identity: dict[str, Any], step: int) -> dict[str, Any]:
-    """Return what tells an export from those of other runs and steps."""
-    return {"run": hashlib.sha256(canonical_json(identity)).hexdigest(), "step": step}
+LAST, EMA = "last", "ema"
+"""Weights of a checkpoint that are exported."""
+
+
+def export_source(identity: dict[str, Any], step: int, weights: str = LAST) -> dict[str, Any]:
+    """Return what tells an export from those of other runs, steps and averages."""
+    average = {} if weights == LAST else {"weights": weights}
+    return {"run": hashlib.sha256(canonical_json(identity)).hexdigest(), "step": step, **average}
+
+
+def require_average(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError where a run kept no moving average of its weights."""
+    optimizer = checkpoint.identity.get("optimizer")
+    if not isinstance(optimizer, dict) or optimizer.get("ema_decay") is None:
+        raise CheckpointError(
+            "the run kept no moving average of its weights",
+            where=checkpoint.folder,
+            found="optimizer.ema_decay: null",
+            remedy="export the last weights, the mean of checkpoints, or train with optimizer.ema_decay",
+        )
 
 
 def export_model(
@@ -40,6 +58,7 @@ def export_model(
     tokenizer: Path | None,
     eod_id: int | None,
     replaces_step: bool = False,
+    weights: str = LAST,
 ) -> None:
     """Write, by `save_hf_model`, the model that a run's identity describes; every rank calls it."""
     trained = trained_model(identity, folder)
@@ -52,7 +71,7 @@ def export_model(
         dtype=dtype,
         tokenizer=tokenizer,
         eod_id=eod_id,
-        source=export_source(identity, step),
+        source=export_source(identity, step, weights),
         replaces_step=replaces_step,
     )
 
@@ -66,6 +85,8 @@ def export_checkpoint(
     pipeline: int = 1,
     tokenizer: Path | None,
     eod_id: int | None,
+    weights: str = LAST,
+    earlier: Sequence[Checkpoint] = (),
 ) -> None:
     """Load a checkpoint under a layout and write it as a Hugging Face folder. Every rank calls it.
 
@@ -77,10 +98,12 @@ def export_checkpoint(
         pipeline: pipeline-parallel size.
         tokenizer: see `save_hf_model`.
         eod_id: token that ends a document.
+        weights: "last"; "ema", the moving average; or a name for the mean of this and `earlier`.
+        earlier: checkpoints of the same run.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, the folder is something else, or no class of transformers computes
-            the model.
+        CheckpointError: the checkpoint is damaged, or has no such weights, the folder is something else, or no class
+            of transformers computes the model.
         LayoutError: the layout does not fit the model or the number of processes.
 
     Needs the default process group.
@@ -97,25 +120,36 @@ def export_checkpoint(
         global_batch_size=dist.get_world_size(),
         seq_len=trained.seq_len,
     )
-    on_first_rank(lambda: require_replaceable(folder, export_source(identity, checkpoint.step)))
-    checkpoint.verify()
+    if weights == EMA:
+        require_average(checkpoint)
+    source = export_source(identity, checkpoint.step, weights)
+    on_first_rank(lambda: require_replaceable(folder, source))
+    for each in (checkpoint, *earlier):
+        each.verify()
     from distill_pretrain.mcore.runtime.parallel import model_parallel
 
     # The seed decides nothing: the weights are loaded.
     with model_parallel(parallel, seed=0):
         from distill_pretrain.mcore.model.chunks import build_model_chunks
-        from distill_pretrain.mcore.student.state import load_weights
+        from distill_pretrain.mcore.student.state import load_average, load_mean, load_weights
 
+        plain = weights == LAST and residual_scaling(model).is_plain
         chunks = build_model_chunks(
             model,
             parallel,
             vocab_size=trained.vocab_size,
             seq_len=trained.seq_len,
-            # Branches are scaled on the way out: what is scaled must not have been rounded for this export before.
-            precision=dtype if residual_scaling(model).is_plain else _finer(dtype, trained),
+            # Branches are scaled on the way out, and averages are fp32: what is scaled or averaged must not have been
+            # rounded for this export before.
+            precision=dtype if plain else "fp32" if weights != LAST else _finer(dtype, trained),
             seed=None,
         )
-        load_weights(chunks, checkpoint.folder, from_masters=dtype == "fp32")
+        if earlier:
+            load_mean(chunks, [each.folder for each in (*earlier, checkpoint)])
+        elif weights == EMA:
+            load_average(chunks, checkpoint.folder)
+        else:
+            load_weights(chunks, checkpoint.folder, from_masters=dtype == "fp32")
         export_model(
             chunks,
             identity,
@@ -124,4 +158,5 @@ def export_checkpoint(
             dtype=dtype,
             tokenizer=tokenizer,
             eod_id=eod_id,
+            weights=weights,
         )

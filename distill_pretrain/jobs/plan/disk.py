@@ -18,7 +18,8 @@ def disk_part(job: StudentJob, train: TrainConfig) -> Part:
         tensor=job.parallel.tensor,
     )
     weight = 2 if train.precision == "bf16" else 4
-    checkpoint = parameters * checkpoint_bytes_per_parameter(train.precision)
+    averaged = job.optimizer.ema_decay is not None
+    checkpoint = parameters * checkpoint_bytes_per_parameter(train.precision, averaged=averaged)
     exports = 0
     if train.export_interval is not None:
         exports = -(-train.steps // train.export_interval)
@@ -34,7 +35,8 @@ def disk_part(job: StudentJob, train: TrainConfig) -> Part:
                 value=checkpoint,
                 unit="B",
                 basis="estimate",
-                how=f"parameters x ({weight} B weights + 8 B Adam{' + 4 B fp32 weights' if weight == 2 else ''})",
+                how=f"parameters x ({weight} B weights + 8 B Adam{' + 4 B fp32 weights' if weight == 2 else ''}"
+                f"{' + 4 B average' if averaged else ''})",
             ),
             Figure(
                 name="export",

@@ -229,7 +229,8 @@ def memory_figures(job: StudentJob, memory: RankMemory) -> list[Figure]:
     how = {
         "weights": f"{job.bytes_per_activation} B per parameter of the rank",
         "gradients": "4 B per parameter (fp32 buffer)",
-        "optimizer": f"8 B per parameter (moments){'' if job.precision == 'fp32' else ' + 4 B (masters)'}{sharded}",
+        "optimizer": f"8 B per parameter (moments){'' if job.precision == 'fp32' else ' + 4 B (masters)'}"
+        f"{'' if job.optimizer.ema_decay is None else ' + 4 B (average)'}{sharded}",
         "batch": "tokens, labels and targets of every micro-batch of a step",
         "activations": "what autograd keeps of the layers in flight (planning/memory.py); recomputation: "
         + job.parallel.recompute,

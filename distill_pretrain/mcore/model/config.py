@@ -197,6 +197,9 @@ class OptimizerConfig(Section):
     """Adam's epsilon."""
     clip_grad: float = Field(default=1.0, ge=0)
     """Gradient-norm clip; 0 turns it off."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Keeps an exponential moving average of the weights in fp32, evaluated and exported beside them: a step adds 1 -
+    ema_decay of its own, step n at least 9 / (10 + n); null keeps none (megatron)."""
     backend: Literal["megatron", "deepspeed"] = "megatron"
     """What shards and updates the weights; a checkpoint of one resumes under the other."""
     zero_stage: Literal[1, 2, 3] | None = None
@@ -218,6 +221,8 @@ class OptimizerConfig(Section):
             )
         if self.decay_style != "wsd" and self.wsd_decay_style != "linear":
             raise ValueError(f"wsd_decay_style: only for decay_style: wsd, not {self.decay_style}")
+        if self.ema_decay is not None and self.backend == "deepspeed":
+            raise ValueError("ema_decay: only for backend: megatron, not deepspeed")
         wanted = {"zero_stage": self.zero_stage is not None, "offload": self.offload}
         used = [name for name, is_set in wanted.items() if is_set]
         if self.backend != "deepspeed" and used:
@@ -225,9 +230,10 @@ class OptimizerConfig(Section):
         return self
 
 
-def checkpoint_bytes_per_parameter(precision: str) -> int:
+def checkpoint_bytes_per_parameter(precision: str, *, averaged: bool) -> int:
     """Return the bytes that a checkpoint holds for each parameter.
 
-    They are the weight ("fp32" 4, "bf16" 2), beside bf16 the optimizer's fp32 weight (4), and Adam's moments (8).
+    They are the weight ("fp32" 4, "bf16" 2), beside bf16 the optimizer's fp32 weight (4), Adam's moments (8), and
+    with optimizer.ema_decay the average (4).
     """
-    return 2 + 4 + 8 if precision == "bf16" else 4 + 8
+    return (2 + 4 + 8 if precision == "bf16" else 4 + 8) + (4 if averaged else 0)

@@ -33,6 +33,7 @@ from distill_pretrain.mcore.runtime.core import (
     StateDict,
     parallel_state,
 )
+from distill_pretrain.mcore.student.average import WeightAverage
 from distill_pretrain.processes.context import context_spans
 from distill_pretrain.processes.groups import ParallelGroups
 from distill_pretrain.processes.host_copy import HostCopy
@@ -132,6 +133,7 @@ class Student(ABC):
         config: megatron-core's configuration of the model.
         optimizer: has `param_groups`, and updates them.
         scheduler: sets their learning rate and weight decay.
+        average: of the weights; None where optimizer.ema_decay is not set.
 
     Args:
         model: architecture.
@@ -199,6 +201,8 @@ class Student(ABC):
             wsd_decay_steps=optimizer.wsd_decay_steps,
             lr_wsd_decay_style=optimizer.wsd_decay_style,
         )
+        decay = optimizer.ema_decay
+        self.average = None if decay is None else WeightAverage(self, decay)
 
     @abstractmethod
     def _attach_optimizer(
@@ -285,6 +289,19 @@ class Student(ABC):
             parameter: of this rank.
             values: fp32, of `shape_of`.
         """
+
+    @property
+    def shares_updates(self) -> bool:
+        """Whether each data-parallel rank updates a share of the weights alone."""
+        return False
+
+    def own_span(self, parameter: torch.nn.Parameter) -> tuple[int, int] | None:
+        """First and last element, of the flattened parameter, that this rank updates; None where others do."""
+        return 0, parameter.numel()
+
+    def own_weights(self) -> dict[torch.nn.Parameter, torch.Tensor]:
+        """The fp32 weights that this rank updates: of each parameter, flattened, `own_span`."""
+        raise NotImplementedError("refused by the section optimizer")
 
     @property
     def is_last_stage(self) -> bool:

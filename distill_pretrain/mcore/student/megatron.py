@@ -67,6 +67,11 @@ class MegatronStudent(Student):
 
     optimizer: MegatronOptimizer
 
+    @property
+    def shares_updates(self) -> bool:
+        """See `Student`."""
+        return bool(self.optimizer.config.use_distributed_optimizer)
+
     def _attach_optimizer(
         self,
         model: ModelConfig,
@@ -155,14 +160,34 @@ class MegatronStudent(Student):
         if master is None:
             return
         if getattr(parameter, "main_param_sharded", False):
-            (part,) = (
-                part
-                for part in self.optimizer.chained_optimizers
-                if parameter in part.model_param_gbuf_map
-            )
-            span = part._get_model_param_range_map(parameter)["param"]
-            values = values.flatten()[span.start : span.end]
+            span = self.own_span(parameter)
+            assert span is not None
+            values = values.flatten()[slice(*span)]
         master.copy_(values)
+
+    def own_span(self, parameter: torch.nn.Parameter) -> tuple[int, int] | None:
+        """See `Student`."""
+        if not self.shares_updates:
+            return 0, parameter.numel()
+        for part in self.optimizer.chained_optimizers:
+            if parameter in part.model_param_gbuf_map:
+                span = part._get_model_param_range_map(parameter)["param"]
+                return span.start, span.end
+        return None
+
+    def own_weights(self) -> dict[torch.nn.Parameter, torch.Tensor]:
+        """See `Student`. Masters are where the optimizer keeps them apart: beside weights that are not fp32."""
+        found = {}
+        for parameter in (p for chunk in self.chunks for p in chunk.parameters()):
+            span = self.own_span(parameter)
+            if span is None:
+                continue
+            master = getattr(parameter, "main_param", None)
+            if master is None:
+                found[parameter] = parameter.detach().flatten()[slice(*span)]
+            else:
+                found[parameter] = master.detach().flatten()
+        return found
 
     def optimizer_state(
         self, model_state: ShardedStateDict, *, is_loading: bool

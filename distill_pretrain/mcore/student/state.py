@@ -28,6 +28,7 @@ from distill_pretrain.mcore.runtime.core import (
     save_preprocess,
 )
 from distill_pretrain.mcore.runtime.parallel import current_groups
+from distill_pretrain.mcore.student.average import PREFIX as AVERAGE
 from distill_pretrain.mcore.student.base import Student
 from distill_pretrain.mcore.student.unpickling import check_pickles, reading
 from distill_pretrain.processes.process import local_device, on_every_rank, on_first_rank
@@ -65,6 +66,8 @@ def _student_state(student: Student, *, is_loading: bool) -> ShardedStateDict:
     state = student.model_state(is_loading=is_loading)
     state["optimizer"] = student.optimizer_state(state, is_loading=is_loading)
     state["scheduler"] = student.scheduler.state_dict()
+    if student.average is not None:
+        state["average"] = student.average.state(is_loading=is_loading)
     return state
 
 
@@ -115,7 +118,7 @@ def plan_save(student: Student, folder: Path) -> AsyncRequest:
 
 
 def saved_bytes(student: Student, *, precision: str) -> int:
-    """Estimate what a checkpoint of a student takes, over all ranks: weights, masters of bf16 and Adam's moments.
+    """Estimate what a checkpoint of a student takes, over all ranks; see `checkpoint_bytes_per_parameter`.
 
     Every rank calls it. What two pipeline stages share counts twice.
     """
@@ -125,7 +128,8 @@ def saved_bytes(student: Student, *, precision: str) -> int:
         own = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
     total = torch.tensor(own, dtype=torch.int64).to(local_device())
     dist.all_reduce(total)
-    return int(total.item()) * checkpoint_bytes_per_parameter(precision)
+    averaged = student.average is not None
+    return int(total.item()) * checkpoint_bytes_per_parameter(precision, averaged=averaged)
 
 
 def load_student(student: Student, folder: Path) -> bool:
@@ -140,6 +144,8 @@ def load_student(student: Student, folder: Path) -> bool:
         student.load_model_state(loaded)
         student.load_optimizer_state(loaded["optimizer"])
         _agree_on_step_counts(student)  # older checkpoints lack some
+        if student.average is not None:
+            student.average.load_state(loaded["average"])
         # The count alone: the recipe has the schedule. A branch of a stable part decays where its own recipe says.
         student.scheduler.num_steps = 0
         student.scheduler.step(increment=int(loaded["scheduler"]["num_steps"]))
@@ -181,6 +187,37 @@ def load_weights(
             state = {chunk: _of_masters(entries, names) for chunk, entries in state.items()}
         loaded = dist_checkpointing.load(state, str(folder))
         load_chunks(chunks, loaded)
+
+
+def load_average(chunks: list[torch.nn.Module], folder: Path) -> None:
+    """Restore the moving average of the weights in their place, under any layout, into fp32 chunks."""
+    on_first_rank(lambda: check_pickles(folder))
+    with reading(folder):
+        state = {
+            chunk: {
+                name: make_sharded_optimizer_tensor(entry, entry.data, prefix=AVERAGE)
+                if isinstance(entry.data, torch.nn.Parameter)
+                else entry
+                for name, entry in entries.items()
+            }
+            for chunk, entries in sharded_chunks(chunks).items()
+        }
+        load_chunks(chunks, dist_checkpointing.load(state, str(folder)))
+
+
+@torch.no_grad()
+def load_mean(chunks: list[torch.nn.Module], folders: list[Path]) -> None:
+    """The mean of the weights of several checkpoints, under any layout, into fp32 chunks; masters where there are."""
+    parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    means: list[torch.Tensor] = []
+    for number, folder in enumerate(folders):
+        load_weights(chunks, folder, from_masters=True)
+        means = means or [parameter.clone() for parameter in parameters]
+        for mean, parameter in zip(means, parameters, strict=True):
+            mean.lerp_(parameter, 1 / (number + 1))
+        alive()
+    for mean, parameter in zip(means, parameters, strict=True):
+        parameter.copy_(mean)
 
 
 def _of_masters(entries: ShardedStateDict, names: frozenset[str]) -> ShardedStateDict:
