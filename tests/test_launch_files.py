@@ -20,6 +20,7 @@ SCRIPTS = sorted(
         *ROOT.glob("launch/*.sbatch"),
         ROOT / "launch/docs.sh",
         ROOT / "launch/package.sh",
+        ROOT / "launch/real_teacher.sh",
         ROOT / "launch/cluster_env.sh",
     ]
 )
