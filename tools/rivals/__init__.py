@@ -1,0 +1,1 @@
+"""Ways of other projects, and ours, to keep a teacher's distribution, for `bench_rivals.py`."""
