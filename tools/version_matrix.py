@@ -82,7 +82,9 @@ COMBINATIONS = {
     "3.11": Combination("3.11", "2.13.0", "0.16.1", tests=(*ENGINE, *TRANSFORMERS)),
     "0.17": Combination("3.12", "2.13.0", "0.17.1", tests=RESUME),
     "0.18": Combination("3.12", "2.11.0", "0.18.2", tests=RESUME),
-    "3.12": Combination("3.12", "2.13.0", "0.19.2", tests=ENGINE),
+    "3.12": Combination(
+        "3.12", "2.13.0", "0.19.2", tests=(*ENGINE, "tests/tools/test_bench_rivals.py")
+    ),
     "3.13": Combination("3.13", "", "0.19.2", tests=RESUME),
 }
 

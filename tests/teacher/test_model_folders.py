@@ -284,6 +284,8 @@ ACCEPTED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", ACCEPTED)
 def test_the_targets_of_a_model_are_those_of_its_own_logits_bit_for_bit(kind, tmp_path):
     """Some classes for all of them: experts, cross-attention, caps, wrapped decoders, nested configurations."""
+    if kind not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
     config = transformers.CONFIG_MAPPING[kind](**ACCEPTED[kind])
     for part in (config, config.get_text_config(decoder=True)):
         part.pad_token_id = part.bos_token_id = part.eos_token_id = 0
