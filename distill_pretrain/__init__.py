@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         capture_cache,
         evaluate_models,
         export_model,
+        prune_model,
         train_student,
     )
     from distill_pretrain.api.losses import linear_sparse_kd_loss, sparse_kd_loss
@@ -50,6 +51,7 @@ _MODULES = {
     "export_model": "api.jobs",
     "linear_sparse_kd_loss": "api.losses",
     "pad_targets": "api.targets",
+    "prune_model": "api.jobs",
     "sample_targets": "api.targets",
     "sparse_kd_loss": "api.losses",
     "train_student": "api.jobs",
@@ -74,6 +76,7 @@ __all__ = [
     "export_model",
     "linear_sparse_kd_loss",
     "pad_targets",
+    "prune_model",
     "sample_targets",
     "sparse_kd_loss",
     "train_student",

@@ -70,6 +70,16 @@ OF_THE_READER = {
         },
         "train": {"output_dir": "runs/student", "micro_batch_size": 2, "global_batch_size": 64},
     },
+    "prune.yaml": {
+        "data": {"tokens": "runs/tokens/train", "seq_len": 64},
+        "prune": {
+            "source": "runs/student",
+            "output_dir": "runs/pruned",
+            "targets": {"narrow": {"ffn_hidden_size": 64}},
+            "num_sequences": 4,
+            "loss_sequences": 2,
+        },
+    },
     "report.yaml": {
         "base": "launch/recipes/quickstart/report.yaml",
         "data": {"tokens": "runs/tokens/train", "held_out_tokens": "runs/tokens/held_out"},

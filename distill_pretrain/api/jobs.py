@@ -20,6 +20,7 @@ from distill_pretrain.jobs.recipe import Recipe
 
 if TYPE_CHECKING:
     from distill_pretrain.cache.manifest import Manifest
+    from distill_pretrain.reports.pruning import PruneReport
     from distill_pretrain.reports.results import EvalResults
     from distill_pretrain.train.callbacks import Callback
 
@@ -124,6 +125,29 @@ def export_model(
             tensor=tensor,
             pipeline=pipeline,
         )
+
+
+def prune_model(
+    recipe: RecipeLike, overrides: Sequence[str] = (), *, to_parameters: Sequence[str] = ()
+) -> PruneReport:
+    """Make smaller models of a trained one, as `distill-pretrain prune` does, and write prune.output_dir.
+
+    Args:
+        recipe: with the sections data and prune.
+        overrides: `section.key=value` on top of a recipe's file.
+        to_parameters: further targets: numbers of parameters, such as "70M", to search shapes for.
+
+    Returns:
+        The scores, and what every target has become.
+
+    Raises:
+        ConfigError: settings that cannot be used, or targets that no pruning reaches.
+        DistillPretrainError: the source is damaged or does not fit the corpus, or a folder is something else.
+    """
+    from distill_pretrain.jobs.prune import prune
+
+    with _left_as_it_was():
+        return prune(as_recipe(recipe, overrides), to_parameters=to_parameters)
 
 
 def as_recipe(recipe: RecipeLike, overrides: Sequence[str] = ()) -> Recipe:

@@ -39,6 +39,7 @@ RECIPE_VERBS = {
     "tokenize": "text files, folders or JSONL -> tokenised corpus",
     "capture": "teacher + tokenised corpus -> cache of sparse logits",
     "verify": "check a cache: every checksum, and that it belongs to the corpus",
+    "prune": "smaller models of a trained one, to start students from",
     "train": "train a model on the text, from a cache, or both",
     "eval": "held-out figures of trained models",
     "report": "markdown report that compares runs, or an HTML page of one",
@@ -53,7 +54,7 @@ OTHER_VERBS = {
     "doctor": "check this machine and the installed packages",
 }
 VERBS = {**RECIPE_VERBS, **OTHER_VERBS}
-JOBS = ("tokenize", "capture", "train", "eval", "compare")
+JOBS = ("tokenize", "capture", "prune", "train", "eval", "compare")
 """Verbs that work for hours, and whose output is a by-product."""
 
 

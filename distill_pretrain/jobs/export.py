@@ -62,7 +62,7 @@ def export(
         checkpoint = find_checkpoint(checkpoint_or_run)
     trained = trained_model(checkpoint.identity, checkpoint.folder)
     dtype = dtype or trained.precision
-    path, eod_id = _tokenizer_of_run(checkpoint, required=tokenizer is None)
+    path, eod_id = tokenizer_of_run(checkpoint, required=tokenizer is None)
     if tokenizer == "none":
         path = None
     elif tokenizer is not None:
@@ -112,7 +112,7 @@ def _named_tokenizer(path: Path, vocab_size: int) -> tuple[Path, int]:
     return path, found.eod_id
 
 
-def _tokenizer_of_run(checkpoint: Checkpoint, *, required: bool) -> tuple[Path | None, int | None]:
+def tokenizer_of_run(checkpoint: Checkpoint, *, required: bool) -> tuple[Path | None, int | None]:
     """Tokenizer and end-of-document id of the tokens that a run was trained on, where they are still there.
 
     Args:

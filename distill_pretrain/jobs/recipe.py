@@ -9,6 +9,7 @@ from distill_pretrain.eval.config import EvalConfig, ReportConfig
 from distill_pretrain.losses.config import ObjectiveConfig
 from distill_pretrain.mcore.model.config import ModelConfig, OptimizerConfig, ParallelConfig
 from distill_pretrain.planning.config import PlanConfig
+from distill_pretrain.pruning.config import PruneConfig
 from distill_pretrain.reports.comparison.config import CompareConfig
 from distill_pretrain.teacher.config import CaptureConfig, TeacherConfig
 from distill_pretrain.train.config import TrainConfig
@@ -41,6 +42,8 @@ class Recipe(Section):
     """Held-out evaluation (eval)."""
     report: ReportConfig | None = None
     """Comparison of runs (report)."""
+    prune: PruneConfig | None = None
+    """Smaller models of a trained one (prune)."""
     compare: CompareConfig | None = None
     """Students of several targets and seeds (compare)."""
     plan: PlanConfig | None = None

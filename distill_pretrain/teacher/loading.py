@@ -78,7 +78,7 @@ MOST_PADDING = 1024
 """Columns beyond the corpus's ids that padding may make up, and a tenth of those ids where that is more."""
 
 
-_NOUNS = {"teacher.path": "teacher", "train.start_from": "source"}
+_NOUNS = {"teacher.path": "teacher", "train.start_from": "source", "prune.source": "source"}
 
 
 def _name_padding(teacher: TeacherConfig, sequences: SequenceData) -> None:

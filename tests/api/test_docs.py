@@ -63,6 +63,7 @@ def test_the_snippets_run_one_after_another(folder, tmp_path):
         "second_cache/manifest.json",
         "third_cache/manifest.json",
         "eval.json",
+        "pruned/narrow/model.safetensors",
         "exported/model.safetensors",
     ):
         assert (tmp_path / "run" / name).exists(), name
