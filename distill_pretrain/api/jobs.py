@@ -99,6 +99,8 @@ def export_model(
     tokenizer: str | Path | None = None,
     tensor: int = 1,
     pipeline: int = 1,
+    weights: Literal["last", "ema"] = "last",
+    mean_of: int = 1,
 ) -> None:
     """Write a trained model as a Hugging Face folder, as `distill-pretrain export` does.
 
@@ -109,9 +111,12 @@ def export_model(
         tokenizer: a Hugging Face folder, a sentencepiece model, or "none"; None takes the one of the run's tokens.
         tensor: tensor-parallel size.
         pipeline: pipeline-parallel size.
+        weights: the last ones, or their moving average, which the run must have kept (optimizer.ema_decay).
+        mean_of: of the last weights of so many newest checkpoints of a run, the mean.
 
     Raises:
-        CheckpointError: damaged, or none there.
+        CheckpointError: damaged, none there, fewer than `mean_of`, or without a moving average.
+        ConfigError: both averages at once.
         TokenizerMismatch: the tokenizer is not the model's.
     """
     from distill_pretrain.jobs.export import export
@@ -124,6 +129,8 @@ def export_model(
             tokenizer=tokenizer,
             tensor=tensor,
             pipeline=pipeline,
+            weights=weights,
+            mean_of=mean_of,
         )
 
 

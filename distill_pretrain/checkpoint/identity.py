@@ -61,6 +61,7 @@ _WORDS = {
     "precision": "train.precision",
     "seed": "train.seed",
     "seq_len": "data.seq_len",
+    "continue_from": "train.continue_from",
     "start_from": "train.start_from",
     "sequence_plan_id": "data.tokens, data.seed",
     "tokenizer_sha256": "tokenizer of data.tokens",
@@ -188,17 +189,30 @@ def _decay_begins(optimizer: Any) -> float:
 def _compare_starts(*sides: dict[str, Any]) -> None:
     """Weights that two runs start from are the same wherever they lie; others are named by their place, too."""
     starts = [side.pop("start_from", None) for side in sides]
-    hashes = [start.get("sha256") if isinstance(start, dict) else start for start in starts]
+    counting = [
+        {key: start.get(key) for key in _OF_START} if isinstance(start, dict) else start
+        for start in starts
+    ]
+    of_phase = any(isinstance(start, dict) and "optimizer" in start for start in starts)
     for side, start in zip(sides, starts, strict=True):
-        if start is not None and hashes[0] != hashes[1]:
-            side["start_from"] = start_in_words(start)
+        if start is not None and counting[0] != counting[1]:
+            side["continue_from" if of_phase else "start_from"] = start_in_words(start)
+
+
+_OF_START = ("sha256", "optimizer", "first_sequence")
+"""What of a start decides the weights; where the source lay, and what came before it, do not."""
 
 
 def start_in_words(start: Any) -> str:
     """Describe the weights that a run started from, as its identity records them."""
     if not isinstance(start, dict):
         return f"{start}"
-    return f"{start.get('path')} (sha256 {str(start.get('sha256'))[:12]})"
+    words = f"{start.get('path')} (sha256 {str(start.get('sha256'))[:12]})"
+    if "optimizer" in start:
+        words += (
+            f", optimizer {start['optimizer']}, data from sequence {start.get('first_sequence')}"
+        )
+    return words
 
 
 def _leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

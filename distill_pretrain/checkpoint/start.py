@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +74,10 @@ class StartingWeights(ABC):
     @abstractmethod
     def fill(self, student: Student) -> None:
         """Give a new student these weights, this rank's share of them; every rank calls it."""
+
+    def facts(self, identity: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what else of its start a run with this identity records."""
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,27 +287,31 @@ class Start:
 
     Attributes:
         folder: of the weights.
-        open: compares them with a student of that corpus; see `open_weights`.
+        open: compares them with a student of that corpus; see `open_weights` and `phase.open_phase`.
+        optimizer: of the start of a phase, whether its state is "kept" or "fresh"; None where a run starts anew.
     """
 
     folder: Path
     open: Callable[[SequenceData], StartingWeights]
+    optimizer: str | None = None
 
     def look(
-        self, store: CheckpointStore, sequences: SequenceData
-    ) -> tuple[dict[str, str], StartingWeights | None]:
+        self, store: CheckpointStore, sequences: SequenceData, identity: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], StartingWeights | None]:
         """Return what the run records of its start, and the weights unless it has started already; every rank calls it.
 
         Args:
             store: the run's checkpoints. Where they name the same folder it is not opened; what is there by now
                 decides nothing. Another folder is: it may be the same weights in another place.
             sequences: the first corpus.
+            identity: of the run, but for its start.
 
         Raises:
             CheckpointError, TokenizerMismatch: see `open_weights`.
         """
         recorded = on_first_rank(lambda: _recorded(store))
-        if recorded is not None and recorded["path"] == f"{self.folder}":
+        wanted = (f"{self.folder}", self.optimizer)
+        if recorded is not None and (recorded["path"], recorded.get("optimizer")) == wanted:
             return recorded, None
         try:
             weights = on_first_rank(lambda: self.open(sequences))
@@ -317,10 +325,11 @@ class Start:
                 expected=start_in_words(recorded),
                 remedy="restore the recipe, or set another train.output_dir",
             ) from error
-        return {"path": f"{self.folder}", "sha256": weights.fingerprint()}, weights
+        record = {"path": f"{self.folder}", "sha256": weights.fingerprint()}
+        return {**record, **weights.facts(identity)}, weights
 
 
-def _recorded(store: CheckpointStore) -> dict[str, str] | None:
+def _recorded(store: CheckpointStore) -> dict[str, Any] | None:
     """The start that the newest readable checkpoint records."""
     for folder in reversed(store.complete()):
         try:

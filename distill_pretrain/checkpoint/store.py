@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 from distill_pretrain import __version__
 from distill_pretrain.checkpoint.identity import differences
+from distill_pretrain.checkpoint.lineage import phase_folders
 from distill_pretrain.checkpoint.record import RECORD, Checkpoint, hash_files, on_first_rank
 from distill_pretrain.errors import CheckpointError
 from distill_pretrain.files.atomic import (
@@ -41,10 +42,11 @@ _STEP_FOLDER = re.compile(r"step-\d{8,}")
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
-    """Open the checkpoint in a folder, or the newest one of a run folder."""
+    """Open the checkpoint in a folder, or the newest one of a run folder, of the last phase that has one."""
     if (path / RECORD).exists():
         return Checkpoint.open(path)
-    for root in (path / "checkpoints", path):
+    phases = [folder / "checkpoints" for folder in reversed(phase_folders(path))]
+    for root in (path / "checkpoints", path, *phases):
         newest = CheckpointStore(root).newest() if root.is_dir() else None
         if newest is not None:
             return newest
@@ -57,7 +59,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
 
 
 def find_checkpoints(run: Path, count: int) -> list[Checkpoint]:
-    """The newest checkpoints of a run folder, oldest first.
+    """Open the newest checkpoints of a run folder, oldest first.
 
     Raises:
         CheckpointError: there are fewer.

@@ -9,15 +9,27 @@ from distill_pretrain.jobs.recipe import Recipe
 
 STOPPED_EXIT_CODE = 143  # 128 + SIGTERM, as a shell reports it
 
-SECTIONS = ("data", "model", "parallel", "optimizer", "objective", "teacher", "train", "plan")
+SECTIONS = (
+    "data",
+    "model",
+    "parallel",
+    "optimizer",
+    "objective",
+    "teacher",
+    "train",
+    "phases",
+    "plan",
+)
 HELP = """
 Trains a model with megatron-core: on the text alone (a teacher, or a baseline), from a cache of sparse teacher
 logits, from a teacher that runs in the same job, or on a mix of text and teacher, as the section `objective` says.
 
 Reads   data.tokens (.bin/.idx); when objective.kd_weight > 0, data.cache, or, with objective.target=teacher,
-        teacher.path; with train.start_from, the weights that a new run starts from
+        teacher.path; with train.start_from, the weights that a new run starts from; with train.continue_from, the run
+        whose next phase it is
 Writes  train.output_dir: recipe.yaml, metrics.jsonl (one record per step), events.jsonl (starts, bad steps, saves),
-        checkpoints/; with train.track also tensorboard/ or metrics.prom
+        checkpoints/; with train.track also tensorboard/ or metrics.prom; with phases, recipe.yaml, phases.json and
+        such a folder for each
 
 Started again with the same recipe it goes on from the newest checkpoint, under any tensor x pipeline x data parallel
 layout. What may not change on the way is compared, and a difference is named. SIGTERM, to one process or to all, saves

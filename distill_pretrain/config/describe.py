@@ -14,7 +14,14 @@ from pydantic.fields import FieldInfo
 from distill_pretrain.config.base import Section
 from distill_pretrain.config.loader import section_of
 
-NAMES = {int: "integer", float: "number", bool: "true/false", str: "text", Path: "path"}
+NAMES = {
+    int: "integer",
+    float: "number",
+    bool: "true/false",
+    str: "text",
+    Path: "path",
+    Any: "values",
+}
 
 
 def describe(schema: type[Section], sections: Sequence[str]) -> str:

@@ -154,8 +154,8 @@ def pad_targets(
 class StudentBatches:
     """Endless micro-batches of one rank, resumable at any step.
 
-    The global batch of step n holds positions n * global_batch_size onwards of the visiting order, whatever the
-    number of ranks and the micro-batch size. Not for use by several threads at once: the caches are not.
+    The global batch of step n holds positions first_sequence + n * global_batch_size onwards of the visiting order,
+    whatever the number of ranks and the micro-batch size. Not for use by several threads at once: the caches are not.
 
     Args:
         sources: corpora of one seq_len, all with caches or all without.
@@ -168,6 +168,7 @@ class StudentBatches:
         context_rank: this rank's place among `context_size`.
         context_size: ranks that share each sequence; see `context_spans`.
         read_retry_s: see `DataConfig`.
+        first_sequence: position of the visiting order that step 0 begins with.
 
     Attributes:
         seq_len: L.
@@ -188,6 +189,7 @@ class StudentBatches:
         context_rank: int = 0,
         context_size: int = 1,
         read_retry_s: float = 0.0,
+        first_sequence: int = 0,
     ) -> None:
         self.sources = tuple(sources)
         (self.seq_len,) = {source.plan.seq_len for source in self.sources}
@@ -204,6 +206,7 @@ class StudentBatches:
         self.data_size = data_size
         self.device = device
         self._read_retry_s = read_retry_s
+        self._first_sequence = first_sequence
         self._spans = context_spans(self.seq_len, context_rank, context_size)
         self.positions = np.concatenate([np.arange(*span, dtype=np.int64) for span in self._spans])
 
@@ -221,7 +224,7 @@ class StudentBatches:
         self, step: int, micro_batch: int
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Return source and sequence numbers, int64[B] each, of one micro-batch of this rank."""
-        first = step * self.global_batch_size
+        first = self._first_sequence + step * self.global_batch_size
         first += (micro_batch * self.data_size + self.data_rank) * self.micro_batch_size
         return self.order.span(first, self.micro_batch_size)
 

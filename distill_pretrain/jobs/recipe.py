@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from distill_pretrain.checkpoint.lineage import NAME
 from distill_pretrain.config import Section
 from distill_pretrain.corpus.config import CorpusConfig, TokenizerConfig
 from distill_pretrain.data.config import DataConfig
@@ -13,6 +18,32 @@ from distill_pretrain.pruning.config import PruneConfig
 from distill_pretrain.reports.comparison.config import CompareConfig
 from distill_pretrain.teacher.config import CaptureConfig, TeacherConfig
 from distill_pretrain.train.config import TrainConfig
+
+
+class PhaseConfig(Section):
+    """One phase of a run: what it sets otherwise than the phase before, section by section, as a recipe does."""
+
+    name: str = Field(pattern=f"^{NAME}$")
+    """Its folder below train.output_dir."""
+    data: dict[str, Any] = Field(default_factory=dict)
+    """Of the section data."""
+    model: dict[str, Any] = Field(default_factory=dict)
+    """Of the section model: rotary_base, rope_scaling_factor, dropout, and how layers are computed."""
+    parallel: dict[str, Any] = Field(default_factory=dict)
+    """Of the section parallel."""
+    optimizer: dict[str, Any] = Field(default_factory=dict)
+    """Of the section optimizer; the schedule begins with the phase."""
+    objective: dict[str, Any] = Field(default_factory=dict)
+    """Of the section objective."""
+    teacher: dict[str, Any] = Field(default_factory=dict)
+    """Of the section teacher."""
+    train: dict[str, Any] = Field(default_factory=dict)
+    """Of the section train; steps are those of the phase alone, fresh_optimizer holds for it alone."""
+
+    @property
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """Section -> key -> value."""
+        return {name: value for name, value in self if isinstance(value, dict) and value}
 
 
 class Recipe(Section):
@@ -38,6 +69,8 @@ class Recipe(Section):
     """Loss (train)."""
     train: TrainConfig | None = None
     """Training run (train)."""
+    phases: tuple[PhaseConfig, ...] = ()
+    """Phases that train walks through, each from the end of the one before, in train.output_dir/NAME; none: one run."""
     eval: EvalConfig | None = None
     """Held-out evaluation (eval)."""
     report: ReportConfig | None = None
@@ -48,3 +81,11 @@ class Recipe(Section):
     """Students of several targets and seeds (compare)."""
     plan: PlanConfig | None = None
     """Machines, speeds and pilot for forecasts (plan, train --dry-run)."""
+
+    @field_validator("phases")
+    @classmethod
+    def _have_own_names(cls, phases: tuple[PhaseConfig, ...]) -> tuple[PhaseConfig, ...]:
+        names = [phase.name for phase in phases]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two phases of one name: {', '.join(names)}")
+        return phases

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from distill_pretrain.config import dump_recipe, require
+from distill_pretrain.errors import CheckpointError
+from distill_pretrain.jobs.phases import Phase, phases_of
 from distill_pretrain.jobs.recipe import Recipe
 from distill_pretrain.jobs.start import FROM_TEACHER, start_of
 from distill_pretrain.teacher.loading import load_teacher
@@ -14,6 +18,8 @@ if TYPE_CHECKING:
     from distill_pretrain.contracts import LogitsEngine
     from distill_pretrain.data.sources import SequenceData
     from distill_pretrain.train.callbacks import Callback
+
+_log = logging.getLogger(__name__)
 
 
 def require_training(recipe: Recipe) -> None:
@@ -24,7 +30,7 @@ def require_training(recipe: Recipe) -> None:
 
 
 def train_model(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> bool:
-    """Train, or go on training, the model of a recipe, with all processes of the job.
+    """Train, or go on training, the model of a recipe, through its phases where it has some, with all processes.
 
     Args:
         recipe: with the sections data, model and train; teacher, where objective.target says so.
@@ -38,14 +44,78 @@ def train_model(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> bool:
         DistillPretrainError: corpus, cache, teacher, layout or checkpoints do not fit.
     """
     require_training(recipe)
+    if recipe.phases:
+        return _train_phases(recipe, callbacks)
+    return _train_one(recipe, callbacks, lambda: _save(recipe))
+
+
+def _save(recipe: Recipe) -> None:
+    assert recipe.train
+    recipe.train.output_dir.mkdir(parents=True, exist_ok=True)
+    dump_recipe(recipe, recipe.train.output_dir / "recipe.yaml")
+
+
+def _train_phases(recipe: Recipe, callbacks: Sequence[Callback]) -> bool:
+    """Train one phase after another, and tell whether it was asked to stop before the last step of the last."""
+    from distill_pretrain.checkpoint.lineage import write_phases
+    from distill_pretrain.processes.process import on_first_rank, process_group, released_groups
+
+    assert recipe.train
+    root, phases = recipe.train.output_dir, phases_of(recipe)
+    for phase in phases:
+        require_training(phase.recipe)
+
+    def save(phase: Phase) -> None:
+        _save(recipe)
+        write_phases(root, [each.name for each in phases])
+        _save(phase.recipe)
+
+    with process_group():
+        removed = on_first_rank(lambda: _removed_phases(phases))
+        for phase in phases:
+            if phase.name in removed:
+                continue
+            _log.info(f"== phase {phase.name}")
+            with released_groups():
+                if _train_one(phase.recipe, callbacks, partial(save, phase)):
+                    return True
+    return False
+
+
+def _removed_phases(phases: Sequence[Phase]) -> frozenset[str]:
+    """Return the phases behind which another has begun, and whose checkpoints are gone: they are not trained again.
+
+    Raises:
+        CheckpointError: a phase is to be longer or shorter than it was when the next one began.
+    """
+    from distill_pretrain.checkpoint.store import CheckpointStore
+
+    newest = []
+    for phase in phases:
+        assert phase.recipe.train
+        newest.append(CheckpointStore(phase.recipe.train.output_dir / "checkpoints").complete())
+    begun = max((number for number, found in enumerate(newest) if found), default=0)
+    for phase, found in zip(phases[:begun], newest, strict=False):
+        assert phase.recipe.train
+        last = f"step-{phase.recipe.train.steps:08d}"
+        if found and found[-1].name != last:
+            raise CheckpointError(
+                "the next phase has begun, from another step than the last one of this phase",
+                where=f"phase {phase.name}",
+                found=found[-1].name,
+                expected=f"{last}, of its train.steps",
+                remedy="restore its train.steps, or set another train.output_dir",
+            )
+    removed = zip(phases[:begun], newest, strict=False)
+    return frozenset(phase.name for phase, found in removed if not found)
+
+
+def _train_one(
+    recipe: Recipe, callbacks: Sequence[Callback], save_recipe: Callable[[], None]
+) -> bool:
+    """Train the model of a recipe without phases; see `train_model`."""
     assert recipe.data and recipe.model and recipe.train
     from distill_pretrain.train.job import train_student
-
-    output_dir = recipe.train.output_dir
-
-    def save_recipe() -> None:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        dump_recipe(recipe, output_dir / "recipe.yaml")
 
     def open_teacher(sequences: SequenceData) -> LogitsEngine:
         assert recipe.teacher and recipe.data

@@ -8,6 +8,7 @@ from pathlib import Path
 from distill_pretrain.data.config import DataConfig
 from distill_pretrain.errors import ConfigError, LayoutError
 from distill_pretrain.jobs.console import say
+from distill_pretrain.jobs.phases import phases_of
 from distill_pretrain.jobs.plan.student import (
     GB,
     Corpus,
@@ -21,6 +22,7 @@ from distill_pretrain.jobs.plan.student import (
 )
 from distill_pretrain.jobs.recipe import Recipe
 from distill_pretrain.jobs.start import open_start, start_folder
+from distill_pretrain.jobs.train import require_training
 from distill_pretrain.mcore.model.layout import require_schedule
 from distill_pretrain.planning.figures import quantity
 from distill_pretrain.planning.memory import StudentJob, fullest_rank
@@ -42,6 +44,12 @@ def dry_run(recipe: Recipe, world_size: int | None) -> None:
         DistillPretrainError: corpus or cache are there and do not fit.
     """
     assert recipe.data and recipe.model and recipe.train
+    if recipe.phases:
+        for phase in phases_of(recipe):
+            require_training(phase.recipe)
+            say(f"phase {phase.name}")
+            dry_run(phase.recipe, world_size)
+        return
     if world_size is not None and world_size < 1:
         raise ConfigError("a job has at least one process", where="--world-size", found=world_size)
     if world_size is None and launch_world_size() == 1:

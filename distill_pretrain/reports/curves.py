@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from distill_pretrain.checkpoint.lineage import phase_folders
 from distill_pretrain.errors import DistillPretrainError
 
 FILE_NAME = "metrics.jsonl"
@@ -45,11 +47,14 @@ class TrainingCurve:
 
     @classmethod
     def load(cls, folder: Path) -> TrainingCurve:
-        """Reads FOLDER/metrics.jsonl.
+        """Reads FOLDER/metrics.jsonl; of a run of phases those of all that have begun, steps and tokens counted on.
 
         Raises:
             RunLogError: missing, empty, or damaged anywhere but in an incomplete last line.
         """
+        parts = begun_phases(folder)
+        if parts:
+            return cls._joined([cls.load(part) for part in parts])
         path = folder / FILE_NAME
         try:
             text = path.read_bytes()
@@ -83,6 +88,28 @@ class TrainingCurve:
             for name in names
         }
         return cls(columns=columns, cut_off=bool(tail) and isinstance(last, str))
+
+    @classmethod
+    def _joined(cls, parts: Sequence[TrainingCurve]) -> TrainingCurve:
+        """Put one curve behind the other."""
+        names = dict.fromkeys(name for part in parts for name in part.columns)
+        columns: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in names}
+        before = {"step": 0.0, "tokens": 0.0}
+        for part in parts:
+            missing = np.full(len(part["step"]), np.nan)
+            for name, found in columns.items():
+                found.append(part.columns.get(name, missing) + before.get(name, 0.0))
+            before = {name: float(columns[name][-1][-1]) for name in before}
+        return cls(
+            columns={name: np.concatenate(found) for name, found in columns.items()},
+            cut_off=parts[-1].cut_off,
+        )
+
+
+def begun_phases(run: Path) -> list[Path]:
+    """Return the folders of a run's phases that have done a step, in order; empty for a run without phases."""
+    logs = [folder / FILE_NAME for folder in phase_folders(run)]
+    return [log.parent for log in logs if log.is_file() and log.stat().st_size]
 
 
 def _row(line: bytes) -> dict[str, float] | str:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from distill_pretrain.files.atomic import publish_bytes
-from distill_pretrain.reports.curves import FIELDS, TrainingCurve
+from distill_pretrain.reports.curves import FIELDS, TrainingCurve, begun_phases
 from distill_pretrain.reports.run_plot import Mark, draw, legend
 
 PAGE = "run.html"
@@ -72,7 +72,17 @@ def write_run_page(run: Path, output: Path | None = None) -> Path:
 
 
 def read_events(run: Path) -> list[dict[str, Any]]:
-    """Read events.jsonl of a run, a torn line left out; it is empty for a run of an earlier version."""
+    """Read events.jsonl of a run, a torn line left out; it is empty for a run of an earlier version.
+
+    Of a run of phases they are those of all, with their steps counted on.
+    """
+    phases, found, before = begun_phases(run), [], 0
+    for phase in phases:
+        for event in read_events(phase):
+            found.append({**event, "step": event["step"] + before})
+        before += int(TrainingCurve.load(phase)["step"][-1])
+    if phases:
+        return found
     try:
         lines = (run / "events.jsonl").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -95,8 +105,8 @@ def _page(run: Path, curve: TrainingCurve, events: list[dict[str, Any]]) -> str:
         f'<div class="tiles">{"".join(_tile(*tile) for tile in _tiles(curve))}</div>',
         f'<div class="plots">{"".join(_plots(curve, _marks(curve, events)))}</div>',
         '<p class="dim">Faint: as logged; bold: averaged over neighbouring steps. The first tenth of a run, and single '
-        "outliers, may lie outside a picture. Dashed lines: starts from a checkpoint; red lines: bad steps and "
-        "rollbacks.</p>",
+        "outliers, may lie outside a picture. Dashed lines: starts from a checkpoint, or of a phase; red lines: bad "
+        "steps and rollbacks.</p>",
         "<h2>What happened</h2>",
         _history(curve, events),
         "<h2>Recipe</h2>",
@@ -230,7 +240,7 @@ def _marks(curve: TrainingCurve, events: list[dict[str, Any]]) -> list[Mark]:
     marks = []
     for event in events:
         text = _event_text(event)
-        if event["event"] == "started" and event["step"]:
+        if event["event"] == "phase" or (event["event"] == "started" and event["step"]):
             marks.append(Mark(step=event["step"], text=text, kind="start"))
         elif event["event"] in ("bad_step", "rolled_back"):
             marks.append(Mark(step=event["step"], text=text, kind="bad"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from distill_pretrain.config import Section, nameable
 
@@ -41,6 +41,11 @@ class TrainConfig(Section):
     start_from: str | None = None
     """Initial weights: a Hugging Face folder, a run or a checkpoint, or `teacher`, the weights at teacher.path; null
     draws them. Optimizer, schedule and data start anew. A run that has started does not read them again."""
+    continue_from: str | None = None
+    """A run or checkpoint whose next phase this run is: weights and the optimizer's state go on, the schedule begins,
+    data go on behind what was seen if corpora, seq_len and seeds are the same, or begin. Everything else may change."""
+    fresh_optimizer: bool = False
+    """Take the weights of continue_from alone."""
     micro_batch_size: int = Field(default=1, ge=1, le=1 << 20)
     """Sequences per forward pass and data-parallel rank."""
     global_batch_size: int = Field(ge=1, le=1 << 24)
@@ -83,7 +88,15 @@ class TrainConfig(Section):
     threads: int = Field(default=0, ge=0, le=1024)
     """CPU threads per process; 0 divides the cores among the processes of a node."""
 
-    _start_can_be_named = field_validator("start_from")(nameable)
+    _start_can_be_named = field_validator("start_from", "continue_from")(nameable)
+
+    @model_validator(mode="after")
+    def _has_one_start(self) -> TrainConfig:
+        if self.start_from is not None and self.continue_from is not None:
+            raise ValueError("start_from and continue_from: a run has one of the two")
+        if self.fresh_optimizer and self.continue_from is None:
+            raise ValueError("fresh_optimizer: only with continue_from; else it is fresh anyhow")
+        return self
 
     @field_validator("profile")
     @classmethod

@@ -164,7 +164,7 @@ class HeldOutEvaluation(Callback):
         return figures
 
     def _score(self, step: int, doing: Callable[[str], None]) -> dict[str, float | None]:
-        """The figures of the weights that the student has now."""
+        """Return the figures of the weights that the student has now."""
         total, num_tokens = torch.zeros(len(self._places), dtype=torch.float64), 0
         for batch in range(self._num_batches):
             doing(f"step {step}: evaluating, batch {batch + 1} of {self._num_batches}")

@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from distill_pretrain.checkpoint.identity import VERSION, at_default, described
 from distill_pretrain.checkpoint.ownership import job_owning, require_shared_folder
-from distill_pretrain.checkpoint.start import Start
+from distill_pretrain.checkpoint.phase import FACTS
+from distill_pretrain.checkpoint.start import Start, StartingWeights
 from distill_pretrain.checkpoint.store import CheckpointStore, drop_unfinished
 from distill_pretrain.contracts import LogitsEngine
 from distill_pretrain.data.batches import StudentBatches
@@ -78,7 +79,7 @@ def run_identity(
     objective: ObjectiveConfig,
     train: TrainConfig,
     teacher: LogitsEngine | None = None,
-    start: dict[str, str] | None = None,
+    start: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return what a checkpoint must share with the run that goes on from it; see `checkpoint.identity`.
 
@@ -201,7 +202,11 @@ def train_student(
         open_held_out(data, train, sources[0].sequences) as held_out,
     ):
         checkpoints = CheckpointStore(train.output_dir / "checkpoints")
-        started, weights = start.look(checkpoints, sources[0].sequences) if start else (None, None)
+        started: dict[str, Any] | None = None
+        weights: StartingWeights | None = None
+        if start is not None:
+            plain = run_identity(sources, model, parallel, optimizer, objective, train)
+            started, weights = start.look(checkpoints, sources[0].sequences, plain)
         teacher = _open_whole(open_teacher, sources[0].sequences) if open_teacher else None
         identity = run_identity(
             sources, model, parallel, optimizer, objective, train, teacher, started
@@ -243,7 +248,10 @@ def train_student(
                 context_size=dist.get_world_size(groups.context),
                 read_retry_s=data.read_retry_s,
             )
-            batches = batches_of([source.for_batches for source in sources])
+            batches = batches_of(
+                [source.for_batches for source in sources],
+                first_sequence=(started or {}).get("first_sequence", 0),
+            )
             vocab_size = sources[0].sequences.vocab_size
             has_targets = batches.has_targets or teacher is not None
             loss = make_objective(
@@ -293,6 +301,8 @@ def train_student(
                 own.append(profile)
             is_first = launch_rank() == 0
             events = EventLog(train.output_dir / "events.jsonl" if is_first else None)
+            if weights is not None and started is not None and "optimizer" in started:
+                events.add("phase", 0, **{fact: started[fact] for fact in FACTS})
             trainer = Trainer(
                 student=student,
                 batches=batches,

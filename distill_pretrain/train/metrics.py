@@ -17,9 +17,10 @@ Fields of a step's record (null where unknown; "most" is over the ranks of the j
     held_out_ce, held_out_kl   at steps of train.eval_interval: nats, means over the valid tokens of held-out text
     held_out_ce_ema, held_out_kl_ema   the same of the averaged weights (optimizer.ema_decay)
 
-Events: `started` (num_processes), `repeating` (steps done before and lost), `bad_step` (reason, verdict),
-`rolled_back`, `saved` (seconds for which training waited; under train.async_save also published_after, seconds since
-it began), `stopped` and `finished`, each with step and time.
+Events: `started` (num_processes), `phase` (path of the phase before, optimizer, first_sequence), `repeating` (steps
+done before and lost), `bad_step` (reason, verdict), `rolled_back`, `saved` (seconds for which training
+waited; under train.async_save also published_after, seconds since it began), `stopped` and `finished`, each with step
+and time.
 """
 
 from __future__ import annotations

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from distill_pretrain.config import load_recipe
-from distill_pretrain.config.layers import COMMAND_LINE
 from distill_pretrain.errors import ConfigError
 from distill_pretrain.jobs.recipe import Recipe
+from distill_pretrain.jobs.settings import with_settings
 from distill_pretrain.losses.config import ObjectiveConfig
 from distill_pretrain.reports.comparison.config import (
     CellConfig,
@@ -256,38 +252,6 @@ def _is_plain(objective: ObjectiveConfig, *, residual_counts: bool) -> bool:
     varied = {"ce_weight", "kd_weight", "target"} | (set() if residual_counts else {"residual"})
     default = ObjectiveConfig().model_dump(exclude=varied)
     return weights in ((1.0, 0.0), (0.0, 1.0)) and objective.model_dump(exclude=varied) == default
-
-
-def with_settings(recipe: Recipe, where: str, settings: Mapping[str, Mapping[str, Any]]) -> Recipe:
-    """Return the recipe with some keys replaced, checked as if they had come with it.
-
-    Args:
-        recipe: to start from; it stays.
-        where: key of the comparison's recipe that the settings come from, for messages.
-        settings: section -> key -> value.
-
-    Raises:
-        ConfigError: a key is unknown, or a value is refused.
-    """
-    values = {k: v for k, v in recipe.model_dump(mode="json").items() if v is not None}
-    whole = [_override(name, section) for name, section in values.items()]
-    changed = [
-        _override(f"{section}.{key}", value)
-        for section, keys in settings.items()
-        for key, value in keys.items()
-    ]
-    try:
-        return load_recipe(Recipe, None, [*whole, *changed])
-    except ConfigError as error:
-        found = str(error).replace(f"{COMMAND_LINE}: ", "")
-        raise ConfigError("a job of the comparison is refused", where=where, found=found) from None
-
-
-def _override(key: str, value: object) -> str:
-    text = yaml.safe_dump(
-        value, default_flow_style=True, sort_keys=False, width=1_000_000, allow_unicode=True
-    )
-    return f"{key}={text.removesuffix('...' + chr(10))}"
 
 
 def _one_of(key: str, names: Iterable[str]) -> str:

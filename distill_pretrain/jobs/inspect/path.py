@@ -36,7 +36,7 @@ def show_path(location: str) -> None:
             _show_tokens(index.with_suffix(""))
     elif (path / "checkpoint.json").is_file():
         _show_checkpoint(path)
-    elif (path / "metrics.jsonl").is_file() or (path / "checkpoints").is_dir():
+    elif any((path / name).exists() for name in ("metrics.jsonl", "checkpoints", "phases.json")):
         _show_run(path)
     else:
         raise ConfigError(
@@ -113,11 +113,21 @@ def _named(tokenizer: Tokenizer | None, token_id: int | None) -> str:
 
 
 def _show_run(folder: Path) -> None:
+    from distill_pretrain.checkpoint.lineage import phase_folders
     from distill_pretrain.checkpoint.store import CheckpointStore
     from distill_pretrain.config import load_recipe
     from distill_pretrain.jobs.recipe import Recipe
     from distill_pretrain.reports.curves import FILE_NAME, TrainingCurve
 
+    phases = phase_folders(folder)
+    if phases:
+        say(f"run {folder}, of {len(phases)} phases")
+        for phase in phases:
+            if phase.is_dir():
+                _show_run(phase)
+            else:
+                say(f"phase {phase}: not begun")
+        return
     say(f"run {folder}")
     if (folder / FILE_NAME).is_file() and (folder / FILE_NAME).stat().st_size:
         curve = TrainingCurve.load(folder)

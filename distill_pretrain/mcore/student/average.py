@@ -58,7 +58,7 @@ class WeightAverage:
             self._shares[parameter].lerp_(values, share)
 
     def whole(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """The average of a parameter of this model-parallel rank, fp32 in its shape.
+        """Return the average of a parameter of this model-parallel rank, fp32 in its shape.
 
         Data-parallel ranks call it together, for one parameter after another.
         """
@@ -73,7 +73,7 @@ class WeightAverage:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model has the average for weights in the block, and its own again behind it. Every rank calls it."""
+        """Give the model the average for weights in the block, and its own again behind it; every rank calls it."""
         self._student.gather_weights()
         parameters = list(self._student.weight_entries())
         kept = [parameter.detach().clone() for parameter in parameters]
@@ -88,7 +88,7 @@ class WeightAverage:
                     parameter.copy_(values)
 
     def state(self, *, is_loading: bool) -> ShardedStateDict:
-        """The average as dist_checkpointing saves it, under any layout. Every rank calls it."""
+        """Return the average as dist_checkpointing saves it, under any layout; every rank calls it."""
         state = {}
         for number, (parameter, entry) in enumerate(self._student.weight_entries().items()):
             if is_loading:

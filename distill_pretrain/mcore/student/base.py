@@ -296,11 +296,11 @@ class Student(ABC):
         return False
 
     def own_span(self, parameter: torch.nn.Parameter) -> tuple[int, int] | None:
-        """First and last element, of the flattened parameter, that this rank updates; None where others do."""
+        """Return where, in the flattened parameter, what this rank updates begins and ends; None where others do."""
         return 0, parameter.numel()
 
     def own_weights(self) -> dict[torch.nn.Parameter, torch.Tensor]:
-        """The fp32 weights that this rank updates: of each parameter, flattened, `own_span`."""
+        """Return the fp32 weights that this rank updates: of each parameter, flattened, `own_span`."""
         raise NotImplementedError("refused by the section optimizer")
 
     @property

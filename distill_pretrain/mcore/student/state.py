@@ -60,13 +60,15 @@ def _agree_on_step_counts(student: Student) -> None:
         group["step"] = max(counts)
 
 
-def _student_state(student: Student, *, is_loading: bool) -> ShardedStateDict:
+def _student_state(
+    student: Student, *, is_loading: bool, with_average: bool = True
+) -> ShardedStateDict:
     if not is_loading:
         _agree_on_step_counts(student)
     state = student.model_state(is_loading=is_loading)
     state["optimizer"] = student.optimizer_state(state, is_loading=is_loading)
     state["scheduler"] = student.scheduler.state_dict()
-    if student.average is not None:
+    if student.average is not None and with_average:
         state["average"] = student.average.state(is_loading=is_loading)
     return state
 
@@ -132,24 +134,46 @@ def saved_bytes(student: Student, *, precision: str) -> int:
     return int(total.item()) * checkpoint_bytes_per_parameter(precision, averaged=averaged)
 
 
-def load_student(student: Student, folder: Path) -> bool:
+def load_student(student: Student, folder: Path, *, with_average: bool = True) -> bool:
     """Restore what `background_save` wrote, under any layout.
+
+    Args:
+        student: whose state it becomes.
+        folder: of the checkpoint.
+        with_average: restore the moving average, too, where the student keeps one.
 
     Returns:
         Whether this rank's random streams were restored: not when the layout has changed.
     """
     on_first_rank(lambda: check_pickles(folder))
     with reading(folder):
-        loaded = dist_checkpointing.load(_student_state(student, is_loading=True), str(folder))
+        state = _student_state(student, is_loading=True, with_average=with_average)
+        loaded = dist_checkpointing.load(state, str(folder))
         student.load_model_state(loaded)
         student.load_optimizer_state(loaded["optimizer"])
         _agree_on_step_counts(student)  # older checkpoints lack some
-        if student.average is not None:
+        if student.average is not None and with_average:
             student.average.load_state(loaded["average"])
         # The count alone: the recipe has the schedule. A branch of a stable part decays where its own recipe says.
         student.scheduler.num_steps = 0
         student.scheduler.step(increment=int(loaded["scheduler"]["num_steps"]))
     return on_every_rank(lambda: _load_streams(student, rng_file(folder, dist.get_rank())))
+
+
+def continue_student(student: Student, folder: Path) -> None:
+    """Give a new student the weights, moments and random streams of a checkpoint, under any layout.
+
+    Its schedule, from the first step on, and the settings of its optimizer are its own.
+    """
+    settings = [
+        {key: value for key, value in group.items() if key not in ("params", "step")}
+        for group in student.optimizer.param_groups
+    ]
+    load_student(student, folder, with_average=False)
+    for group, own in zip(student.optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    student.scheduler.num_steps = 0
+    student.scheduler.step(increment=0)
 
 
 def _load_streams(student: Student, path: Path) -> bool:
@@ -207,7 +231,7 @@ def load_average(chunks: list[torch.nn.Module], folder: Path) -> None:
 
 @torch.no_grad()
 def load_mean(chunks: list[torch.nn.Module], folders: list[Path]) -> None:
-    """The mean of the weights of several checkpoints, under any layout, into fp32 chunks; masters where there are."""
+    """Restore the mean of the weights of several checkpoints, masters where there are, into fp32 chunks."""
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
     means: list[torch.Tensor] = []
     for number, folder in enumerate(folders):
