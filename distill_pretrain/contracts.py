@@ -122,13 +122,15 @@ class TokenBatch:
         labels: int64[B, L] next tokens, -100 where there is none.
         targets: sparse teacher targets [B, L, K], or None for plain cross-entropy.
         pieces: int64[N, 3] on the CPU, (row, start, stop) of the documents where these are separate, in order and
-            without gaps; None where they are joined.
+            without gaps, of whole sequences where ranks share them; None where they are joined.
+        weights: float32[B, L], of each label in the loss and in the mean that it is; None for 1.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     targets: SparseTargets | None = None
     pieces: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
 
 class LogitsEngine(Protocol):

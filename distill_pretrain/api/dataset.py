@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from distill_pretrain.cache.reader import CacheHead, CacheReader
 from distill_pretrain.contracts import NO_ENTRY
 from distill_pretrain.corpus.sequence_plan import SequenceOutOfRange, SequencePlan
-from distill_pretrain.data.batches import pad_targets
+from distill_pretrain.data.batches import drop_targets, pad_targets
 from distill_pretrain.data.retry import read_with_retries
 from distill_pretrain.errors import TokenDataError, require_whole
 
@@ -30,7 +30,9 @@ class DistillationDataset(Dataset[dict[str, torch.Tensor]]):
 
     An item is one sequence: `tokens` int64[L], `labels` int64[L] (the next tokens, -100 where there is none) and,
     with a cache, `ids` int64[L, K] padded with -1 and `probs` float32[L, K], zero where padded. K differs from item
-    to item: give a DataLoader `collate_fn=collate_distillation`.
+    to item: give a DataLoader `collate_fn=collate_distillation`. What the corpus leaves out of the loss (PREFIX.loss)
+    has label -100. Where its documents differ in weight there is `weights` float32[L], too: of each label in the loss,
+    the mean of which is the weighted sum over the sum of the weights.
 
     It can be pickled, and every worker of a DataLoader opens the cache's files itself. Within a process one thread
     at a time may read it. Every read checks that the tokens are those the teacher saw.
@@ -48,7 +50,7 @@ class DistillationDataset(Dataset[dict[str, torch.Tensor]]):
     Raises:
         CacheMismatch: the cache was made from other sequences, or has fewer than asked for.
         CacheIncomplete: there is no finished cache.
-        TokenDataError: the plan has fewer sequences than asked for.
+        TokenDataError: the plan has fewer sequences than asked for, or PREFIX.loss is damaged.
         TokenizerMismatch: the corpus holds ids outside the cache's vocabulary.
     """
 
@@ -63,6 +65,7 @@ class DistillationDataset(Dataset[dict[str, torch.Tensor]]):
         if num_sequences is not None:
             require_whole("num_sequences", num_sequences, least=1)
             _require_sequences(plan, num_sequences)
+        plan.index.check_loss()
         self.plan = plan
         self.vocab_size: int | None = None
         self._head: CacheHead | None = None
@@ -110,9 +113,12 @@ class DistillationDataset(Dataset[dict[str, torch.Tensor]]):
             "tokens": torch.from_numpy(tokens[0].astype(np.int64)),
             "labels": torch.from_numpy(labels[0].astype(np.int64)),
         }
+        if self.plan.is_weighted:
+            item["weights"] = torch.from_numpy(self.plan.loss_weights([number])[0])
         if self._head is not None:
             read = partial(self._open(self._head).read, number, tokens[0])
             ids, probs = pad_targets([read_with_retries(read, retry_s=self._read_retry_s)], rows=1)
+            drop_targets(ids, probs, labels)
             item["ids"] = torch.from_numpy(ids[0].astype(np.int64))
             item["probs"] = torch.from_numpy(probs[0])
         return item
@@ -129,13 +135,15 @@ class DistillationDataset(Dataset[dict[str, torch.Tensor]]):
 
 
 def collate_distillation(items: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Make a batch of items of `DistillationDataset`: tokens and labels [B, L], ids and probs [B, L, K], K the largest.
+    """Make a batch of items of `DistillationDataset`: tokens, labels and weights [B, L], ids and probs [B, L, K].
+
+    K is the largest of the items; without weights an item's are 1.
 
     Raises:
         TokenDataError: there is no item, some have targets and some none, or they differ in length.
     """
     lengths = {tuple(item["tokens"].shape) for item in items}
-    keys = {tuple(sorted(item)) for item in items}
+    keys = {tuple(sorted(item.keys() - {"weights"})) for item in items}
     if len(lengths) != 1 or len(keys) != 1:
         raise TokenDataError(
             "the items do not make a batch",
@@ -144,6 +152,9 @@ def collate_distillation(items: Sequence[Mapping[str, torch.Tensor]]) -> dict[st
             expected="at least one, all of one length, all with targets or all without",
         )
     batch = {name: torch.stack([item[name] for item in items]) for name in ("tokens", "labels")}
+    if any("weights" in item for item in items):
+        ones = torch.ones(items[0]["tokens"].shape)
+        batch["weights"] = torch.stack([item.get("weights", ones) for item in items])
     if "ids" in items[0]:
         width = max(item["ids"].size(-1) for item in items)
         for name, padding in (("ids", NO_ENTRY), ("probs", 0)):

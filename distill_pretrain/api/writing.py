@@ -142,7 +142,7 @@ def _write(
         folder,
         plan,
         make_tables=lambda: pilot_tables(group.score, [plan], num_tokens=capture.pilot_tokens)[0],
-        labels_of=lambda sequence: group.sequences.plan.read([sequence])[1][0],
+        labels_of=lambda sequence: group.sequences.plan.unmasked.read([sequence])[1][0],
     )
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     # Processes that start together start at different shards.

@@ -174,10 +174,10 @@ class CacheReader(Closing):
         if sequence_plan_id is not None and not lines:
             # With the same corpus and seq_len only these are left to differ.
             lines += _differ(
-                "another order of documents, or joined ones for separate ones (sequence_plan_id)",
+                "another order of documents, joined ones for separate ones, or another packing (sequence_plan_id)",
                 plan.sequence_plan_id,
                 sequence_plan_id,
-                "set data.seed and data.documents to the values of the capture, or recapture",
+                "set data.seed, data.documents and data.packing to the values of the capture, or recapture",
             )
         if num_sequences is not None and num_sequences > plan.num_sequences:
             lines.append(

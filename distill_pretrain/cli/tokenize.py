@@ -22,6 +22,8 @@ Reads   corpus.paths: text files (one document each), JSONL files (one document 
 Writes  corpus.output_dir, complete or not at all:
           train.bin/.idx, held_out.bin/.idx   tokens in Megatron's format, each document closed by an
                                               end-of-document token
+          train.loss, held_out.loss           what the loss leaves out of them, where corpus.masked_key or
+                                              corpus.weight_key names keys of the JSON lines that say so
           tokenizer.model or tokenizer/       the tokenizer: the one given, or one trained on this corpus
           tokens.json, sources.json           fingerprints of all of these, and of what was read
           recipe.yaml                         the settings that made it

@@ -22,7 +22,8 @@ from distill_pretrain import __version__
 from distill_pretrain.config import dump_recipe
 from distill_pretrain.corpus.config import CorpusConfig, TokenizerConfig, TokenizeRecipe
 from distill_pretrain.corpus.earlier import RECIPE, SOURCES, check_done
-from distill_pretrain.corpus.encode import encode_batches
+from distill_pretrain.corpus.encode import Keys, encode_batches
+from distill_pretrain.corpus.loss_marks import MarkKeys
 from distill_pretrain.corpus.readers import batches_of
 from distill_pretrain.corpus.sources import SourceList, list_sources
 from distill_pretrain.corpus.special_tokens import ends_of_documents, first_tokens
@@ -186,7 +187,7 @@ def _write_splits(
             for name in names
         }
         encoded = encode_batches(
-            batches_of(sources, corpus.text_key),
+            batches_of(sources, corpus.text_key, mark_keys=corpus.mark_keys),
             load=partial(
                 load_tokenizer,
                 tokenizer.kind,
@@ -194,20 +195,50 @@ def _write_splits(
                 bos="never" if tokenizer.bos_id is None else "always",
                 end_of_document=tokenizer.eod_id,
             ),
-            text_key=corpus.text_key,
+            keys=Keys(corpus.text_key, corpus.mark_keys),
             workers=corpus.workers,
         )
         stack.enter_context(closing(encoded))
         number = num_bytes = 0
+        marked = [0, 0]
         for batch in encoded:
-            for ids in batch.documents:
+            for document in batch.documents:
                 held_out = is_held_out(number, seed=corpus.seed, fraction=corpus.held_out_fraction)
-                writers[HELD_OUT if held_out else TRAIN].add_document(ids)
+                writers[HELD_OUT if held_out else TRAIN].add_document(
+                    document.ids, masked=document.masked, weight=document.weight
+                )
                 number += 1
+            marked = [a + b for a, b in zip(marked, batch.marked, strict=True)]
             num_bytes += batch.num_bytes
             on_progress(num_bytes, sources.num_bytes, number)
         _check_not_empty(writers, corpus, number)
-    return {name: TokenIndex.open(folder / name).fingerprint.as_dict() for name in names}
+        _check_marked(writers, corpus, marked)
+    return {name: TokenIndex.open(folder / name).record for name in names}
+
+
+def _check_marked(
+    writers: dict[str, TokenIndexWriter], corpus: CorpusConfig, marked: list[int]
+) -> None:
+    """Refuse keys that no document has, and a split that the loss leaves out whole; say how much it leaves out."""
+    for name, key, found in zip(MarkKeys._fields, corpus.mark_keys, marked, strict=True):
+        if key is not None and not found:
+            raise CorpusError(
+                f"no document has the key {key!r}",
+                where=f"corpus.{name}_key",
+                found="none in the JSON lines of the corpus",
+                remedy="correct the key, or leave it out",
+            )
+    for name, writer in writers.items():
+        if writer.num_masked == writer.num_tokens:
+            raise CorpusError(
+                f"the loss leaves out all of the {name} split",
+                where="corpus.masked_key, corpus.weight_key",
+                found=f"{writer.num_tokens:,} tokens, all masked",
+                expected="something to train on",
+            )
+        if corpus.mark_keys.any:
+            share = writer.num_masked / writer.num_tokens
+            _log.info(f"{name}: the loss leaves out {writer.num_masked:,} tokens, {share:.1%}")
 
 
 def _check_not_empty(

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, StrictInt, field_validator
 
 from distill_pretrain.config import Section, nameable
+from distill_pretrain.corpus.loss_marks import MarkKeys
 from distill_pretrain.files.storage import is_remote
 
 BosMode = Literal["auto", "always", "never"]
@@ -28,6 +29,12 @@ class CorpusConfig(Section):
     """Glob patterns on paths below a directory (and on each folder name) to leave out."""
     text_key: str = "text"
     """Key of the text in a JSONL object, or column of it in a table."""
+    masked_key: str | None = None
+    """Key of a JSONL object that says what the loss leaves out of its text, which stays in the context of the rest:
+    true for all of it, or a list of [start, end) pairs of characters. Lines without it are whole in the loss."""
+    weight_key: str | None = None
+    """Key of a JSONL object with the weight of its tokens in the training loss, beside those of other documents; lines
+    without it weigh 1, and 0 leaves them out."""
     held_out_fraction: float = Field(default=0.01, ge=0.0, lt=1.0)
     """Share of documents kept out of training, chosen by a hash of their position and `seed`."""
     seed: int = Field(default=1234, ge=0, lt=1 << 64)
@@ -36,6 +43,11 @@ class CorpusConfig(Section):
     """Tokenising processes; 0 means one per CPU core."""
     output_dir: Path
     """Folder that receives train.bin/.idx, held_out.bin/.idx, tokens.json and the tokenizer."""
+
+    @property
+    def mark_keys(self) -> MarkKeys:
+        """What is looked for beside the text."""
+        return MarkKeys(self.masked_key, self.weight_key)
 
     @field_validator("paths")
     @classmethod

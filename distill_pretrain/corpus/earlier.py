@@ -52,7 +52,8 @@ def check_done(recipe: TokenizeRecipe, sources: SourceList) -> TokensRecord:
     _check_special_tokens(folder, record, config)
     for name, fingerprint in record.corpora.items():
         index = TokenIndex.open(folder / name, vocab_size=record.vocab_size)
-        if index.fingerprint.as_dict() != fingerprint:
+        index.check_loss()
+        if index.record != fingerprint:
             raise CorpusError(
                 "the tokens are not what was written",
                 where=folder / name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
+from distill_pretrain.corpus.loss_marks import LossMarks, MarkKeys, marks_of
 from distill_pretrain.corpus.source_file import SourceFile
 from distill_pretrain.corpus.unpacking import UTF8_BOM, kind_of
 from distill_pretrain.errors import CorpusError
@@ -51,23 +52,33 @@ def decode(data: bytes, offset: int, file: SourceFile) -> str:
         ) from None
 
 
-def json_text(line: str, file: SourceFile, text_key: str, line_number: Callable[[], int]) -> str:
-    """Return the text of a line of JSONL; empty of an empty line.
+def json_document(
+    line: str,
+    file: SourceFile,
+    text_key: str,
+    mark_keys: MarkKeys,
+    line_number: Callable[[], int],
+) -> tuple[str, LossMarks | None]:
+    """Return the text of a line of JSONL, and what it says of the loss; no text of an empty line.
 
     Args:
         line: the line.
         file: for messages.
         text_key: key of the text.
+        mark_keys: of what is said of the loss.
         line_number: gives the number of the line, for messages.
 
     Raises:
-        CorpusError: it is no JSON object with a text.
+        CorpusError: it is no JSON object with a text, or what it says of the loss makes no sense.
     """
     if not line.strip():
-        return ""
+        return "", None
+
+    def where() -> str:
+        return f"{file.where}:{line_number()}"
 
     def bad_line(what: str, found: str, remedy: str | None = None) -> CorpusError:
-        return CorpusError(what, where=f"{file.where}:{line_number()}", found=found, remedy=remedy)
+        return CorpusError(what, where=where(), found=found, remedy=remedy)
 
     try:
         record = json.loads(line)
@@ -89,7 +100,7 @@ def json_text(line: str, file: SourceFile, text_key: str, line_number: Callable[
     if not _is_encodable(text):
         what = f"JSONL value of {text_key!r} holds half of a surrogate pair"
         raise bad_line(what, "a lone \\ud800-\\udfff escape")
-    return text
+    return text, marks_of(record, text, mark_keys, where) if mark_keys.any else None
 
 
 def _is_encodable(text: str) -> bool:

@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
-from distill_pretrain.corpus.lines import LONGEST_DOCUMENT, decode, json_text, too_long
+from distill_pretrain.corpus.lines import LONGEST_DOCUMENT, decode, json_document, too_long
+from distill_pretrain.corpus.loss_marks import LossMarks, MarkKeys
 from distill_pretrain.corpus.source_file import SourceFile, unreadable
 from distill_pretrain.corpus.sources import SourceList
 from distill_pretrain.corpus.tables import table_texts
 from distill_pretrain.corpus.unpacking import GZIP, TABLES, ZSTD, Opened, kind_of, opened, unpacking
+from distill_pretrain.errors import CorpusError
 
 SLICE_BYTES = 1 << 20
 
@@ -66,18 +68,22 @@ Unit = Slice | Lines | Rows
 
 
 def batches_of(
-    sources: SourceList, text_key: str, slice_bytes: int = SLICE_BYTES
+    sources: SourceList,
+    text_key: str,
+    slice_bytes: int = SLICE_BYTES,
+    *,
+    mark_keys: MarkKeys = MarkKeys(),  # noqa: B008 - a tuple
 ) -> Iterator[tuple[Unit, ...]]:
     """Groups units, in order, into work of about `slice_bytes`.
 
     Raises:
-        CorpusError: a file that is read here cannot be.
+        CorpusError: a file that is read here cannot be, or is a table, of which `mark_keys` are not read.
         MissingDependency: the package that reads it is not installed.
     """
     batch: list[Unit] = []
     size = 0
     for file in sources.files:
-        for part in units_of(file, text_key, slice_bytes):
+        for part in units_of(file, text_key, slice_bytes, mark_keys=mark_keys):
             batch.append(part)
             size += _weight(part)
             if size >= slice_bytes:
@@ -94,7 +100,13 @@ def _weight(part: Unit) -> int:
     return len(part.data) if isinstance(part, Lines) else sum(map(len, part.texts))
 
 
-def units_of(file: SourceFile, text_key: str, slice_bytes: int = SLICE_BYTES) -> Iterator[Unit]:
+def units_of(
+    file: SourceFile,
+    text_key: str,
+    slice_bytes: int = SLICE_BYTES,
+    *,
+    mark_keys: MarkKeys = MarkKeys(),  # noqa: B008 - a tuple
+) -> Iterator[Unit]:
     """Yield the parts of a file, in order."""
     if is_sliced(file):
         yield from slices_of(file, slice_bytes)
@@ -102,6 +114,13 @@ def units_of(file: SourceFile, text_key: str, slice_bytes: int = SLICE_BYTES) ->
     used = 0
     with opened(file) as source:
         is_table = source.kind in TABLES
+        if is_table and mark_keys.any:
+            raise CorpusError(
+                "what the loss leaves out is read from JSON lines alone",
+                where=file.where,
+                found=f"a {source.kind} file, with corpus.masked_key or corpus.weight_key set",
+                remedy="write it as JSONL, or leave these keys out",
+            )
         read = _table(source, file, text_key) if is_table else _text(source, file, slice_bytes)
         for part in read:
             position = min(part.num_bytes, file.size)
@@ -171,23 +190,33 @@ def _lines_of(source: Opened, file: SourceFile, data: bytes, offset: int, first_
 
 
 def read_documents(part: Unit, text_key: str) -> Iterator[str]:
-    """Yield the non-empty documents of a unit.
+    """Yield the non-empty documents of a unit; see `read_marked`."""
+    for text, _ in read_marked(part, text_key, MarkKeys()):
+        yield text
+
+
+def read_marked(
+    part: Unit, text_key: str, mark_keys: MarkKeys
+) -> Iterator[tuple[str, LossMarks | None]]:
+    """Yield the non-empty documents of a unit, and what each says of its part in the loss; None where it cannot.
 
     Raises:
         CorpusError: unreadable or binary file, bytes that are not UTF-8, a malformed JSONL line.
     """
     if isinstance(part, Rows):
-        yield from filter(None, part.texts)
+        for text in filter(None, part.texts):
+            yield text, None
     elif part.file.is_jsonl:
         for offset, line in _lines(part):
-            text = decode(line, offset, part.file)
-            text = json_text(text, part.file, text_key, partial(_line_number, part, offset))
+            decoded = decode(line, offset, part.file)
+            number = partial(_line_number, part, offset)
+            text, marks = json_document(decoded, part.file, text_key, mark_keys, number)
             if text:
-                yield text
+                yield text, marks
     else:
         data = part.data if isinstance(part, Lines) else _read_text(part.file)
         if data:
-            yield decode(data, 0, part.file)
+            yield decode(data, 0, part.file), None
 
 
 def read_sample(part: Slice, text_key: str) -> Iterator[str]:

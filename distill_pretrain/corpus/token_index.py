@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from distill_pretrain.corpus.loss_weights import SUFFIX as LOSS
+from distill_pretrain.corpus.loss_weights import LossWeights
 from distill_pretrain.errors import TokenDataError, TokenizerMismatch
 from distill_pretrain.files.atomic import canonical_json, publish_bytes, sha256_file
 
@@ -68,6 +70,7 @@ class TokenIndex:
         num_documents: D.
         num_tokens: tokens in all documents.
         document_lengths: int64[D], tokens per document.
+        loss: what of it the loss counts, PREFIX.loss; None where that is all.
     """
 
     def __init__(self, prefix: Path, layout: _Layout) -> None:
@@ -80,6 +83,13 @@ class TokenIndex:
         self._document_starts = np.cumsum(layout.document_lengths) - layout.document_lengths
         # Mapped, not read: the ranks of a node share its pages.
         self._tokens = np.memmap(with_suffix(prefix, ".bin"), dtype=self.dtype, mode="r")
+        self.loss: LossWeights | None = None
+        if with_suffix(prefix, LOSS).exists():
+            self.loss = LossWeights(
+                with_suffix(prefix, LOSS),
+                num_documents=self.num_documents,
+                num_tokens=self.num_tokens,
+            )
 
     def __reduce__(self) -> tuple[Callable[[Path], TokenIndex], tuple[Path]]:
         """Pickle the path: another process, such as a worker of a DataLoader, maps the files itself."""
@@ -129,6 +139,12 @@ class TokenIndex:
             publish_bytes(sidecar, canonical_json({"stamp": stamp, "fingerprint": found.as_dict()}))
         return found
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """What tokens.json says of the corpus; of one without PREFIX.loss, what it said before these were."""
+        loss = {} if self.loss is None else {"loss_sha256": self.loss.sha256}
+        return {**self.fingerprint.as_dict(), **loss}
+
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise TokenizerMismatch when the corpus holds an id at or above `vocab_size`."""
         largest = self.fingerprint.max_token_id
@@ -141,6 +157,18 @@ class TokenIndex:
                 remedy=f"leave data.vocab_size out, or set it to {largest + 1} or more; where it is not set, use the "
                 "tokenizer the corpus was made with, or tokenise it again",
             )
+
+    def check_loss(self) -> None:
+        """Read PREFIX.loss, where there is one, and raise TokenDataError unless it is sound and of this corpus."""
+        bin_sha256 = self.fingerprint.bin_sha256
+        if self.loss is not None:
+            self.loss.check(bin_sha256)
+
+    def loss_weights(self, document: int, offset: int, length: int) -> npt.NDArray[np.float32]:
+        """Read float32[length]: what the tokens that `read` gives weigh as labels; 0 is left out of the loss."""
+        if self.loss is None:
+            return np.ones(length, np.float32)
+        return self.loss.read(document, int(self._document_starts[document]) + offset, length)
 
     def read(self, document: int, offset: int, length: int) -> npt.NDArray[np.int32]:
         """Read tokens `offset` to `offset + length` of one document, int32[length].

@@ -11,6 +11,9 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from distill_pretrain.corpus.loss_marks import MOST_WEIGHT
+from distill_pretrain.corpus.loss_weights import SUFFIX as LOSS
+from distill_pretrain.corpus.loss_weights import LossWeightsWriter
 from distill_pretrain.corpus.token_index import (
     IDX_HEADER,
     IDX_MAGIC,
@@ -19,11 +22,13 @@ from distill_pretrain.corpus.token_index import (
     with_suffix,
 )
 from distill_pretrain.errors import TokenDataError, TokenizerMismatch
-from distill_pretrain.files.atomic import fsync_path
+from distill_pretrain.files.atomic import fsync_path, sha256_file
 
 
 class TokenIndexWriter:
     """Builds PREFIX.bin and PREFIX.idx under temporary names; `finalize` renames them into place.
+
+    PREFIX.loss goes with them where a document is not whole in the loss with weight 1.
 
     As a context manager it finalises on success and removes its temporary files on an exception.
     """
@@ -34,20 +39,30 @@ class TokenIndexWriter:
         self.vocab_size = vocab_size
         self.num_documents = 0
         self.num_tokens = 0
+        self.num_masked = 0
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
         unique = f".{self.prefix.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
         self._temporary = self.prefix.with_name(unique)
         # As megatron-core chooses, so that its readers and ours find the same files.
         self._dtype = np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
         self._lengths: list[int] = []
+        self._loss: LossWeightsWriter | None = None
         self._file: BinaryIO | None = open(with_suffix(self._temporary, ".bin"), "wb")  # noqa: SIM115
 
-    def add_document(self, tokens: npt.ArrayLike) -> None:
-        """Append one document: integer ids [n], n >= 1, in [0, vocab_size).
+    def add_document(
+        self, tokens: npt.ArrayLike, *, masked: npt.ArrayLike | None = None, weight: float = 1.0
+    ) -> None:
+        """Append one document.
+
+        Args:
+            tokens: integer ids [n], n >= 1, in [0, vocab_size).
+            masked: bool[n], True for tokens that stay in the context of others and are no labels; None for none.
+            weight: of its tokens in the loss, beside those of other documents; 0 masks all of them.
 
         Raises:
             TokenizerMismatch: an id lies outside the vocabulary.
-            TokenDataError: the document is empty, or no row of integers.
+            TokenDataError: the document is empty, or no row of integers; the mask is not of its length, or the weight
+                none.
         """
         ids = np.asarray(tokens)
         if ids.ndim != 1 or not len(ids) or not np.issubdtype(ids.dtype, np.integer):
@@ -67,10 +82,32 @@ class TokenIndexWriter:
                 remedy="check the vocabulary size of the tokenizer",
             )
         assert self._file is not None, "a finished corpus"
+        if masked is not None or weight != 1.0 or self._loss is not None:
+            self._add_loss(len(ids), masked, weight)
         self._file.write(ids.astype(self._dtype).tobytes())
         self._lengths.append(len(ids))
         self.num_documents += 1
         self.num_tokens += len(ids)
+
+    def _add_loss(self, length: int, masked: npt.ArrayLike | None, weight: float) -> None:
+        flags = np.zeros(length, np.bool_) if masked is None else np.asarray(masked)
+        if flags.shape != (length,) or flags.dtype != np.bool_ or not 0 <= weight <= MOST_WEIGHT:
+            raise TokenDataError(
+                "a document's part in the loss is none",
+                where=f"document {self.num_documents} of {self.prefix}",
+                found=f"masked {flags.dtype} {flags.shape}, weight {weight}",
+                expected=f"masked bool ({length},), one for each token; a weight from 0 to {MOST_WEIGHT:g}",
+            )
+        if self._loss is None and weight == 1.0 and not flags.any():
+            return
+        if self._loss is None:
+            self._loss = LossWeightsWriter(
+                with_suffix(self._temporary, LOSS),
+                num_documents=self.num_documents,
+                num_tokens=self.num_tokens,
+            )
+        self._loss.add_document(flags, weight)
+        self.num_masked += int(flags.sum()) if weight else length
 
     def finalize(self) -> TokenIndex:
         """Write the index, make both files durable, rename .bin then .idx, and open the result.
@@ -93,10 +130,16 @@ class TokenIndexWriter:
             with_suffix(self._temporary, ".idx").write_bytes(self._index())
             for suffix in (".bin", ".idx"):
                 fsync_path(with_suffix(self._temporary, suffix))
+            suffixes = [".bin", ".idx"]
+            if self._loss is not None:
+                self._loss.finish(sha256_file(with_suffix(self._temporary, ".bin")))
+                # Before the index: without it the corpus would be whole in the loss.
+                suffixes.insert(1, LOSS)
             # An old index must never describe the new .bin, not even after a crash in between.
             with_suffix(self.prefix, ".idx").unlink(missing_ok=True)
             with_suffix(self.prefix, ".fingerprint.json").unlink(missing_ok=True)
-            for suffix in (".bin", ".idx"):
+            with_suffix(self.prefix, LOSS).unlink(missing_ok=True)
+            for suffix in suffixes:
                 os.replace(with_suffix(self._temporary, suffix), with_suffix(self.prefix, suffix))
             fsync_path(self.prefix.parent)
         except BaseException:
@@ -121,6 +164,8 @@ class TokenIndexWriter:
         if self._file is not None:
             self._file.close()
             self._file = None
+        if self._loss is not None:
+            self._loss.abort()
         for suffix in (".bin", ".idx"):
             with_suffix(self._temporary, suffix).unlink(missing_ok=True)
 

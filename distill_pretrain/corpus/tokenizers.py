@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from distill_pretrain.corpus.config import BosMode
+from distill_pretrain.corpus.loss_marks import Offsets, without_offsets
 from distill_pretrain.corpus.special_tokens import FoundTokens
 from distill_pretrain.errors import ConfigError, MissingDependency, TokenizerMismatch
 
@@ -53,6 +58,14 @@ class Tokenizer(Protocol):
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Return the token ids of each text, with nothing added."""
+        ...
+
+    def encode_with_offsets(self, texts: list[str]) -> list[tuple[list[int], Offsets]]:
+        """The same ids of each text, and the characters that each token stands for.
+
+        Raises:
+            ConfigError: the tokenizer does not tell.
+        """
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -112,6 +125,24 @@ class SentencePieceTokenizer:
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Return the token ids of each text."""
         return [list(ids) for ids in self._processor.encode(texts, num_threads=1)]
+
+    def encode_with_offsets(self, texts: list[str]) -> list[tuple[list[int], Offsets]]:
+        """See `Tokenizer`; a character in several bytes belongs to the last of them."""
+        return [self._with_offsets(text) for text in texts]
+
+    def _with_offsets(self, text: str) -> tuple[list[int], Offsets]:
+        try:
+            proto = self._processor.encode(text, return_type="proto")
+        except TypeError:  # before sentencepiece 0.2.2
+            of_old: Any = self._processor
+            proto = of_old.encode(text, out_type="immutable_proto")
+        # Begin and end are bytes in some versions and characters in others; surfaces are the text itself.
+        surfaces = [piece.surface for piece in proto.pieces]
+        if "".join(surfaces) != text:
+            raise without_offsets("this sentencepiece model", "it leaves characters out")
+        stops = np.cumsum([len(surface) for surface in surfaces], dtype=np.int64)
+        starts = np.concatenate([np.zeros(1, np.int64), stops])[:-1]
+        return [piece.id for piece in proto.pieces], np.stack((starts, stops), axis=1)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of the ids."""
@@ -209,6 +240,27 @@ class HfTokenizer:
             texts, add_special_tokens=False, verbose=False, split_special_tokens=True
         )
         return [list(ids) for ids in encoded["input_ids"]]
+
+    def encode_with_offsets(self, texts: list[str]) -> list[tuple[list[int], Offsets]]:
+        """See `Tokenizer`; all tokens of a character in several bytes have it."""
+        encodings = self._whole_offsets.encode_batch(texts, add_special_tokens=False)
+        return [(one.ids, np.array(one.offsets, np.int64).reshape(-1, 2)) for one in encodings]
+
+    @cached_property
+    def _whole_offsets(self) -> Any:
+        """The tokenizer itself, but that a space at the front of a token belongs to its characters."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise without_offsets("a slow tokenizer", f"{type(self._tokenizer).__name__}")
+        from tokenizers import processors
+
+        backend = copy.deepcopy(backend)
+        # It adds special tokens, which are not wanted here, and cuts spaces from offsets.
+        backend.post_processor = processors.ByteLevel(trim_offsets=False)
+        backend.encode_special_tokens = True
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of the ids."""

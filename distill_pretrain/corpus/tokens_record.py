@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distill_pretrain.errors import ConfigError, TokenDataError
 from distill_pretrain.files.atomic import canonical_json, publish_bytes
+
+if TYPE_CHECKING:
+    from distill_pretrain.corpus.token_index import TokenIndex
 
 FILE_NAME = "tokens.json"
 _VERSION = 1
@@ -46,6 +49,20 @@ class TokensRecord:
     def bos_id(self) -> int | None:
         """Id that begins every document; None where they begin with their text."""
         return self.tokenizer.get("bos_id")
+
+    def check_loss(self, index: TokenIndex) -> None:
+        """Raise TokenDataError where the PREFIX.loss that `tokenize` wrote for a corpus of the folder is not there."""
+        recorded = self.corpora.get(index.prefix.name, {})
+        found = None if index.loss is None else index.loss.sha256
+        same_text = recorded.get("bin_sha256") == index.fingerprint.bin_sha256
+        if same_text and recorded.get("loss_sha256") != found:
+            raise TokenDataError(
+                "what the loss leaves out of the corpus is not what was written",
+                where=f"{index.prefix}.loss",
+                found="no such file" if found is None else f"sha256 {found[:12]}",
+                expected=f"sha256 {recorded.get('loss_sha256', 'none')[:12]}, as tokens.json records",
+                remedy="copy .bin, .idx and .loss of the corpus again",
+            )
 
     def save(self, folder: Path) -> None:
         """Publish FOLDER/tokens.json."""

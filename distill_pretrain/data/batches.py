@@ -6,7 +6,7 @@ position.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import tee
@@ -16,7 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from distill_pretrain.contracts import NO_ENTRY, RaggedTargets, SparseTargets, TokenBatch
+from distill_pretrain.contracts import (
+    IGNORED_LABEL,
+    NO_ENTRY,
+    RaggedTargets,
+    SparseTargets,
+    TokenBatch,
+)
 from distill_pretrain.corpus.sequence_plan import pieces_of
 from distill_pretrain.data.blend import BlendOrder
 from distill_pretrain.data.retry import read_with_retries
@@ -61,6 +67,7 @@ class BatchSource:
         num_sequences: length of an epoch; the first so many sequences of the plan.
         weight: its share beside the other sources.
         document_end: where its documents are separate the token that ends every one.
+        label_weights: gives those of sequences, float32[B, L]; None for 1.
     """
 
     plan: SequenceSource
@@ -68,6 +75,7 @@ class BatchSource:
     num_sequences: int
     weight: float = 1.0
     document_end: int | None = None
+    label_weights: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float32]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +88,7 @@ class HostBatch:
         target_ids: int32[B, P, K], padded with -1; None without targets.
         target_probs: fp32[B, P, K], zero where padded; None without targets.
         pieces: of separate documents, see `TokenBatch`.
+        weights: float32[B, P], see `TokenBatch`.
     """
 
     tokens: torch.Tensor
@@ -87,6 +96,7 @@ class HostBatch:
     target_ids: torch.Tensor | None
     target_probs: torch.Tensor | None
     pieces: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
     def pinned(self) -> HostBatch:
         """Copy the batch into page-locked memory, from which a GPU copies while the CPU goes on."""
@@ -96,6 +106,7 @@ class HostBatch:
             target_ids=None if self.target_ids is None else self.target_ids.pin_memory(),
             target_probs=None if self.target_probs is None else self.target_probs.pin_memory(),
             pieces=self.pieces,
+            weights=None if self.weights is None else self.weights.pin_memory(),
         )
 
     def to(self, device: torch.device) -> TokenBatch:
@@ -114,6 +125,7 @@ class HostBatch:
             labels=moved(self.labels).long(),
             targets=targets,
             pieces=self.pieces,
+            weights=None if self.weights is None else moved(self.weights),
         )
 
 
@@ -149,6 +161,15 @@ def pad_targets(
     ids[kept] = np.concatenate([part.ids for part in parts])
     probs[kept] = np.concatenate([part.probs() for part in parts])
     return ids, probs
+
+
+def drop_targets(
+    ids: npt.NDArray[np.int32], probs: npt.NDArray[np.float32], labels: npt.NDArray[np.int32]
+) -> None:
+    """Take away the targets [B, P, K] of positions without a label [B, P], such as those that the loss leaves out."""
+    without = labels == IGNORED_LABEL
+    ids[without] = NO_ENTRY
+    probs[without] = 0
 
 
 class StudentBatches:
@@ -265,15 +286,31 @@ class StudentBatches:
                 alive()
         alive()
         ids = probs = None
+        tokens_here, labels_here = tokens[:, self.positions], labels[:, self.positions]
         if parts:
-            ids, probs = map(torch.from_numpy, pad_targets(parts, rows=len(sequences)))
+            ids, probs = pad_targets(parts, rows=len(sequences))
+            drop_targets(ids, probs, labels_here)
         return HostBatch(
-            tokens=torch.from_numpy(tokens[:, self.positions]),
-            labels=torch.from_numpy(labels[:, self.positions]),
-            target_ids=ids,
-            target_probs=probs,
+            tokens=torch.from_numpy(tokens_here),
+            labels=torch.from_numpy(labels_here),
+            target_ids=None if ids is None else torch.from_numpy(ids),
+            target_probs=None if probs is None else torch.from_numpy(probs),
             pieces=self._pieces(sources, tokens),
+            weights=self._weights(sources, sequences),
         )
+
+    def _weights(
+        self, sources: npt.NDArray[np.int64], sequences: npt.NDArray[np.int64]
+    ) -> torch.Tensor | None:
+        """See `TokenBatch`. All ranks have them if any corpus has, since they say how losses are averaged."""
+        if all(source.label_weights is None for source in self.sources):
+            return None
+        weights = np.ones((len(sequences), self.seq_len), np.float32)
+        for number in np.unique(sources):
+            weights_of = self.sources[number].label_weights
+            if weights_of is not None:
+                weights[sources == number] = weights_of(sequences[sources == number])
+        return torch.from_numpy(weights[:, self.positions])
 
     def _pieces(
         self, sources: npt.NDArray[np.int64], tokens: npt.NDArray[np.int32]
@@ -282,7 +319,6 @@ class StudentBatches:
         ends = [self.sources[number].document_end for number in sources]
         if all(end is None for end in ends):
             return None
-        assert len(self._spans) == 1, "documents over context-parallel ranks"
         parts = []
         for row, end in enumerate(ends):
             assert end is not None, "a blend of joined and separate documents"

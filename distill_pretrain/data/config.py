@@ -46,6 +46,10 @@ class DataConfig(Section):
     """Of the documents in a sequence: joined ones are one text to teacher and student. separate keeps attention within
     each, learned positions start anew, and the loss leaves out what would predict a token of the next one. Corpora of
     `tokenize` only; part of the plan, so a cache belongs to one of the two."""
+    packing: Literal["cut", "best_fit"] = "cut"
+    """How documents share sequences. cut: their stream is cut every data.seq_len tokens, whatever is there; best_fit:
+    documents that fit into a sequence are never cut, longer ones where they fill it, and sequences end with padding.
+    Part of the plan, too."""
     cache: str | None = None
     """Sparse-logit cache to train from, a folder or a URL such as s3://bucket/cache; null trains on the text alone."""
     held_out_cache: str | None = None

@@ -67,16 +67,22 @@ class TrainingSource:
             num_sequences=self.sequences.num_sequences,
             weight=self.config.weight,
             document_end=self.sequences.plan.document_end,
+            label_weights=self.sequences.plan.loss_weights
+            if self.sequences.plan.is_weighted
+            else None,
         )
 
     @property
     def identity(self) -> dict[str, Any]:
         """Which sequences and targets these are."""
+        loss = self.sequences.index.loss
         return {
             "sequence_plan_id": self.sequences.plan.plan_id,
             "num_sequences": self.sequences.num_sequences,
             # Not the manifest's digest: a cache may have grown since.
             "cache_plan_id": self.cache.plan.plan_id if self.cache else None,
+            # Not part of the plan, and so of no cache.
+            **({"loss_sha256": loss.sha256} if loss is not None else {}),
         }
 
 
@@ -110,13 +116,16 @@ def open_sequences(data: DataConfig, prefix: Path | None = None) -> SequenceData
             remedy="leave data.vocab_size out",
         )
     # Rank 0 reads a corpus without fingerprint whole and leaves the result beside it for the others.
-    on_first_rank(lambda: TokenIndex.open(tokens, vocab_size=vocab_size).fingerprint)
+    on_first_rank(lambda: TokenIndex.open(tokens, vocab_size=vocab_size).check_loss())
     index = TokenIndex.open(tokens, vocab_size=vocab_size)
+    if record is not None:
+        record.check_loss(index)
     plan = SequencePlan(
         index,
         seq_len=data.seq_len,
         seed=data.seed,
         document_end=document_end_of(data.documents, tokens),
+        packing=data.packing,
     )
     wanted = data.num_sequences if prefix is None else None
     if wanted is not None and wanted > plan.num_sequences:

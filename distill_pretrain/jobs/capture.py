@@ -206,7 +206,7 @@ def _join(
             folder,
             plan,
             make_tables=make_tables(folder),
-            labels_of=lambda sequence: group.sequences.plan.read([sequence])[1][0],
+            labels_of=lambda sequence: group.sequences.plan.unmasked.read([sequence])[1][0],
         )
         for folder, plan in plans.items()
     ]
@@ -277,7 +277,7 @@ def _summarise(folder: Path, manifest: Manifest, sequences: SequenceData) -> Non
     )
     with CacheReader.open(folder) as cache:
         run_canary(
-            sequences.plan,
+            sequences.plan.unmasked,
             cache,
             num_sequences=manifest.plan.num_sequences,
             where=folder,

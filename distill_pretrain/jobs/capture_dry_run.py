@@ -66,6 +66,7 @@ def dry_run(recipe: Recipe, processes: int | None) -> None:
     print(
         f"sequences plan {sequences.plan.plan_id[:12]}: {plan.num_sequences:,} of {plan.seq_len:,} tokens"
     )
+    print(f"documents {sequences.index.num_documents:,}; {sequences.plan.shares}")
     print(
         f"shards    {plan.num_shards:,} of {plan.shard_sequences:,} sequences; micro-batches of "
         f"{plan.micro_batch_size:,} sequences ({plan.micro_batch_size * plan.seq_len:,} positions)"

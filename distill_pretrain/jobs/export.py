@@ -62,11 +62,11 @@ def export(
         checkpoint = find_checkpoint(checkpoint_or_run)
     trained = trained_model(checkpoint.identity, checkpoint.folder)
     dtype = dtype or trained.precision
-    path, eod_id = tokenizer_of_run(checkpoint, required=tokenizer is None)
+    path, eod_id, bos_id = tokenizer_of_run(checkpoint, required=tokenizer is None)
     if tokenizer == "none":
         path = None
     elif tokenizer is not None:
-        path, eod_id = _named_tokenizer(Path(tokenizer), trained.vocab_size)
+        path, eod_id, bos_id = _named_tokenizer(Path(tokenizer), trained.vocab_size)
     from distill_pretrain.checkpoint.hf.export import export_checkpoint
     from distill_pretrain.checkpoint.ownership import job_owning
     from distill_pretrain.files.ownership import owner_beside
@@ -86,13 +86,14 @@ def export(
             eod_id=eod_id,
             weights=weights,
             earlier=earlier,
+            bos_id=bos_id,
         )
     which = "" if weights == "last" else f" ({weights})"
     say(f"step {checkpoint.step} of {checkpoint_or_run}{which} is in {folder}, weights in {dtype}")
 
 
-def _named_tokenizer(path: Path, vocab_size: int) -> tuple[Path, int]:
-    """The tokenizer of --tokenizer and the id that ends its documents.
+def _named_tokenizer(path: Path, vocab_size: int) -> tuple[Path, int, int | None]:
+    """Load the tokenizer of --tokenizer; its path, the id that ends documents and the one that begins texts, if any.
 
     Raises:
         ConfigError: there is none.
@@ -100,7 +101,7 @@ def _named_tokenizer(path: Path, vocab_size: int) -> tuple[Path, int]:
     """
     from distill_pretrain.corpus.tokenizers import load_tokenizer
 
-    found = load_tokenizer("hf" if path.is_dir() else "sentencepiece", path)
+    found = load_tokenizer("hf" if path.is_dir() else "sentencepiece", path, bos="auto")
     if found.vocab_size > vocab_size:
         raise TokenizerMismatch(
             "the tokenizer has ids that the model does not",
@@ -109,11 +110,15 @@ def _named_tokenizer(path: Path, vocab_size: int) -> tuple[Path, int]:
             expected=f"at most {vocab_size:,}, the model's vocabulary",
             remedy="name the tokenizer of the model's corpus, or --tokenizer none",
         )
-    return path, found.eod_id
+    return path, found.eod_id, found.bos_id
 
 
-def tokenizer_of_run(checkpoint: Checkpoint, *, required: bool) -> tuple[Path | None, int | None]:
-    """Tokenizer and end-of-document id of the tokens that a run was trained on, where they are still there.
+def tokenizer_of_run(
+    checkpoint: Checkpoint, *, required: bool
+) -> tuple[Path | None, int | None, int | None]:
+    """Find the tokenizer of the tokens that a run was trained on, and the ids that end and begin their documents.
+
+    None stands for what is not known, and for documents that begin with their text.
 
     Args:
         checkpoint: in its run folder, or copied elsewhere.
@@ -131,17 +136,17 @@ def tokenizer_of_run(checkpoint: Checkpoint, *, required: bool) -> tuple[Path | 
         record = None if data is None else TokensRecord.beside(data.tokens)
     except DistillPretrainError as error:
         _log.warning(f"no tokenizer: {error}")
-        return None, None
+        return None, None, None
     if data is None or record is None:
         if required:
             _log.warning(
                 "no tokenizer: the run's tokens have no tokens.json; name one with --tokenizer"
             )
-        return None, None
+        return None, None, None
     expected, found = checkpoint.identity.get("tokenizer_sha256"), record.tokenizer_digests
     if expected is not None and expected not in found:
         if not required:
-            return None, None
+            return None, None, None
         raise TokenizerMismatch(
             "the tokens of the run were made again with another tokenizer",
             where=data.tokens.parent,
@@ -149,4 +154,4 @@ def tokenizer_of_run(checkpoint: Checkpoint, *, required: bool) -> tuple[Path | 
             expected=f"{expected[:12]}, recorded in the checkpoint",
             remedy="name the right one with --tokenizer, or --tokenizer none",
         )
-    return data.tokens.parent / record.tokenizer["file"], record.eod_id
+    return data.tokens.parent / record.tokenizer["file"], record.eod_id, record.bos_id

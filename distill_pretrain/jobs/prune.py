@@ -173,8 +173,10 @@ def _source(
 def _export(checkpoint: Checkpoint, folder: Path, dtype: str) -> None:
     from distill_pretrain.checkpoint.hf.export import export_checkpoint
 
-    tokenizer, eod_id = tokenizer_of_run(checkpoint, required=False)
-    export_checkpoint(checkpoint, folder, dtype=dtype, tokenizer=tokenizer, eod_id=eod_id)
+    tokenizer, eod_id, bos_id = tokenizer_of_run(checkpoint, required=False)
+    export_checkpoint(
+        checkpoint, folder, dtype=dtype, tokenizer=tokenizer, eod_id=eod_id, bos_id=bos_id
+    )
 
 
 def _require_same_tokens(place: Path, trained: TrainedModel, sequences: SequenceData) -> None:

@@ -139,7 +139,10 @@ def _data(recipe: Recipe) -> Iterator[tuple[str, str]]:
         from distill_pretrain.data.sources import open_cache, open_sequences
 
         sequences = open_sequences(source)
-        yield "corpus", f"{source.tokens}: {sequences.num_sequences:,} sequences, ids in range"
+        yield (
+            "corpus",
+            f"{source.tokens}: {sequences.num_sequences:,} sequences, ids in range; {sequences.plan.shares}",
+        )
         if not uses_cache or source.cache is None:
             continue
         if "://" not in source.cache and not Path(source.cache).exists():

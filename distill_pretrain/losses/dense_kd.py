@@ -18,7 +18,7 @@ from distill_pretrain.errors import ConfigError, LossInputError
 from distill_pretrain.kernels.sparse_kd.settings import TERMS, LossSettings
 from distill_pretrain.losses.checks import require_columns, require_labels
 from distill_pretrain.losses.config import Divergence, ObjectiveConfig
-from distill_pretrain.losses.terms import Objective, column_slice
+from distill_pretrain.losses.terms import Objective, column_slice, sequence_first
 
 CHUNK_ELEMENTS = 1 << 22
 """Elements of each temporary [R, n]; at any time there are about ten."""
@@ -334,4 +334,5 @@ class TeacherObjective(Objective):
             self.vocab_size,
             self.tensor_group,
         )
-        return self.summed(loss.flatten(), terms.flatten(1))
+        weights = None if batch.weights is None else sequence_first(batch.weights)
+        return self.summed(loss.flatten(), terms.flatten(1), weights)

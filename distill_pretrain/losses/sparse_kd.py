@@ -162,7 +162,7 @@ class DistillationObjective(Objective):
     def __call__(self, logits: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
         """Sums of the terms over the tokens of one micro-batch; see `Objective`."""
         loss = self._loss(batch, num_columns=logits.size(-1))
-        return self.summed(*sparse_kd(logits.flatten(0, 1), loss))
+        return self.summed(*sparse_kd(logits.flatten(0, 1), loss), _weights(batch))
 
     def from_hidden(
         self, hidden: torch.Tensor, weight: torch.Tensor, *, batch: TokenBatch
@@ -173,10 +173,15 @@ class DistillationObjective(Objective):
         """
         assert self.chunk_tokens is not None
         loss = self._loss(batch, num_columns=weight.size(0))
+        weights = _weights(batch)
         summed, terms = chunked_head(
-            hidden.flatten(0, 1), weight, loss, chunk_tokens=self.chunk_tokens
+            hidden.flatten(0, 1),
+            weight,
+            loss,
+            chunk_tokens=self.chunk_tokens,
+            row_weights=weights,
         )
-        return self.summed(summed, terms)
+        return self.summed(summed, terms, weights)
 
     def _loss(self, batch: TokenBatch, *, num_columns: int) -> Loss:
         targets = batch.targets
@@ -193,6 +198,11 @@ class DistillationObjective(Objective):
             tensor_group=self.tensor_group,
             backend=self.backend,
         )
+
+
+def _weights(batch: TokenBatch) -> torch.Tensor | None:
+    """Return fp32[T] in the order of megatron-core's logits; None is 1."""
+    return None if batch.weights is None else sequence_first(batch.weights)
 
 
 def require_entries_fit(num_entries: int, *, where: object) -> None:

@@ -31,8 +31,8 @@ def sequence_first(x: torch.Tensor) -> torch.Tensor:
 class Objective:
     """What the model's last stage computes from its logits [L, B, V_pad / tp] and a batch [B, L].
 
-    Calling it gives the sums over the micro-batch's tokens of the terms that `term_names` lists, fp32; the first is
-    differentiable, the others are reported.
+    Calling it gives the sums over the micro-batch's tokens of the terms that `term_names` lists, each times the token's
+    weight (`TokenBatch.weights`), fp32; the first is differentiable, the others are reported.
 
     Args:
         config: of the loss at every step.
@@ -72,8 +72,17 @@ class Objective:
         """Sums of the terms over the tokens of one micro-batch."""
         raise NotImplementedError
 
-    def summed(self, loss: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:
-        """Add up the terms: from the loss, fp32[T] or already summed, and all other terms, fp32[3, T]."""
+    def summed(
+        self, loss: torch.Tensor, terms: torch.Tensor, weights: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Add up the terms: the loss, fp32[T] or summed with its weights, and all other ones, fp32[3, T].
+
+        `weights` fp32[T] are those of the tokens; None is 1.
+        """
+        if weights is not None:
+            terms = terms * weights
+            if loss.ndim:
+                loss = loss * weights
         every = dict(zip(TERMS, terms.unbind(0), strict=True))
         wanted = torch.stack([every[name] for name in self.term_names[1:]])
         return torch.cat((loss.sum().reshape(1), wanted.sum(dim=1)))

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from distill_pretrain.cache.plan import CachePlan
 from distill_pretrain.contracts import IGNORED_LABEL
-from distill_pretrain.corpus.sequence_plan import SequencePlan
+from distill_pretrain.corpus.sequence_plan import SequencePlan, pieces_of
 from distill_pretrain.corpus.token_index import TokenIndex
 from distill_pretrain.data.sources import SequenceData
 from distill_pretrain.teacher.gate import SanityGate
@@ -115,7 +115,7 @@ def _figures(group: ReplicaGroup, plan: CachePlan) -> tuple[float, float]:
     for first in range(0, wanted, plan.micro_batch_size):
         count = min(plan.micro_batch_size, wanted - first)
         batch = group.score(first, count, [plan])
-        _, labels = group.sequences.plan.read(np.arange(first, first + count))
+        _, labels = group.sequences.plan.unmasked.read(np.arange(first, first + count))
         seen = gate.look(batch, 0, labels)
         entropy += seen.entropy * seen.positions
         hits += seen.hits
@@ -124,16 +124,28 @@ def _figures(group: ReplicaGroup, plan: CachePlan) -> tuple[float, float]:
 
 
 class _BosFirst(SequencePlan):
-    """The sequences of a plan with a token in front, and their last token left out."""
+    """The sequences of a plan with a token in front, and what no longer fits left out.
+
+    Where documents are separate every one of a sequence has the token in front: a teacher is shown each alone.
+    """
 
     def __init__(self, plan: SequencePlan, bos: int) -> None:
-        super().__init__(plan.index, seq_len=plan.seq_len, seed=plan.seed)
+        self.__dict__.update(vars(plan))
         self._bos = bos
 
     def read(self, sequences: npt.ArrayLike) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """See `SequencePlan`; the label of the token in front is the first of the sequence."""
+        """See `SequencePlan`; the label of the token in front is the first of what is behind it."""
         tokens, _ = super().read(sequences)
-        shifted = np.empty_like(tokens)
-        shifted[:, 0] = self._bos
-        shifted[:, 1:] = tokens[:, :-1]
-        return shifted, np.where(self.valid(sequences), tokens, IGNORED_LABEL)
+        shifted, labels = np.zeros_like(tokens), np.full_like(tokens, IGNORED_LABEL)
+        for row, (text, valid) in enumerate(zip(tokens, self.valid(sequences), strict=True)):
+            text = text[valid]
+            starts = np.zeros(1, np.int64)
+            if self.document_end is not None:
+                starts = pieces_of(text[None], self.document_end)[:, 1]
+            whole = np.insert(text, starts, self._bos)
+            following = np.append(whole[1:], IGNORED_LABEL)
+            # The last of a document predicts no BOS.
+            following[(starts + np.arange(len(starts)) - 1)[1:]] = IGNORED_LABEL
+            size = min(len(whole), self.seq_len)
+            shifted[row, :size], labels[row, :size] = whole[:size], following[:size]
+        return shifted, labels

@@ -229,7 +229,7 @@ def _fill_shards(claimed: Sequence[_Claimed], group: ReplicaGroup, watch: Captur
             size = min(plan.micro_batch_size, count - start)
             with watch.stopwatch.running("scoring"):
                 batch = group.score(first + start, size, [mine.plan for mine in claimed])
-            labels = group.sequences.plan.read(np.arange(batch.first, batch.stop))[1]
+            labels = group.sequences.plan.unmasked.read(np.arange(batch.first, batch.stop))[1]
             with watch.stopwatch.running("waiting"):
                 queue.put(partial(_append_batch, claimed, batch, labels, watch, queue))
 

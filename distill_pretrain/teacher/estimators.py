@@ -132,7 +132,7 @@ def _scored(
     engine: TeacherEngine, sequences: SequenceData, first: int, count: int
 ) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.uint64]]]:
     """Logits [T, V] and positions [T] of those that have a next token, chunk by chunk."""
-    tokens, labels = sequences.plan.read(np.arange(first, first + count))
+    tokens, labels = sequences.plan.unmasked.read(np.arange(first, first + count))
     valid = (labels != IGNORED_LABEL).reshape(-1)
     start = first * sequences.plan.seq_len
     for chunk in engine.chunks(torch.from_numpy(tokens.astype(np.int64)).to(engine.device)):

@@ -109,7 +109,7 @@ def score(
             vocabulary, such as padding ones. On every rank of the replica.
     """
     replica = engine.replica
-    tokens, labels = sequences.plan.read(np.arange(first, first + count))
+    tokens, labels = sequences.plan.unmasked.read(np.arange(first, first + count))
     positions = np.arange(tokens.size, dtype=np.uint64) + np.uint64(first * sequences.plan.seq_len)
     sampling = _Sampling(
         replica,

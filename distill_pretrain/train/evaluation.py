@@ -165,7 +165,7 @@ class HeldOutEvaluation(Callback):
 
     def _score(self, step: int, doing: Callable[[str], None]) -> dict[str, float | None]:
         """Return the figures of the weights that the student has now."""
-        total, num_tokens = torch.zeros(len(self._places), dtype=torch.float64), 0
+        total, num_tokens = torch.zeros(len(self._places), dtype=torch.float64), 0.0
         for batch in range(self._num_batches):
             doing(f"step {step}: evaluating, batch {batch + 1} of {self._num_batches}")
             read = self._batches.host_batches(batch, self._student.is_last_stage)

@@ -48,6 +48,7 @@ class RunExports:
         record = TokensRecord.beside(tokens)
         self._tokenizer = None if record is None else tokens.parent / record.tokenizer["file"]
         self._eod_id = None if record is None else record.eod_id
+        self._bos_id = None if record is None else record.bos_id
         if train.export_interval is not None and zero_stage == 3:
             raise ConfigError(
                 "weights that ZeRO-3 has scattered are not exported during training",
@@ -85,6 +86,7 @@ class RunExports:
             dtype=self._train.precision,
             tokenizer=self._tokenizer,
             eod_id=self._eod_id,
+            bos_id=self._bos_id,
             replaces_step=True,
             weights=weights,
         )

@@ -180,7 +180,6 @@ def train_student(
         seq_len=data.seq_len,
         optimizer=optimizer,
         online_teacher=open_teacher is not None,
-        documents=data.documents,
     )
     require_backend(optimizer)
     require_schedule(optimizer, train.steps)
@@ -211,6 +210,8 @@ def train_student(
         identity = run_identity(
             sources, model, parallel, optimizer, objective, train, teacher, started
         )
+        for source in sources:
+            _log.info(f"{source.config.tokens}: {source.sequences.plan.shares}")
         for ignored in ignored_caches(data, objective, train):
             _log.info(ignored)
         exports = RunExports(train, identity, data.tokens, zero_stage=optimizer.zero_stage)

@@ -94,7 +94,7 @@ def _check_fit(
 ) -> None:
     kept = KeptShare()
     run_canary(
-        source.sequences.plan,
+        source.sequences.plan.unmasked,
         cache,
         num_sequences=source.sequences.num_sequences,
         where=source.config.cache,

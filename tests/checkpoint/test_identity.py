@@ -104,7 +104,7 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
         {PLAN: "a", "tokenizer_sha256": "x"},
         {PLAN: "b", "tokenizer_sha256": "y"},
         [
-            "data.tokens, data.seed: checkpoint a, this run b",
+            "data.tokens, data.seed, data.documents, data.packing: checkpoint a, this run b",
             "tokenizer of data.tokens: checkpoint x, this run y",
         ],
     ),

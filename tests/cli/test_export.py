@@ -254,6 +254,25 @@ def test_a_named_tokenizer_gives_its_end_and_must_fit_the_model(run, tokens, tmp
     assert not (tmp_path / "other").exists()
 
 
+def test_the_token_that_began_the_documents_is_named(run, tokens, tmp_path):
+    path = tokens / "tokens.json"
+    plain = path.read_bytes()
+    record = json.loads(plain)
+    record["tokenizer"]["bos_id"] = 7
+    found = []
+    for content in (plain, json.dumps(record).encode()):
+        path.write_bytes(content)
+        try:
+            out = tmp_path / str(len(found))
+            run_cli("export", str(run), str(out))
+        finally:
+            path.write_bytes(plain)
+        config = json.loads((out / "config.json").read_text())
+        generation = json.loads((out / "generation_config.json").read_text())
+        found.append((config["bos_token_id"], generation.get("bos_token_id")))
+    assert found == [(None, None), (7, 7)]
+
+
 def test_files_of_a_hugging_face_tokenizer_are_copied(run, tokens, tmp_path):
     source = tmp_path / "tokenizer"
     source.mkdir()

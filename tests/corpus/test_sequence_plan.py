@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import tempfile
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from distill_pretrain.corpus.sequence_plan import (
     document_order,
     pieces_of,
 )
-from distill_pretrain.errors import TokenDataError
+from distill_pretrain.errors import ConfigError, TokenDataError
 from distill_pretrain.files.atomic import canonical_json
 from tests.support.cache_samples import write_corpus
 
@@ -123,6 +124,7 @@ def test_a_million_documents_need_no_python_loop():
         num_documents = 1_000_000
         num_tokens = 10_000_000
         document_lengths = np.full(1_000_000, 10)
+        loss = None
 
         def read(self, document: int, offset: int, length: int) -> np.ndarray:
             return np.full(length, document, np.int32)
@@ -187,3 +189,110 @@ def test_the_plan_of_joined_documents_is_known_by_what_it_was_before_there_were_
         "seed": 5,
     }
     assert plan.plan_id == hashlib.sha256(canonical_json(identity)).hexdigest()
+
+
+def naive_rooms(sizes: list[int], capacity: int) -> list[int]:
+    """What best-fit decreasing leaves free, by its definition: part by part, bin by bin."""
+    rooms: list[int] = []
+    for size in sorted(sizes, reverse=True):
+        fitting = [place for place, room in enumerate(rooms) if room >= size]
+        if not fitting:
+            rooms.append(capacity)
+            fitting = [len(rooms) - 1]
+        best = min(fitting, key=lambda place: rooms[place])
+        rooms[best] -= size
+    return sorted(rooms)
+
+
+@modest
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 24), st.integers(0, 9))
+def test_best_fit_packing_has_every_token_once_and_cuts_what_it_must(lengths, seq_len, seed):
+    with tempfile.TemporaryDirectory() as folder:
+        lengths = [*lengths, 25]
+        documents, _ = numbered_corpus(folder, lengths)
+        index = write_corpus(Path(folder) / "e", [[*part, END] for part in documents], 1000)
+        plan = SequencePlan(index, seq_len=seq_len, seed=seed, packing="best_fit")
+        separate = SequencePlan(
+            index, seq_len=seq_len, seed=seed, packing="best_fit", document_end=END
+        )
+        numbers = np.arange(plan.num_sequences)
+        tokens, labels = plan.read(numbers)
+        same, apart = separate.read(numbers)
+        valid = plan.valid(numbers)
+        shares = plan.shares
+        pieces = pieces_of(tokens, END)
+    whole = [[*part, END] for part in documents]
+    sizes = [len(part) for part in whole]
+    parts = [part for size in sizes for part in [seq_len] * (size // seq_len)]
+    rests = [size % seq_len for size in sizes if size % seq_len]
+    # As few sequences, filled as far, as by the definition.
+    assert sorted((~valid).sum(1).tolist()) == naive_rooms(parts + rests, seq_len)
+    assert (np.diff(valid.astype(int), axis=1) <= 0).all()
+    assert shares.padding == pytest.approx((~valid).mean())
+    # Documents as they come out of the rows, put together where they are cut.
+    found: dict[int, list[int]] = {}
+    expected = np.full(tokens.shape, IGNORED_LABEL)
+    after = {token: following for part in whole for token, following in itertools.pairwise(part)}
+    for row, start, stop in pieces.tolist():
+        part = tokens[row, start:stop].tolist()
+        if not valid[row, start]:
+            assert set(part) == {0} and stop == seq_len
+            continue
+        if part != [END]:
+            expected[row, start:stop] = [after.get(token, IGNORED_LABEL) for token in part]
+        found[min(part)] = part
+    assert sorted(token for part in found.values() for token in part if token != END) == sorted(
+        token for part in documents for token in part
+    )
+    assert (tokens == END).sum() == len(whole)
+    for part in whole:
+        if len(part) <= seq_len:
+            assert found[min(part)] == part
+    assert np.array_equal(tokens, same) and np.array_equal(apart, expected)
+    joined = np.where((tokens[:, :-1] == END) & valid[:, 1:], tokens[:, 1:], expected[:, :-1])
+    assert np.array_equal(labels[:, :-1], joined)
+    assert np.array_equal(labels[:, -1], expected[:, -1])
+    assert shares.cut == shares.longer == np.mean([size > seq_len for size in sizes])
+
+
+def test_shares_of_a_cut_stream(tmp_path: Path):
+    index = write_corpus(tmp_path / "c", [[1] * 3, [2] * 5, [3], [4] * 4])
+    plan = SequencePlan(index, seq_len=4, seed=1)
+    tokens, _ = plan.read(np.arange(plan.num_sequences))
+    rows = [np.flatnonzero((tokens == n).any(axis=1)) for n in range(1, 5)]
+    shares = plan.shares
+    assert shares.cut == np.mean([len(row) > 1 for row in rows])
+    assert shares.longer == 0.25 and shares.padding == pytest.approx(3 / 16)
+    assert "18.75% of positions are padding" in str(shares)
+
+
+def test_packing_is_part_of_the_plan_and_of_its_seed(tmp_path: Path):
+    draw = np.random.default_rng(0)
+    index = write_corpus(tmp_path / "c", [[3] * n for n in draw.integers(1, 90, 200)])
+    plans = [
+        SequencePlan(index, seq_len=64, seed=seed, packing=packing)
+        for seed in (1, 2)
+        for packing in ("cut", "best_fit")
+    ]
+    assert len({plan.plan_id for plan in plans}) == 4
+    again = SequencePlan(index, seq_len=64, seed=1, packing="best_fit")
+    assert again.plan_id == plans[1].plan_id
+    assert all(map(np.array_equal, again._packed, plans[1]._packed))
+    # Any first part of the plan is a sample of the corpus: long documents do not come first.
+    fullest = [
+        int(np.max(plans[1]._packed.lengths[first:stop]))
+        for first, stop in zip(plans[1]._packed.starts, plans[1]._packed.starts[1:], strict=False)
+    ]
+    half = len(fullest) // 2
+    assert abs(np.mean(fullest[:half]) - np.mean(fullest[half:])) < 8
+    with pytest.raises(ConfigError, match=r"no such packing; where: packing; found: best"):
+        SequencePlan(index, seq_len=64, seed=1, packing="best")  # type: ignore[arg-type]
+
+
+def test_padding_by_the_token_that_ends_documents_is_one_piece():
+    tokens = np.array([[5, 0, 6, 0, 0, 0], [0, 0, 5, 6, 7, 0], [0, 0, 0, 0, 0, 0]])
+    assert pieces_of(tokens, 0).tolist() == [
+        *([0, 0, 2], [0, 2, 4], [0, 4, 6]),
+        *([1, 0, 1], [1, 1, 2], [1, 2, 6]),
+        *([2, 0, 1], [2, 1, 6]),
+    ]

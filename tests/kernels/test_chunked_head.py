@@ -121,7 +121,8 @@ def test_no_gradients_are_made_where_none_are_asked_for():
 def test_torch_accepts_the_operation():
     hidden, weight, loss = case(5)
     _, *settings = arguments(hidden, loss)
-    inputs = (hidden.detach(), weight.detach(), *settings, 6, True)
+    row_weights = torch.rand(TOKENS)
+    inputs = (hidden.detach(), weight.detach(), *settings, row_weights, 6, True)
     op = torch.ops.distill_pretrain.chunked_head.default
     opcheck(op, inputs)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -102,6 +103,13 @@ class WalkTargets:
         )
 
 
+def uneven_weights(scale: float, sequences: np.ndarray) -> np.ndarray:
+    """Weights that differ from sequence to sequence and halfway through each, times a scale."""
+    weights = np.repeat(np.array([0.25, 1.0, 3.0], np.float32)[sequences % 3, None], SEQ_LEN, 1)
+    weights[:, SEQ_LEN // 2 + 3 :] *= 2
+    return weights * np.float32(scale)
+
+
 def make_job(
     model: dict[str, Any],
     layout: ParallelConfig,
@@ -113,6 +121,7 @@ def make_job(
     optimizer: dict[str, Any] | None = None,
     chunk_tokens: int | None = None,
     document_end: int | None = None,
+    weighted: float | None = None,
 ) -> tuple[Any, StudentBatches]:
     """A student and its batches on this rank; the process groups of the layout must exist."""
     from distill_pretrain.mcore.student.build import student_class
@@ -127,7 +136,6 @@ def make_job(
         global_batch_size=GLOBAL_BATCH,
         seq_len=SEQ_LEN,
         optimizer=optimizer_config,
-        documents="joined" if document_end is None else "separate",
     )
     plan = WalkPlan()
     cache = WalkTargets(plan) if kd else None
@@ -138,6 +146,7 @@ def make_job(
                 cache=cache,
                 num_sequences=plan.num_sequences,
                 document_end=document_end,
+                label_weights=None if weighted is None else partial(uneven_weights, weighted),
             )
         ],
         seed=3,
@@ -188,6 +197,7 @@ def train_curves(
     optimizer: dict[str, Any] | None = None,
     chunk_tokens: int | None = None,
     document_end: int | None = None,
+    weighted: float | None = None,
 ) -> dict[str, list[float]]:
     """Loss, CE, KL and gradient norm of every step, on every rank."""
     from distill_pretrain.mcore.runtime.parallel import model_parallel
@@ -205,6 +215,7 @@ def train_curves(
             optimizer=optimizer,
             chunk_tokens=chunk_tokens,
             document_end=document_end,
+            weighted=weighted,
         )
         curves: dict[str, list[float]] = {"loss": [], "ce": [], "kl": [], "grad_norm": []}
         for step in range(steps):

@@ -114,3 +114,34 @@ def test_padding_behind_the_text_is_no_label_after_a_token_in_front(sequences):
     tokens, labels = bos._BosFirst(plan, 1).read(last)
     assert (tokens[:, 0] == 1).all()
     assert np.array_equal(labels, np.where(is_text, plan.read(last)[0], -100))
+
+
+@pytest.mark.parametrize("packing", ["cut", "best_fit"])
+def test_separate_documents_have_the_token_in_front_of_each(packing, tmp_path):
+    end, seq_len = 2, 12
+    with TokenIndexWriter(tmp_path / "train", 50) as writer:
+        draw = np.random.default_rng(0)
+        for length in draw.integers(1, 9, 40):
+            writer.add_document([*draw.integers(10, 50, length), end])
+    index = TokenIndex.open(tmp_path / "train")
+    plan = SequencePlan(index, seq_len=seq_len, seed=1, document_end=end, packing=packing)
+    numbers = np.arange(plan.num_sequences)
+    tokens, labels = plan.unmasked.read(numbers)
+    shifted, with_bos = bos._BosFirst(plan, 1).unmasked.read(numbers)
+    for row in numbers.tolist():
+        expected: list[tuple[int, int]] = []
+        for place in range(seq_len):
+            token, label = int(tokens[row, place]), int(labels[row, place])
+            if not plan.valid([row])[0, place]:
+                break
+            if place == 0 or tokens[row, place - 1] == end:
+                expected.append((1, token))
+            expected.append((token, label))
+        # What lies behind the cut of a sequence is no longer seen.
+        expected = [*expected, *[(0, -100)] * seq_len][:seq_len]
+        found = list(zip(shifted[row].tolist(), with_bos[row].tolist(), strict=True))
+        last = int(plan.valid([row]).sum()) + int((shifted[row] == 1).sum()) - 1
+        if last < seq_len and found[last][1] == -100:
+            expected[last] = (expected[last][0], -100)
+        assert found == expected, row
+    assert (shifted == 1).sum() > plan.num_sequences + 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,8 @@ import torch
 
 from distill_pretrain.contracts import IGNORED_LABEL, SparseTargets, TokenBatch
 from distill_pretrain.corpus.sequence_plan import pieces_of
-from distill_pretrain.errors import ConfigError, LayoutError
-from distill_pretrain.mcore.model.config import ModelConfig, OptimizerConfig, ParallelConfig
-from distill_pretrain.mcore.model.layout import check_layout
+from distill_pretrain.errors import ConfigError
+from distill_pretrain.mcore.model.config import ParallelConfig
 from distill_pretrain.processes.process import process_group, released_groups
 from tests.support.distributed import run_distributed
 from tests.support.layouts import GPT2, LLAMA, SEQ_LEN, VOCAB_SIZE, make_job, run_cases
@@ -121,29 +121,60 @@ def test_curves_equal_one_process():
         "pp2": {"pipeline": 2},
         "interleaved pp2": {"pipeline": 2, "virtual_pipeline": 2},
         "dp2+distributed optimizer": {"distributed_optimizer": True},
+        "cp2": {"context": 2},
+        "cp2+recompute": {"context": 2, "recompute": "full"},
     }
-    found = run_distributed(run_cases, 2, cases=cases(layouts))
+    every = cases(layouts)
+    if importlib.util.find_spec("deepspeed") is not None:
+        zero = {"optimizer": {"backend": "deepspeed", "zero_stage": 3}}
+        every |= {name: {**case, **zero} for name, case in cases({"zero3": {}}).items()}
+    found = run_distributed(run_cases, 2, cases=every)
     for name, curves in found.items():
-        expected = reference["one" + name[name.index("/") :]]
+        expected = reference["one" + name[name.rindex("/") :]]
         for term in ("loss", "ce", "kl", "grad_norm"):
             assert curves[term] == pytest.approx(expected[term], abs=TOLERANCE), (name, term)
 
 
-def test_what_cannot_keep_documents_apart_is_refused_by_name():
+def test_layers_that_cannot_keep_documents_apart_are_refused_by_name():
     from distill_pretrain.mcore.model.modules import require_documents_apart
 
-    sizes = {"world_size": 2, "micro_batch_size": 1, "global_batch_size": 2, "seq_len": SEQ_LEN}
-    layout = ParallelConfig(context=2)
-    check_layout(ModelConfig(**LLAMA), layout, **sizes)
-    with pytest.raises(LayoutError, match=r"parallel\.context = 2 does not work with data\.doc"):
-        check_layout(ModelConfig(**LLAMA), layout, **sizes, documents="separate")
-    with pytest.raises(LayoutError, match=r"deepspeed does not work with data\.documents"):
-        check_layout(
-            ModelConfig(**LLAMA),
-            ParallelConfig(),
-            **sizes,
-            optimizer=OptimizerConfig(backend="deepspeed"),
-            documents="separate",
-        )
     with pytest.raises(ConfigError, match=r"do not keep documents apart.*torch\.nn.*Linear"):
         require_documents_apart([torch.nn.Linear(1, 1)])
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_context_parallel_ranks_attend_as_a_whole_sequence_does(size, monkeypatch):
+    """Every rank's part of attention within documents, beside float64 attention under a mask."""
+    from distill_pretrain.mcore.model import modules
+    from distill_pretrain.processes.context import context_spans
+
+    draw = torch.Generator().manual_seed(1)
+    rows, length, heads, groups, width = 2, 32, 4, 2, 8
+    tokens = torch.randint(0, 8, (rows, length), generator=draw).numpy()
+    tokens[1] = 1  # one document
+    pieces = torch.from_numpy(pieces_of(tokens, END))
+    assert len(pieces) > 4
+    q, k, v = (torch.randn(rows, n, length, width, generator=draw) for n in (heads, groups, groups))
+    belongs = torch.zeros(rows, length, dtype=torch.int64)
+    for number, (row, start, stop) in enumerate(pieces.tolist()):
+        belongs[row, start:stop] = number
+    mask = (belongs[:, None, :, None] == belongs[:, None, None]) & torch.ones(
+        length, length
+    ).tril().bool()
+    k_all, v_all = (x.double().repeat_interleave(heads // groups, 1) for x in (k, v))
+    scores = q.double() @ k_all.transpose(-1, -2) / width**0.5
+    expected = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v_all
+
+    class Config:
+        context_parallel_size = size
+
+    attention = modules.SDPAttention.__new__(modules.SDPAttention)
+    torch.nn.Module.__init__(attention)
+    attention.config, attention.softmax_scale = Config(), None
+    for rank in range(size):
+        monkeypatch.setattr(
+            modules.parallel_state, "get_context_parallel_rank", lambda rank=rank: rank
+        )
+        places = torch.cat([torch.arange(*span) for span in context_spans(length, rank, size)])
+        found = attention._attend_within(pieces, q[:, :, places], k, v, 0.0)
+        torch.testing.assert_close(found.double(), expected[:, :, places], atol=1e-5, rtol=1e-5)

@@ -85,6 +85,7 @@ def hf_config(
     max_positions: int,
     dtype: str,
     eod_id: int | None = None,
+    bos_id: int | None = None,
 ) -> dict[str, Any]:
     """Make the config.json of a model of this project.
 
@@ -94,6 +95,7 @@ def hf_config(
         max_positions: longest sequence it was trained on.
         dtype: "fp32" or "bf16", of the weights beside it.
         eod_id: token that ends a document.
+        bos_id: token that began every document it was trained on; None where there was none.
 
     Raises:
         CheckpointError: no class of transformers computes this model.
@@ -111,7 +113,7 @@ def hf_config(
         "initializer_range": model.init_std,
         "tie_word_embeddings": model.tie_embeddings,
         "torch_dtype": names[dtype],
-        "bos_token_id": None,
+        "bos_token_id": bos_id,
         "eos_token_id": eod_id,
         "pad_token_id": None,
         "use_cache": True,

@@ -57,6 +57,7 @@ def export_model(
     dtype: str,
     tokenizer: Path | None,
     eod_id: int | None,
+    bos_id: int | None,
     replaces_step: bool = False,
     weights: str = LAST,
 ) -> None:
@@ -71,6 +72,7 @@ def export_model(
         dtype=dtype,
         tokenizer=tokenizer,
         eod_id=eod_id,
+        bos_id=bos_id,
         source=export_source(identity, step, weights),
         replaces_step=replaces_step,
     )
@@ -87,6 +89,7 @@ def export_checkpoint(
     eod_id: int | None,
     weights: str = LAST,
     earlier: Sequence[Checkpoint] = (),
+    bos_id: int | None,
 ) -> None:
     """Load a checkpoint under a layout and write it as a Hugging Face folder. Every rank calls it.
 
@@ -100,6 +103,7 @@ def export_checkpoint(
         eod_id: token that ends a document.
         weights: "last"; "ema", the moving average; or a name for the mean of this and `earlier`.
         earlier: checkpoints of the same run.
+        bos_id: token that begins one; None where they begin with their text.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or has no such weights, the folder is something else, or no class
@@ -159,4 +163,5 @@ def export_checkpoint(
             tokenizer=tokenizer,
             eod_id=eod_id,
             weights=weights,
+            bos_id=bos_id,
         )

@@ -48,6 +48,7 @@ def save_hf_model(
     tokenizer: Path | None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     eod_id: int | None = None,
+    bos_id: int | None = None,
     source: Mapping[str, Any] | None = None,
     replaces_step: bool = False,
 ) -> None:
@@ -63,6 +64,7 @@ def save_hf_model(
         tokenizer: folder of a Hugging Face tokenizer, or a sentencepiece model file; None leaves it out.
         max_shard_bytes: size at which a new file of weights is begun.
         eod_id: token that ends a document.
+        bos_id: token that begins one; None where they begin with their text.
         source: what the weights are, recorded in export.json; a folder of the same source is replaced.
         replaces_step: replace any export of the same step: in a run's own folder, where an earlier version may have
             described the run in other words.
@@ -76,7 +78,12 @@ def save_hf_model(
     from distill_pretrain.mcore.runtime.parallel import current_groups
 
     config = hf_config(
-        model, vocab_size=vocab_size, max_positions=max_positions, dtype=dtype, eod_id=eod_id
+        model,
+        vocab_size=vocab_size,
+        max_positions=max_positions,
+        dtype=dtype,
+        eod_id=eod_id,
+        bos_id=bos_id,
     )
     known = dict(source or {})
     record = {"source": known, "dtype": dtype, "code_version": __version__}

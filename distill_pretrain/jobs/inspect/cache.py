@@ -46,13 +46,16 @@ def show_cache(location: str) -> None:
     say(f"cache {location}")
     fact("state", _state(shards))
     _show_plan(shards.plan)
+    corpus = _corpus_of(_captured_data(storage), shards.plan)
+    if corpus is not None:
+        fact("documents", f"{corpus.index.num_documents:,}; {corpus.shares}")
     if not shards.records:
         return
     sample = _Sample.of(shards)
     _show_codec(shards)
     _show_size(shards, sample)
     _show_targets(shards, sample)
-    _show_example(shards)
+    _show_example(shards, corpus)
 
 
 def _state(shards: FinishedShards) -> str:
@@ -220,7 +223,7 @@ def bins(counts: npt.NDArray[np.int64]) -> list[tuple[int, int, float]]:
     return found
 
 
-def _show_example(shards: FinishedShards) -> None:
+def _show_example(shards: FinishedShards, corpus: SequencePlan | None) -> None:
     """One position with its targets, as text if the corpus and its tokenizer are found."""
     plan, shard = shards.plan, next(iter(shards.records))
     with shards.open(shard) as file:
@@ -230,9 +233,8 @@ def _show_example(shards: FinishedShards) -> None:
     data = _captured_data(shards.storage)
     tokenizer = find_tokenizer(_places(shards.storage, data), plan.tokenizer_sha256)
     say(f"  example: sequence {sequence}, position {row}")
-    context = _context(data, plan, sequence)
-    if context is not None:
-        tokens, labels = context
+    if corpus is not None:
+        tokens, labels = (rows[0] for rows in corpus.unmasked.read([sequence]))
         before = tokens[max(0, row - 11) : row + 1].tolist()
         text = repr(tokenizer.decode(before)) if tokenizer else f"ids {before}"
         say(f"    after        {text}")
@@ -270,10 +272,8 @@ def _places(storage: Storage, data: DataConfig | None) -> list[Path]:
     return places
 
 
-def _context(
-    data: DataConfig | None, plan: CachePlan, sequence: int
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]] | None:
-    """Tokens and labels of a sequence, if the capture's recipe leads to the very corpus."""
+def _corpus_of(data: DataConfig | None, plan: CachePlan) -> SequencePlan | None:
+    """Open the sequences that were captured, if the capture's recipe leads to the very corpus."""
     if data is None:
         return None
     try:
@@ -282,13 +282,11 @@ def _context(
             seq_len=data.seq_len,
             seed=data.seed,
             document_end=document_end_of(data.documents, data.tokens),
+            packing=data.packing,
         )
     except DistillPretrainError:
         return None
-    if corpus.plan_id != plan.sequence_plan_id:
-        return None
-    tokens, labels = corpus.read([sequence])
-    return tokens[0], labels[0]
+    return corpus if corpus.plan_id == plan.sequence_plan_id else None
 
 
 def _token(tokenizer: Tokenizer | None, token_id: int) -> str:

@@ -87,6 +87,11 @@ def _show_tokens(prefix: Path) -> None:
     fact("largest token id", f"{fingerprint.max_token_id:,}")
     fact(".bin sha256", fingerprint.bin_sha256)
     fact(".idx sha256", fingerprint.idx_sha256)
+    if index.loss is not None:
+        index.check_loss()
+        fact("left out of the loss", f"{index.loss.num_masked():,} tokens")
+        fact("weights of documents", index.loss.described)
+        fact(".loss sha256", index.loss.sha256)
     tokenizer = None
     if record is None:
         fact("tokenizer", "unknown (no tokens.json beside it)")
@@ -98,7 +103,7 @@ def _show_tokens(prefix: Path) -> None:
         fact("beginning of document", _named(tokenizer, record.bos_id))
         fact("end of document", _named(tokenizer, record.eod_id))
         recorded = record.corpora.get(prefix.name)
-        if recorded is not None and recorded != fingerprint.as_dict():
+        if recorded is not None and recorded != index.record:
             fact("warning", "tokens.json records another fingerprint: the files were changed")
     first = index.read(0, 0, min(FIRST_TOKENS, int(index.document_lengths[0]))).tolist()
     fact("begins with", repr(tokenizer.decode(first)) if tokenizer else f"ids {first}")

@@ -8,6 +8,7 @@ from distill_pretrain.jobs.plan.capture import capture_part, teacher_speed
 from distill_pretrain.jobs.plan.disk import disk_part
 from distill_pretrain.jobs.plan.student import (
     corpus_of,
+    corpus_part,
     memory_part,
     online_teacher_bytes,
     plan_settings,
@@ -35,6 +36,8 @@ def plan_report(recipe: Recipe) -> PlanReport:
     corpus = corpus_of(recipe)
     pilot = load_pilot(settings.pilot)
     report = PlanReport()
+    if corpus.shares is not None:
+        report.parts.append(corpus_part(corpus))
     speed, capture_hours, stored = None, None, None
     if recipe.capture:
         stored = StoredTargets.of(recipe.capture, corpus, pilot)

@@ -42,6 +42,7 @@ def head_and_loss(
     *,
     chunk_tokens: int,
     with_gradients: bool,
+    row_weights: torch.Tensor | None = None,
 ) -> HeadResult:
     """Compute the loss of the logits `hidden @ weight.T`, and its gradients.
 
@@ -53,6 +54,7 @@ def head_and_loss(
         loss: of all T tokens.
         chunk_tokens: the most C may be; chunks are of equal length.
         with_gradients: whether to make them.
+        row_weights: fp32[T], of the losses in the sum that the gradients are of; None for 1.
     """
     num_tokens = len(hidden)
     size = math.ceil(num_tokens / max(1, math.ceil(num_tokens / chunk_tokens)))
@@ -70,7 +72,8 @@ def head_and_loss(
         if not with_gradients:
             losses[rows], terms[:, rows], *_ = forward(chunk, loss.rows(rows))
             continue
-        losses[rows], terms[:, rows] = loss_and_gradient_(chunk, loss.rows(rows))
+        weights = None if row_weights is None else row_weights[rows]
+        losses[rows], terms[:, rows] = loss_and_gradient_(chunk, loss.rows(rows), weights)
         torch.mm(chunk, weight, out=grad_hidden[rows])
         _add_product_(grad_weight, chunk, hidden[rows])
     return HeadResult(losses, terms, grad_hidden, grad_weight.to(weight.dtype))

@@ -17,21 +17,27 @@ from distill_pretrain.kernels.sparse_kd.settings import TERMS
 
 
 def chunked_head(
-    hidden: torch.Tensor, weight: torch.Tensor, loss: Loss, *, chunk_tokens: int
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    loss: Loss,
+    *,
+    chunk_tokens: int,
+    row_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the summed loss of hidden states [T, H] under an LM head [n, H], by every setting of `Loss`.
 
     With a group in `loss`, every rank of it calls this; the gradient by the hidden states is then this rank's part of
-    a sum.
+    a sum. The losses are summed with `row_weights` fp32[T]; None is 1.
 
     Returns:
-        the loss summed over the tokens, fp32[], and terms fp32[3, T] without a gradient.
+        the loss summed over the tokens, fp32[], and unweighted terms fp32[3, T] without a gradient.
     """
     needed = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     summed, terms, *_ = _chunked_head(
         hidden,
         weight,
         *flattened(loss),
+        row_weights,
         chunk_tokens,
         needed,
     )
@@ -52,6 +58,7 @@ def _chunked_head(
     numbers: typing.Sequence[float],
     group: str | None,
     backend: str,
+    row_weights: torch.Tensor | None,
     chunk_tokens: int,
     with_gradients: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -60,8 +67,15 @@ def _chunked_head(
         *(vocab_size, numbers, group, backend),
     )
     losses, terms, grad_hidden, grad_weight = head_and_loss(
-        hidden, weight, loss, chunk_tokens=chunk_tokens, with_gradients=with_gradients
+        hidden,
+        weight,
+        loss,
+        chunk_tokens=chunk_tokens,
+        with_gradients=with_gradients,
+        row_weights=row_weights,
     )
+    if row_weights is not None:
+        losses = losses * row_weights
     return losses.sum(), terms, grad_hidden, grad_weight
 
 

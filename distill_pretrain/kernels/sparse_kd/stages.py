@@ -97,17 +97,20 @@ def gradient_(logits: torch.Tensor, loss: Loss, saved: Saved, grad_losses: torch
     )
 
 
-def loss_and_gradient_(logits: torch.Tensor, loss: Loss) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the loss fp32[T] and terms fp32[3, T]; the logits become the gradient of the summed loss.
+def loss_and_gradient_(
+    logits: torch.Tensor, loss: Loss, row_weights: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return loss fp32[T] and terms fp32[3, T]; the logits become the gradient of the sum of loss * weights fp32[T].
 
-    One read and one write on a GPU where rows are whole and fit.
+    Without weights that is one read and one write on a GPU where rows are whole and fit.
     """
-    if loss.group is None and loss.backend == "cuda":
+    if row_weights is None and loss.group is None and loss.backend == "cuda":
         problem, blocks = _problem(logits, loss), _blocks(logits.device)
         if launch.fits_fused(problem, blocks=blocks):
             return launch.fused_(launcher_for(launch.SOURCE, logits.device), problem, blocks=blocks)
     seen = forward(logits, loss)
-    gradient_(logits, loss, seen.saved, torch.ones_like(seen.losses))
+    weights = torch.ones_like(seen.losses) if row_weights is None else row_weights
+    gradient_(logits, loss, seen.saved, weights)
     return seen.losses, seen.terms
 
 

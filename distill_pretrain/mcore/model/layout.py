@@ -138,7 +138,6 @@ def check_layout(
     seq_len: int,
     optimizer: OptimizerConfig | None = None,
     online_teacher: bool = False,
-    documents: str = "joined",
 ) -> int:
     """Raise one LayoutError that lists every misfit; return the data-parallel size.
 
@@ -151,15 +150,10 @@ def check_layout(
         seq_len: L.
         optimizer: of a model that is trained.
         online_teacher: whether a teacher scores the student's own batches.
-        documents: see `data.documents`.
     """
     problems: list[str] = []
     if optimizer is not None and optimizer.backend == "deepspeed":
         problems += deepspeed_misfits(parallel)
-        if documents == "separate":
-            problems.append(
-                "optimizer.backend = deepspeed does not work with data.documents = separate"
-            )
 
     def must_divide(divisor: int, value: int, divisor_name: str, value_name: str) -> None:
         if value % divisor:
@@ -195,11 +189,6 @@ def check_layout(
             problems.append(
                 f"parallel.context = {parallel.context} does not work with objective.target = teacher: "
                 "a teacher scores whole sequences, and each rank holds a part of them"
-            )
-        if documents == "separate":
-            problems.append(
-                f"parallel.context = {parallel.context} does not work with data.documents = separate: "
-                "each rank holds parts of documents"
             )
     if vpp > 1 and pp == 1:
         problems.append("parallel.virtual_pipeline > 1 needs parallel.pipeline > 1")

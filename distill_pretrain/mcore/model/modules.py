@@ -136,26 +136,36 @@ class SDPAttention(MegatronModule):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float
     ) -> torch.Tensor:
         """Queries [b, n, s, h] of this rank's places, keys and values [b, ., S, h] of all of them -> [b, n, s, h]."""
+        spans = self._spans(k.size(2))
+        outputs = [
+            self._attend_to_all_before(own, k[:, :, :stop], v[:, :, :stop], dropout)
+            for (_, stop), own in zip(
+                spans, q.split([stop - start for start, stop in spans], dim=2), strict=True
+            )
+        ]
+        return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
+
+    def _spans(self, num_keys: int) -> list[tuple[int, int]]:
+        """Where this rank's queries are among the positions of a sequence."""
         size = self.config.context_parallel_size
         rank = parallel_state.get_context_parallel_rank() if size > 1 else 0
-        spans = context_spans(k.size(2), rank, size)
-        outputs = []
-        for (start, stop), own in zip(
-            spans, q.split([stop - start for start, stop in spans], dim=2), strict=True
-        ):
-            outputs.append(
-                F.scaled_dot_product_attention(
-                    own,
-                    k[:, :, :stop],
-                    v[:, :, :stop],
-                    attn_mask=_lower_right(stop - start, stop) if start else None,
-                    dropout_p=dropout,
-                    is_causal=start == 0,
-                    scale=self.softmax_scale,
-                    enable_gqa=q.size(1) != k.size(1),
-                )
-            )
-        return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
+        return context_spans(num_keys, rank, size)
+
+    def _attend_to_all_before(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float
+    ) -> torch.Tensor:
+        """Queries at the last of the places of the keys, each to its own place and those before."""
+        num_queries, num_keys = q.size(2), k.size(2)
+        return F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=_lower_right(num_queries, num_keys) if num_queries < num_keys else None,
+            dropout_p=dropout,
+            is_causal=num_queries == num_keys,
+            scale=self.softmax_scale,
+            enable_gqa=q.size(1) != k.size(1),
+        )
 
     def _attend_within(
         self,
@@ -166,11 +176,18 @@ class SDPAttention(MegatronModule):
         dropout: float,
     ) -> torch.Tensor:
         """The same within documents, one by one: each has the kernel that a whole sequence has, and no mask."""
-        assert self.config.context_parallel_size == 1
         rows: list[list[torch.Tensor]] = [[] for _ in q]
-        for row, start, stop in pieces.tolist():
-            one = [x[row : row + 1, :, start:stop] for x in (q, k, v)]
-            rows[row].append(self._attend(one[0], one[1], one[2], dropout))
+        shift = 0
+        for begin, end in self._spans(k.size(2)):
+            # Queries of this rank in front of the span, less places of the sequence in front of it.
+            shift -= begin
+            for row, start, stop in pieces.tolist():
+                first, last = max(start, begin), min(stop, end)
+                if first < last:
+                    own = q[row : row + 1, :, first + shift : last + shift]
+                    keys, values = (x[row : row + 1, :, start:last] for x in (k, v))
+                    rows[row].append(self._attend_to_all_before(own, keys, values, dropout))
+            shift += end
         return torch.cat([torch.cat(parts, dim=2) for parts in rows])
 
 

@@ -39,7 +39,9 @@ from distill_pretrain.processes.groups import ParallelGroups
 from distill_pretrain.processes.host_copy import HostCopy
 
 Reduced = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
-"""A micro-batch's sums: the loss to minimise, the valid tokens, and by name what is reported."""
+"""A micro-batch's sums: the loss to minimise, the valid tokens, and by name what is reported.
+
+What is reported, "sums", ends with the weight of the valid tokens and their number."""
 
 
 class Optimizer(Protocol):
@@ -54,7 +56,7 @@ class StepResult:
     """What one optimizer step did.
 
     Attributes:
-        terms: fp64[num_terms], means over the valid tokens of the global batch.
+        terms: fp64[num_terms], means over the valid tokens of the global batch, by their weights.
         num_tokens: valid tokens in the global batch.
         grad_norm: before clipping.
         learning_rate: used by this step.
@@ -68,9 +70,12 @@ class StepResult:
     applied: bool
 
 
-def reduce_terms(num_tokens: torch.Tensor, terms: torch.Tensor) -> Reduced:
+def reduce_terms(
+    num_tokens: torch.Tensor, total_weight: torch.Tensor, terms: torch.Tensor
+) -> Reduced:
     """Add up a micro-batch's loss terms; the first is minimised."""
-    report = torch.cat((terms.detach().double(), num_tokens.double().reshape(1)))
+    counts = torch.stack((total_weight, num_tokens.double()))
+    report = torch.cat((terms.detach().double(), counts))
     # A view would not be freed by the pipeline schedule.
     return terms[0].clone(), num_tokens, {"sums": report}
 
@@ -85,25 +90,36 @@ def context_positions(num_positions: int, device: torch.device) -> torch.Tensor:
 
 def forward_micro_batch(model: torch.nn.Module, batch: TokenBatch) -> torch.Tensor:
     """Compute what this rank's part of the model makes of a micro-batch: loss terms on the last pipeline stage."""
+    positions = context_positions(batch.tokens.size(1), batch.tokens.device)
     if batch.pieces is None:
-        positions = context_positions(batch.tokens.size(1), batch.tokens.device)
         positions = positions.expand_as(batch.tokens)
     else:
-        positions = piece_positions(batch.pieces, batch.tokens)
+        positions = piece_positions(batch.pieces, len(batch.tokens), positions)
     # In place of a mask, which would be a matrix, attention gets the documents themselves.
     output: torch.Tensor = model(batch.tokens, positions, batch.pieces, labels=batch)
     return output
 
 
-def piece_positions(pieces: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Return places in their documents, int64[B, L] on the device of the tokens [B, L]; see `TokenBatch.pieces`."""
-    positions = torch.cat([torch.arange(stop - start) for _, start, stop in pieces.tolist()])
-    return positions.view(tokens.shape).to(tokens.device, non_blocking=True)
+def piece_positions(pieces: torch.Tensor, num_rows: int, positions: torch.Tensor) -> torch.Tensor:
+    """Return places in their documents, int64[B, P], on the device of this rank's places in a sequence int64[P]."""
+    places = torch.cat([torch.arange(stop - start) for _, start, stop in pieces.tolist()])
+    return places.view(num_rows, -1).to(positions.device, non_blocking=True)[:, positions]
 
 
 def valid_tokens(batch: TokenBatch) -> torch.Tensor:
     """Count the positions of a micro-batch that have a label, int32[]."""
     return (batch.labels >= 0).sum().to(torch.int)
+
+
+def valid_weight(batch: TokenBatch) -> torch.Tensor:
+    """Add up the weights of the positions of a micro-batch that have a label, fp64[]."""
+    valid = batch.labels >= 0
+    return (valid if batch.weights is None else batch.weights * valid).sum(dtype=torch.float64)
+
+
+def divisor(total_weight: torch.Tensor) -> torch.Tensor:
+    """Return what the sums over a global batch are divided by: its weight, fp64[], or 1 where it has none."""
+    return torch.where(total_weight > 0, total_weight, 1.0)
 
 
 def megatron_optimizer_config(
@@ -333,10 +349,9 @@ class Student(ABC):
 
         def accepted(grad_norm: float) -> bool:
             values = sums.read()
-            num_tokens = int(values[-1])
             seen = StepResult(
-                terms=values[:-1] / max(1, num_tokens),
-                num_tokens=num_tokens,
+                terms=values[:-2] / divisor(values[-2]),
+                num_tokens=int(values[-1]),
                 grad_norm=grad_norm,
                 learning_rate=learning_rate,
                 applied=False,
@@ -348,14 +363,15 @@ class Student(ABC):
         return replace(judged[0], applied=applied, grad_norm=grad_norm)
 
     @torch.no_grad()
-    def evaluate(self, iterators: list[Iterator[TokenBatch]]) -> tuple[torch.Tensor, int]:
+    def evaluate(self, iterators: list[Iterator[TokenBatch]]) -> tuple[torch.Tensor, float]:
         """Compute the loss terms of one global batch, without dropout; weights and optimizer stay as they are.
 
         Args:
             iterators: see `step`.
 
         Returns:
-            fp64[num_terms], sums over the valid tokens of the global batch, and how many these are; on every rank.
+            fp64[num_terms], sums over the valid tokens of the global batch, and how many these are (or, where they have
+            weights, the sum of them); on every rank.
         """
         for chunk in self.chunks:
             chunk.eval()
@@ -364,15 +380,15 @@ class Student(ABC):
         finally:
             for chunk in self.chunks:
                 chunk.train()
-        return sums[:-1], int(sums[-1].item())
+        return sums[:-2], float(sums[-2].item())
 
     def _global_sums(self, reports: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-        """Sum over micro-batches and the ranks of other positions, made known to every stage: fp64[terms + 1]."""
+        """Sum over micro-batches and the ranks of other positions, made known to every stage: fp64[terms + 2]."""
         if self.is_last_stage:
             sums = torch.stack([report["sums"] for report in reports]).sum(0)
             dist.all_reduce(sums, group=self.groups.data_context)
         else:
             device = next(self.chunks[0].parameters()).device
-            sums = torch.zeros(self.num_terms + 1, dtype=torch.float64, device=device)
+            sums = torch.zeros(self.num_terms + 2, dtype=torch.float64, device=device)
         dist.broadcast(sums, self.groups.pipeline_last_rank, group=self.groups.pipeline)
         return sums

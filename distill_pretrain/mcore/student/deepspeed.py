@@ -36,10 +36,12 @@ from distill_pretrain.mcore.runtime.core import (
 )
 from distill_pretrain.mcore.student.base import (
     Student,
+    divisor,
     forward_micro_batch,
     megatron_optimizer_config,
     reduce_terms,
     valid_tokens,
+    valid_weight,
 )
 from distill_pretrain.mcore.student.zero import (
     ConditionalAdamW,
@@ -157,23 +159,25 @@ class DeepSpeedStudent(Student):
         self, iterators: list[Iterator[TokenBatch]]
     ) -> list[dict[str, torch.Tensor]]:
         batches = list(islice(iterators[0], self.num_micro_batches))
-        counts = [valid_tokens(batch) for batch in batches]
-        total = torch.stack(counts).sum()
+        weights = [valid_weight(batch) for batch in batches]
+        total = torch.stack(weights).sum()
         dist.all_reduce(total, group=self.groups.data)
         # ZeRO averages gradients over data-parallel ranks.
-        scale = dist.get_world_size(self.groups.data) / total.clamp(min=1)
+        scale = (dist.get_world_size(self.groups.data) / divisor(total)).float()
         reports = []
-        for index, (batch, count) in enumerate(zip(batches, counts, strict=True)):
+        for index, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
             self._engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
             terms = forward_micro_batch(self._engine, batch)
-            loss, _, report = reduce_terms(count, terms)
+            loss, _, report = reduce_terms(valid_tokens(batch), weight, terms)
             self._engine.backward(loss * scale, scale_wrt_gas=False)
             reports.append(report)
         return reports
 
     def _forward_only(self, iterators: list[Iterator[TokenBatch]]) -> list[dict[str, torch.Tensor]]:
         return [
-            reduce_terms(valid_tokens(batch), forward_micro_batch(self._engine, batch))[2]
+            reduce_terms(
+                valid_tokens(batch), valid_weight(batch), forward_micro_batch(self._engine, batch)
+            )[2]
             for batch in islice(iterators[0], self.num_micro_batches)
         ]
 

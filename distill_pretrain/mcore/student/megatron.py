@@ -29,37 +29,48 @@ from distill_pretrain.mcore.runtime.core import (
 from distill_pretrain.mcore.student.base import (
     Reduced,
     Student,
+    divisor,
     forward_micro_batch,
     megatron_optimizer_config,
     reduce_terms,
     valid_tokens,
+    valid_weight,
 )
 from distill_pretrain.processes.groups import ParallelGroups
 
 
 def _forward_step(
-    data_iterator: Iterator[TokenBatch], model: torch.nn.Module
+    seen: list[torch.Tensor], data_iterator: Iterator[TokenBatch], model: torch.nn.Module
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Reduced]]:
+    """Run one micro-batch; its weight goes into `seen` where the loss is computed."""
     batch = next(data_iterator)
-    return forward_micro_batch(model, batch), partial(reduce_terms, valid_tokens(batch))
+
+    def reduced(terms: torch.Tensor) -> Reduced:
+        seen.append(valid_weight(batch))
+        return reduce_terms(valid_tokens(batch), seen[-1], terms)
+
+    return forward_micro_batch(model, batch), reduced
 
 
 def _finalize_gradients(
     groups: ParallelGroups,
+    seen: list[torch.Tensor],
     chunks: list[torch.nn.Module],
     num_tokens: torch.Tensor,
     **settings: object,
 ) -> None:
-    """megatron-core's reduction of gradients, and their division by the tokens of the global batch.
+    """Reduce gradients as megatron-core does, and divide them by the weight of the tokens of the global batch.
 
-    It would divide them itself, but only after asking the host whether there are any, which waits for the device.
-    Without any they are zero, whatever divides them.
+    It would divide them itself, but only by a whole number, and after asking the host whether there are any tokens,
+    which waits for the device.
     """
     finalize_model_grads(chunks, None, **settings)
-    dist.broadcast(num_tokens, groups.pipeline_last_rank, group=groups.pipeline)
-    dist.all_reduce(num_tokens, group=groups.data_context)
+    total = torch.stack(seen).sum() if seen else num_tokens.double()
+    seen.clear()
+    dist.broadcast(total, groups.pipeline_last_rank, group=groups.pipeline)
+    dist.all_reduce(total, group=groups.data_context)
     for chunk in chunks:
-        chunk.scale_gradients(1.0 / num_tokens.clamp(min=1))  # type: ignore[operator]
+        chunk.scale_gradients(1.0 / divisor(total))  # type: ignore[operator]
 
 
 class MegatronStudent(Student):
@@ -106,7 +117,10 @@ class MegatronStudent(Student):
         # Python cannot collect a circle through such a graph, and with it would stay the process groups.
         scale_loss = weakref.WeakMethod(attached.scale_loss)
         self.config.grad_scale_func = lambda loss: scale_loss()(loss)  # type: ignore[misc]
-        self.config.finalize_model_grads_func = partial(_finalize_gradients, self.groups)
+        self._seen: list[torch.Tensor] = []
+        self.config.finalize_model_grads_func = partial(
+            _finalize_gradients, self.groups, self._seen
+        )
         if parallel.overlap_grad_reduce:
             # Only the last micro-batch's gradients are complete and may travel.
             no_sync = [chunk.no_sync for chunk in self.chunks]
@@ -128,8 +142,9 @@ class MegatronStudent(Student):
     def _run_schedule(
         self, iterators: list[Iterator[TokenBatch]], *, forward_only: bool
     ) -> list[dict[str, torch.Tensor]]:
+        self._seen.clear()  # of an evaluation, or of a step that failed
         reports: list[dict[str, torch.Tensor]] = self._forward_backward(
-            forward_step_func=_forward_step,
+            forward_step_func=partial(_forward_step, self._seen),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks,
             num_microbatches=self.num_micro_batches,
