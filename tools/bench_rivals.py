@@ -6,7 +6,7 @@ The recipe has the sections data, teacher, capture and compare, as launch/recipe
 the first sequences' logits go through each project's own writer and come back through its own reader; bytes and
 processor time of both; squared error and bias against the teacher's distribution, and of the loss's gradient at a
 student; the cost of each loss at one shape. Where the comparison of the recipe has been run (launch/real_teacher.sh),
-its students are held beside them. Prints Markdown.
+its students are held beside them; --earlier adds them to a report that was made before they were. Prints Markdown.
 
 Megatron-LM's part needs megatron-core 0.19 and zstandard, on Python 3.12 or later: `launch/test.sh --matrix --make
 3.12` makes such an environment, .matrix/3.12; `pip install zstandard array-record` there, the latter for MaxText's.
@@ -16,6 +16,7 @@ left out with its reason.
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from rivals.losses import costs, cross_entropy, difference, our_loss
 from rivals.megatron import MegatronLM, versions
 from rivals.others import (
     DISTILLKIT_BUDGET,
+    DISTILLKIT_NORMALIZED,
     DISTILLKIT_RECOMMENDED,
     DistillKit,
     MaxText,
@@ -80,6 +82,9 @@ def layouts(
         "Megatron-LM top-p 0.95": lambda: MegatronLM(folder / "megatron-p", top_p=0.95, **shape),
         "DistillKit 128": lambda: DistillKit(
             DISTILLKIT_RECOMMENDED, folder / "distillkit-128", plan.vocab_size
+        ),
+        "DistillKit 128, normalize_t": lambda: DistillKit(
+            DISTILLKIT_NORMALIZED, folder / "distillkit-128-normalized", plan.vocab_size
         ),
         "DistillKit 50": lambda: DistillKit(
             DISTILLKIT_BUDGET, folder / "distillkit-50", plan.vocab_size
@@ -286,17 +291,24 @@ def main() -> None:
     parser.add_argument(
         "--student", type=Path, metavar="RUN", help="at which gradients are taken; else unigrams"
     )
+    parser.add_argument(
+        "--earlier",
+        type=Path,
+        metavar="FILE",
+        help="measure nothing: add the students to this report",
+    )
     args = parser.parse_intermixed_args()
     recipe = load_recipe(Recipe, args.recipe, args.overrides)
     require(recipe, "bench_rivals", "data", "teacher", "capture", "model", "train", "compare")
-    count = args.sequences - args.sequences % args.rows
-    report = {
-        "environment": environment("torch", "transformers", "megatron-core"),
-        **measure(recipe, count, args.rows, args.student),
-        "students": students(recipe),
-    }
-    if not {"Megatron-LM 128"} & set(report["missing"]):
-        report["environment"] |= versions()
+    if args.earlier:
+        report = json.loads(args.earlier.read_text())
+    else:
+        count = args.sequences - args.sequences % args.rows
+        report = measure(recipe, count, args.rows, args.student)
+        report["environment"] = environment("torch", "transformers", "megatron-core")
+        if "Megatron-LM 128" not in report["missing"]:
+            report["environment"] |= versions()
+    report["students"] = students(recipe)
     print(markdown(report))
     write_json(args.output, report)
 

@@ -22,7 +22,7 @@ try:
     from rivals.losses import difference, our_loss
     from rivals.others import DISTILLKIT_BUDGET, DISTILLKIT_RECOMMENDED, MaxText, distillkit_bytes
     from rivals.ours import Ours
-    from rivals.tables import bias
+    from rivals.tables import bias, matched_table, within
 finally:
     sys.path.remove(str(REPOSITORY / "tools"))
 
@@ -117,6 +117,35 @@ def test_sums_are_means_over_positions_whatever_the_chunks():
     assert found["target"]["squared_bias"] == found["target"]["squared_error"]
     sums.target.biases.append(np.array([1e-4, -1e-4, 1e-4, 0]))
     assert bias(sums.target.figures()).startswith("0 ±")
+
+
+def test_a_rival_stands_beside_the_largest_sample_in_its_bytes_and_in_a_tenth():
+    def row(size: float, use: str, basis: str, error: float) -> dict:
+        gradient = {"squared_error": error}
+        return {
+            "bytes_per_token": size,
+            "use": use,
+            "basis": basis,
+            "gradient": gradient,
+            "gradient_squared": 2.0,
+        }
+
+    report = {
+        "layouts": {
+            "systematic 12": row(9, "as drawn", "this project", 0.2),
+            "systematic 50": row(31, "as drawn", "this project", 0.02),
+            "systematic 300": row(100, "as drawn", "this project", 0.002),
+            "topk 128": row(300, "ghost", "this project", 1e-4),
+            "Theirs": row(310, "ghost", "theirs", 4e-4),
+            "Small": row(80, "ghost", "theirs", 4e-3),
+        }
+    }
+    assert within(report, 310) == "systematic 300" and within(report, 8.9) is None
+    lines = matched_table(report).splitlines()[2:]
+    assert lines[0] == (
+        "| Theirs | 310.0 | 2.0e-04 | systematic 300: 100.0 | 1.0e-03 | systematic 50: 31.0 | 1.0e-02 |"
+    )
+    assert lines[1].endswith("| systematic 50: 31.0 | 1.0e-02 | none |  |")
 
 
 def plan() -> CachePlan:

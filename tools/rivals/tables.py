@@ -13,6 +13,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"{teacher['entropy']:.2f} nats, mean largest probability {teacher['top1']:.3f}.",
         layout_table(report),
         *(f"Not measured: {name}: {reason}." for name, reason in report["missing"].items()),
+        matched_table(report),
         step_table(report),
     ]
     if report["students"]:
@@ -37,6 +38,41 @@ def layout_table(report: dict[str, Any]) -> str:
             f"| {gradient['squared_error']:.1e} | {bias(gradient)} |"
         )
     return "\n".join(lines)
+
+
+def within(report: dict[str, Any], size: float) -> str | None:
+    """The largest sample of ours in at most so many bytes per token."""
+    ours = {
+        name: row["bytes_per_token"]
+        for name, row in report["layouts"].items()
+        if row["use"] == "as drawn" and row["bytes_per_token"] <= size
+    }
+    return max(ours, key=ours.__getitem__) if ours else None
+
+
+def matched_table(report: dict[str, Any]) -> str:
+    """Each other layout beside a sample of ours in its bytes, and in a tenth of them."""
+    lines = [
+        "| gradient's squared error, relative | B/token | error, all bias | ours in as many bytes | error, no bias "
+        "| ours in a tenth | error, no bias |",
+        "|---|--:|--:|---|--:|---|--:|",
+    ]
+    rows = report["layouts"]
+    for name, row in rows.items():
+        if row["basis"] == "this project":
+            continue
+        cells = [name, f"{row['bytes_per_token']:.1f}", f"{relative(row):.1e}"]
+        for share in (1.0, 0.1):
+            ours = within(report, share * row["bytes_per_token"])
+            size = f"{ours}: {rows[ours]['bytes_per_token']:.1f}" if ours else "none"
+            cells += [size, f"{relative(rows[ours]):.1e}" if ours else ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def relative(row: dict[str, Any]) -> float:
+    """Squared error of the gradient over its own square."""
+    return float(row["gradient"]["squared_error"] / row["gradient_squared"])
 
 
 def titled(name: str, row: dict[str, Any]) -> str:
