@@ -159,7 +159,8 @@ def results_by_file(results: Path) -> dict[str, dict[str, int]]:
     """How many tests of each file passed, failed and were skipped, of pytest's JUnit file."""
     found: dict[str, Counter[str]] = {}
     for case in ElementTree.parse(results).iter("testcase"):
-        file = case.get("classname", "").replace(".", "/") + ".py"
+        # Of a file that could not be imported there is no class, and its name stands in the other place.
+        file = (case.get("classname") or case.get("name", "")).replace(".", "/") + ".py"
         failed = case.find("failure") is not None or case.find("error") is not None
         skipped = case.find("skipped") is not None
         fate = "failed" if failed else "skipped" if skipped else "passed"
