@@ -222,11 +222,38 @@ def test_a_callback_of_the_user_judges_reports_and_goes_on_after_a_resume(recipe
         "WARNING: bad step 2: I do not like it (skip)",
         "WARNING: bad step 3: I do not like it (skip)",
     ]
+    # The user's callbacks judge first: what they refuse is no loss of an applied step to the guard.
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    progress = json.loads((newest / "checkpoint.json").read_text())["progress"]
+    assert len(progress["recent_losses"]) == 2
     # One that does not know its key in the checkpoint is told so before anything is lost.
     longer = of_run(recipe, tmp_path / "run", steps=5)
     with pytest.raises(CheckpointError, match=r"record is damaged.*KeyError: 'other'"):
         train_student(longer, callbacks=[Other(9)])
     assert records(tmp_path / "run") == found
+
+
+class GoesBack(Callback):
+    """Finds one step bad, the first time it comes."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.is_over = at, False
+
+    def judge(self, step: int, seen: Any) -> Judgement:
+        if step != self.at or self.is_over:
+            return Judgement()
+        self.is_over = True
+        return Judgement(Verdict.ROLL_BACK, "once more, on other batches")
+
+
+def test_batches_that_a_rollback_left_out_stay_out_after_a_resume(recipe, tmp_path):
+    def losses(name: str, *steps: int) -> list[float]:
+        for last, goes_back in zip(steps, (True, False), strict=False):
+            run = of_run(recipe, tmp_path / name, steps=last, checkpoint_interval=1)
+            assert train_student(run, callbacks=[GoesBack(2)] if goes_back else [])
+        return [r["loss"] for r in records(tmp_path / name)]
+
+    assert losses("cut", 3, 4) == losses("whole", 4)
 
 
 def test_a_callback_that_does_nothing_changes_no_bit(recipe, tmp_path):
