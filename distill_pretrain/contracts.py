@@ -50,7 +50,7 @@ class RaggedTargets:
     values: npt.NDArray[Any]
 
     def probs(self) -> npt.NDArray[np.float32]:
-        """float32[E]: the target probability of every entry."""
+        """Return the target probability of every entry, float32[E]."""
         values = self.values.astype(np.float32)
         probs: npt.NDArray[np.float32] = (
             values / np.float32(self.num_draws) if self.kind == "counts" else np.exp(values)
@@ -89,7 +89,7 @@ class LikeliestEntries(NamedTuple):
 
 
 class RowMoments(NamedTuple):
-    """How this rank's part of some distributions looks.
+    """This rank's part of what is measured of some distributions: entropy and likeliest id.
 
     Attributes:
         depths: float64[T], sum of w (max z - z) over the columns, w the integer weights.
@@ -143,7 +143,10 @@ class LogitsEngine(Protocol):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """JSON-able: engine kind, weight-file sha256s, dtype. Recorded in the cache's plan."""
+        """What tells the model from others, as JSON values: engine kind, weight-file sha256s, dtype.
+
+        It is recorded in the cache's plan.
+        """
         ...
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -219,7 +222,10 @@ class TeacherEngine(Protocol):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """JSON-able: engine kind, weight-file sha256s, dtype, and what else moves float rounding."""
+        """What tells the teacher from others, as JSON values.
+
+        That is its engine kind, the sha256s of its weight files, its dtype, and what else moves float rounding.
+        """
         ...
 
     def chunks(self, tokens: torch.Tensor) -> Iterator[LogitsChunk]:

@@ -91,7 +91,7 @@ class DistillationDataset(Dataset[dict[str, torch.Tensor]]):
         return self._size
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, torch.Tensor]:
-        """One sequence; see the class. Negative indices count from the end.
+        """Return one sequence; see the class. Negative indices count from the end.
 
         Raises:
             SequenceOutOfRange: an IndexError; there is no such item.

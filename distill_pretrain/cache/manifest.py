@@ -123,7 +123,7 @@ class Manifest:
 
     @property
     def root_sha256(self) -> str:
-        """Hex sha256 over the plan id and the shards' digests, in order."""
+        """The hex sha256 over the plan id and the shards' digests, in order."""
         digests = (record.sha256 for record in self.shards)
         return hashlib.sha256("\n".join([self.plan.plan_id, *digests]).encode()).hexdigest()
 

@@ -14,14 +14,14 @@ EXTENT_NAME = "extent.json"
 
 
 def shard_name(plan: CachePlan, shard: int) -> str:
-    """File name of a finished shard; one with fewer sequences than the others says how many."""
+    """Return the file name of a finished shard; one with fewer sequences than the others says how many."""
     count = plan.shard_range(shard)[1]
     short = "" if count == plan.shard_sequences else f"-n{count}"
     return f"s-{shard:06d}{short}.dpt"
 
 
 def record_name(plan: CachePlan, shard: int) -> str:
-    """File name of a shard's done record."""
+    """Return the file name of a shard's done record."""
     return shard_name(plan, shard).removesuffix(".dpt") + ".json"
 
 

@@ -91,7 +91,7 @@ class CachePlan:
 
     @property
     def kind(self) -> TargetKind:
-        """What an entry's value is."""
+        """What an entry's value is: a count of draws, or a log-probability."""
         return CODECS[self.codec].kind
 
     @property
@@ -101,22 +101,22 @@ class CachePlan:
 
     @property
     def max_entries_per_token(self) -> int:
-        """Most entries of a position: min(N, V)."""
+        """The most entries of a position: min(N, V)."""
         return min(self.num_draws, self.vocab_size)
 
     @cached_property
     def plan_id(self) -> str:
-        """Hex sha256 of the bytes of plan.json."""
+        """The hex sha256 of the bytes of plan.json."""
         return hashlib.sha256(self.to_json_bytes()).hexdigest()
 
     @property
     def num_shards(self) -> int:
-        """Shard files of the whole cache."""
+        """The number of shard files of the whole cache."""
         return -(-self.num_sequences // self.shard_sequences)
 
     @cached_property
     def blocks_per_sequence(self) -> int:
-        """Blocks of one sequence; the last may be shorter than `block_tokens`."""
+        """The number of blocks of one sequence; the last may be shorter than `block_tokens`."""
         return -(-self.seq_len // self.block_tokens)
 
     def shard_range(self, shard: int) -> tuple[int, int]:

@@ -117,12 +117,12 @@ class CacheReader(Closing):
 
     @cached_property
     def manifest(self) -> Manifest:
-        """The shards."""
+        """The manifest: the records of the shards."""
         return Manifest.from_json_bytes(self.head.manifest_bytes, self.plan, is_checked=True)
 
     @cached_property
     def manifest_sha256(self) -> str:
-        """Hex digest of manifest.json, the cache's identity."""
+        """The hex digest of manifest.json, the cache's identity."""
         return hashlib.sha256(self.head.manifest_bytes).hexdigest()
 
     def check_matches(

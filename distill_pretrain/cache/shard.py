@@ -82,12 +82,12 @@ class ShardSpec:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of the shard."""
+        """The number of blocks of the shard."""
         return self.plan.shard_blocks(self.shard)
 
     @cached_property
     def header(self) -> bytes:
-        """The header; readers compare it byte by byte."""
+        """The header of the shard; readers compare it byte by byte."""
         plan = self.plan
         first, count = plan.shard_range(self.shard)
         head = _HEADER.pack(
@@ -109,7 +109,7 @@ class ShardSpec:
 
     @cached_property
     def max_frame_length(self) -> int:
-        """Bytes of the largest frame the plan allows."""
+        """The bytes of the largest frame that the plan allows."""
         tokens = min(self.plan.block_tokens, self.plan.seq_len)
         entries = tokens * self.plan.max_entries_per_token
         return frame_length(self.codec.payload_bounds(tokens, entries)[1])

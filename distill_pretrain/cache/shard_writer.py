@@ -67,7 +67,7 @@ class ShardWriter(Closing):
 
     @property
     def size(self) -> int:
-        """Bytes of the file so far."""
+        """The bytes of the file so far."""
         return self._end
 
     def append(self, targets: RaggedTargets, tokens: npt.NDArray[np.int32]) -> None:

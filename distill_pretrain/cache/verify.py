@@ -59,7 +59,7 @@ class VerifyResult:
 
     @property
     def damaged_shards(self) -> tuple[int, ...]:
-        """Numbers of the shards to capture again, ascending."""
+        """The numbers of the shards to capture again, ascending."""
         return tuple(sorted({shard for _, shard in self.damaged}))
 
 

@@ -45,7 +45,7 @@ _PUBLISH_LOCK = ".publish.lock"
 
 
 class CacheWriter:
-    """One process's hand in a cache folder.
+    """The writer of a cache in one process; any number of processes may write one cache.
 
     Attributes:
         folder: of the cache.

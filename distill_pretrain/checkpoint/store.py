@@ -93,7 +93,7 @@ class BackgroundFiles(Protocol):
 
     @property
     def moves(self) -> int:
-        """Grows while files are being written."""
+        """A number that grows while files are being written."""
 
     @property
     def writing(self) -> bool:

@@ -40,7 +40,7 @@ Example
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of this verb."""
+    """Add the arguments of this verb."""
     parser.add_argument(
         "--to-parameters",
         action="append",

@@ -15,7 +15,7 @@ BosMode = Literal["auto", "always", "never"]
 
 
 class CorpusConfig(Section):
-    """Raw text in, Megatron .bin/.idx out."""
+    """Which text is tokenised, and where its Megatron .bin/.idx go."""
 
     paths: tuple[Path | str, ...] = Field(min_length=1)
     """Files (text, JSONL, Parquet, Arrow), directories searched recursively, folders of Hugging Face datasets
@@ -59,7 +59,7 @@ class CorpusConfig(Section):
 
 
 class TokenizerConfig(Section):
-    """Which tokenizer; trained from the corpus when no path is given (sentencepiece only)."""
+    """Which tokenizer is used; it is trained from the corpus when no path is given (sentencepiece only)."""
 
     kind: Literal["sentencepiece", "hf"] = "sentencepiece"
     """Tokenizer library."""

@@ -29,7 +29,7 @@ LoadTokenizer = Callable[[], Tokenizer]
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedBatch:
-    """Tokens of some units.
+    """The tokens of some units.
 
     Attributes:
         documents: each of them.

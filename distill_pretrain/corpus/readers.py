@@ -33,7 +33,7 @@ class Slice:
 
     @property
     def num_bytes(self) -> int:
-        """How much of the corpus this is."""
+        """The number of the corpus's bytes that this is."""
         return self.end - self.start
 
 
@@ -94,7 +94,7 @@ def batches_of(
 
 
 def _weight(part: Unit) -> int:
-    """Bytes of text, about."""
+    """Estimate the bytes of text."""
     if isinstance(part, Slice):
         return part.num_bytes
     return len(part.data) if isinstance(part, Lines) else sum(map(len, part.texts))

@@ -129,7 +129,7 @@ class SequencePlan:
 
     @property
     def plan_id(self) -> str:
-        """Hex sha256 over the inputs of the plan (not over paths, times or software)."""
+        """The hex sha256 over the inputs of the plan (not over paths, times or software)."""
         fingerprint = self.index.fingerprint
         identity: dict[str, Any] = {
             "version": PLAN_VERSION,

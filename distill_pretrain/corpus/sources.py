@@ -40,7 +40,7 @@ class SourceList:
 
     @property
     def num_bytes(self) -> int:
-        """Size of all files as they are stored."""
+        """The size of all files as they are stored."""
         return sum(file.size for file in self.files)
 
     def fingerprint(self) -> str:

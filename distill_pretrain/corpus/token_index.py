@@ -40,7 +40,7 @@ _REBUILD = "tokenise the corpus again, or copy both files again"
 
 @dataclass(frozen=True, kw_only=True)
 class TokenFingerprint:
-    """What identifies a tokenised corpus.
+    """What tells one tokenised corpus from another.
 
     Attributes:
         bin_sha256: hex digest of the .bin.
@@ -116,7 +116,7 @@ class TokenIndex:
 
     @cached_property
     def fingerprint(self) -> TokenFingerprint:
-        """Digests and the largest id; one pass over the .bin unless the sidecar file is current.
+        """The digests and the largest id; found in one pass over the .bin unless the sidecar file is current.
 
         Raises:
             TokenDataError: an id is negative or does not fit int32.

@@ -34,7 +34,7 @@ HF_FILES = (
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back.
+    """Turns text into token ids, and back.
 
     Attributes:
         kind: "sentencepiece" or "hf".

@@ -20,7 +20,7 @@ _TOKENIZER_KEYS = {"kind": str, "sha256": str, "vocab_size": int, "file": str}
 
 @dataclass(frozen=True, kw_only=True)
 class TokensRecord:
-    """Contents of tokens.json.
+    """The contents of tokens.json.
 
     Attributes:
         tokenizer: {kind, sha256, vocab_size, file}; `file` is relative to the folder, `sha256` is of the files.
@@ -47,7 +47,7 @@ class TokensRecord:
 
     @property
     def bos_id(self) -> int | None:
-        """Id that begins every document; None where they begin with their text."""
+        """The id that begins every document; None where they begin with their text."""
         return self.tokenizer.get("bos_id")
 
     def check_loss(self, index: TokenIndex) -> None:

@@ -26,7 +26,7 @@ class Store:
     """
 
     def __init__(self, url: str) -> None:
-        """Connect.
+        """Connect to the store; nothing is read yet.
 
         Raises:
             MissingDependency: the package for this kind of URL is not installed.

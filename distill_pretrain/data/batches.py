@@ -233,12 +233,12 @@ class StudentBatches:
 
     @property
     def num_micro_batches(self) -> int:
-        """Micro-batches of this rank per step."""
+        """The number of micro-batches of this rank per step."""
         return self.global_batch_size // (self.micro_batch_size * self.data_size)
 
     @property
     def bytes_read(self) -> int:
-        """Bytes that this rank has read from the caches so far."""
+        """The bytes that this rank has read from the caches so far."""
         return sum(int(getattr(source.cache, "bytes_read", 0)) for source in self.sources)
 
     def sequences(

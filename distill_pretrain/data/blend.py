@@ -54,7 +54,7 @@ class BlendOrder:
     def __getitem__(
         self, positions: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Source and sequence number, int64[n] each, at positions int64[n] counted from the start of training."""
+        """Return source and sequence number, int64[n] each, at positions int64[n] from the start of training."""
         sources, places = self.split(positions)
         sequences = np.empty_like(places)
         for number, order in enumerate(self._orders):

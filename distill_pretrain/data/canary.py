@@ -60,7 +60,7 @@ class Canary:
 
     @property
     def num_positions(self) -> int:
-        """T: positions with targets, a next token, and neighbours that have one."""
+        """T, the number of positions with targets, a next token, and neighbours that have one."""
         return len(self.hits)
 
     def __str__(self) -> str:

@@ -37,15 +37,15 @@ class KeptShare:
 
     @property
     def mean(self) -> float:
-        """Mean mass of a position's targets, 0 to 1."""
+        """The mean mass of a position's targets, 0 to 1."""
         return self._mass / self.positions
 
     @property
     def bias(self) -> float:
-        """Nats from what is kept, scaled to 1, to the teacher's distribution: the mean of -ln mass."""
+        """The divergence in nats from what is kept, scaled to 1, to the teacher: the mean of -ln mass."""
         return max(0.0, self._bias / self.positions)
 
     @property
     def is_low(self) -> bool:
-        """Whether it is a warning."""
+        """Whether so little is kept that the user is warned."""
         return self.mean < LOW_MASS

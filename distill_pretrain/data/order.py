@@ -28,7 +28,7 @@ class VisitOrder:
         self._half_bits = max(1, -(-max(1, (num_sequences - 1).bit_length()) // 2))
 
     def __getitem__(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Sequence numbers, int64[n], at positions int64[n] counted from the start of training."""
+        """Return sequence numbers, int64[n], at positions int64[n] counted from the start of training."""
         epoch = positions.astype(np.uint64) // _U64(self.num_sequences)
         x = positions.astype(np.uint64) % _U64(self.num_sequences)
         x = self._encrypt(x, epoch)

@@ -52,12 +52,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
 
     @property
     def eot_token_id(self) -> int:
-        """The end-of-document token."""
+        """The id of the end-of-document token."""
         return self._text_tokenizer.eod_id
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context."""
+        """The id that stands before a text without context."""
         bos = self._text_tokenizer.bos_id
         return self.eot_token_id if bos is None else bos
 

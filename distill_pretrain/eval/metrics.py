@@ -53,7 +53,7 @@ class ScoreSettings:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names of the F sums of a sequence: `FIELDS`, then accepted drafts and rounds of every k."""
+        """The names of the F sums of a sequence: `FIELDS`, then accepted drafts and rounds of every k."""
         drafts = [(f"accepted_{k}", f"rounds_{k}") for k in self.draft_lengths]
         return FIELDS + tuple(name for pair in drafts for name in pair)
 

@@ -17,7 +17,7 @@ from distill_pretrain.kernels.sparse_kd.problem import MAX_COLUMNS, MAX_ENTRIES
 
 @dataclass(frozen=True, kw_only=True)
 class LossBackend:
-    """What computes the loss.
+    """Which backend computes the loss: CUDA kernels, or plain PyTorch.
 
     Attributes:
         name: the kernels, or plain PyTorch.

@@ -141,7 +141,7 @@ class _Chunk:
         self.scale = torch.where(self.has_label, scale, 0.0)
 
     def gradient(self, divergence: Divergence) -> torch.Tensor:
-        """fp32[R, n]: of the loss by this rank's real columns."""
+        """Return the gradient of the loss by this rank's real columns, fp32[R, n]."""
         values, slope = _DIVERGENCES[divergence](self.log_q, self.log_t, self._row_sum)
         values = torch.where(self.has_label, values, 0.0)
         settings = self.settings
@@ -187,13 +187,15 @@ def _row_max(rows: torch.Tensor) -> torch.Tensor:
     return rows.amax(-1)
 
 
+# With u = z / tau, d log q_i / du_j = [i = j] - q_j. A sum over i of q_i f_i thus has the derivative
+# q_j (f_j - sum_i q_i f_i) by the q in front, and what f brings: below sum_i q_i df_i / du_j is 0 or cancels.
 RowSum = Callable[[torch.Tensor], torch.Tensor]
 
 
 def _forward_kl(
     log_q: torch.Tensor, log_t: torch.Tensor, row_sum: RowSum
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """D = sum t (log t - log q); dD/d(z/tau) = q - t."""
+    """Return D = sum t (log t - log q) and dD/du = q - t, u = z / tau."""
     t = log_t.exp()
     values = row_sum(torch.where(t > 0, t * (log_t - log_q), 0.0))
     return values, log_q.exp() - t
@@ -202,7 +204,7 @@ def _forward_kl(
 def _reverse_kl(
     log_q: torch.Tensor, log_t: torch.Tensor, row_sum: RowSum
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """D = sum q (log q - log t); dD/d(z/tau) = q (log q - log t - D)."""
+    """Return D = sum q (log q - log t) and dD/du = q (log q - log t - D), u = z / tau."""
     q = log_q.exp()
     terms = torch.where(q > 0, q * (log_q - log_t), 0.0)
     values = row_sum(terms)
@@ -212,7 +214,7 @@ def _reverse_kl(
 def _jensen_shannon(
     log_q: torch.Tensor, log_t: torch.Tensor, row_sum: RowSum
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """D = (KL(t || m) + KL(q || m)) / 2 with m = (q + t) / 2; dD/d(z/tau) = q (log q - log m - KL(q || m)) / 2."""
+    """Return D = (KL(t || m) + KL(q || m)) / 2, m = (q + t) / 2, and dD/du = q (log q - log m - KL(q || m)) / 2."""
     log_m = torch.logaddexp(log_q, log_t) - math.log(2.0)
     q, t = log_q.exp(), log_t.exp()
     from_student = torch.where(q > 0, q * (log_q - log_m), 0.0)

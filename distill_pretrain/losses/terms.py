@@ -60,7 +60,7 @@ class Objective:
 
     @property
     def term_names(self) -> tuple[str, ...]:
-        """Names of the terms: `TERMS`, and what else is trained, such as `z`."""
+        """The names of the terms: `TERMS`, and what else is trained, such as `z`."""
         trained = (
             term
             for term, weight in TERMS.items()

@@ -51,7 +51,7 @@ class Targets:
 
 @dataclass(frozen=True, kw_only=True)
 class Density:
-    """What a position costs.
+    """What a position costs: entries and bytes.
 
     Attributes:
         entries: stored ids per position.
@@ -68,7 +68,7 @@ class Density:
 
 @dataclass(frozen=True, kw_only=True)
 class Pilot:
-    """What was measured on a small scale.
+    """What was measured on a small scale, before a capture.
 
     Attributes:
         densities: kind of targets -> entries and bytes per entry.
@@ -214,22 +214,22 @@ class CacheGeometry:
 
     @property
     def positions(self) -> int:
-        """All that will be captured."""
+        """The number of positions that will be captured."""
         return self.num_sequences * self.seq_len
 
     @property
     def shards(self) -> int:
-        """Shard files."""
+        """The number of shard files."""
         return -(-self.num_sequences // self.shard_sequences)
 
     @property
     def files(self) -> int:
-        """Shards, their records, and the few others."""
+        """The number of all files: shards, their records, and the few others."""
         return 2 * self.shards + FIXED_FILES
 
     @property
     def blocks(self) -> int:
-        """Checksummed blocks."""
+        """The number of checksummed blocks."""
         return self.num_sequences * -(-self.seq_len // self.block_tokens)
 
 

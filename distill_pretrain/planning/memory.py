@@ -64,12 +64,12 @@ class StudentJob:
 
     @property
     def positions(self) -> int:
-        """T."""
+        """T, the positions of a micro-batch."""
         return self.micro_batch_size * self.seq_len // self.parallel.context
 
     @property
     def optimizer_shards(self) -> int:
-        """Ranks over which the distributed optimizer divides its state."""
+        """The number of ranks over which the distributed optimizer divides its state."""
         return self.data_parallel * self.parallel.context
 
     @property
@@ -79,7 +79,7 @@ class StudentJob:
 
     @property
     def sequence_split(self) -> int:
-        """Ranks over which activations between tensor-parallel regions are divided."""
+        """The number of ranks over which activations between tensor-parallel regions are divided."""
         return self.parallel.tensor if self.parallel.sequence_parallel else 1
 
 
@@ -111,12 +111,12 @@ class RankMemory:
 
     @property
     def states(self) -> int:
-        """Weights, gradients and optimizer state."""
+        """The bytes of weights, gradients and optimizer state."""
         return self.weights + self.gradients + self.optimizer
 
     @property
     def total(self) -> int:
-        """The peak."""
+        """The bytes at the peak."""
         passing = self.activations + self.loss + self.temporaries
         return self.states + self.batch + max(passing, self.step_temporaries)
 

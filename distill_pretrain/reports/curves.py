@@ -37,7 +37,7 @@ class TrainingCurve:
     cut_off: bool
 
     def __getitem__(self, name: str) -> npt.NDArray[np.float64]:
-        """One column."""
+        """Return one column."""
         return self.columns[name]
 
     @property

@@ -66,7 +66,7 @@ class ReportRow:
 
     @property
     def final_ce(self) -> float | None:
-        """Mean training CE over the last `FINAL_STEPS` steps, nats per token."""
+        """The mean training CE over the last `FINAL_STEPS` steps, nats per token."""
         return None if self.curve is None else float(np.nanmean(self.curve["ce"][-FINAL_STEPS:]))
 
     def cells(self) -> list[str]:

@@ -39,14 +39,17 @@ class Draws:
 
     @property
     def stream(self) -> int:
-        """Philox stream of the sampler."""
+        """The Philox stream of the sampler."""
         stream = SAMPLERS[self.name].stream
         assert stream is not None, self.name
         return stream
 
     @cached_property
     def words(self) -> Uint64Array:
-        """uint64[P, N], or [P, 1] where one is drawn; made at once: Philox in numpy pays per call, not per word."""
+        """The uniform words of all positions, uint64[P, N], or [P, 1] where one is drawn.
+
+        They are made at once: Philox in numpy pays per call, not per word.
+        """
         per_position = 1 if SAMPLERS[self.name].draws_once else self.num_draws
         return draws64(self.seed, self.stream, self.positions, per_position)
 
@@ -89,17 +92,17 @@ class Columns(Protocol):
 
     @property
     def num_rows(self) -> int:
-        """T."""
+        """T, the number of rows."""
         ...
 
     @property
     def width(self) -> int:
-        """V >= 1; no column counts as one of -inf."""
+        """V >= 1, the number of columns; no column counts as one of -inf."""
         ...
 
     @property
     def rows_at_once(self) -> int | None:
-        """Rows of a block, the same on every rank; None leaves it to the split."""
+        """The number of rows of a block, the same on every rank; None leaves it to the split."""
         ...
 
     def block(self, rows: Int64Array) -> Block:

@@ -66,14 +66,21 @@ def systematic_points(draws: Uint64Array, totals: Int64Array, num_draws: int) ->
 
 
 def systematic_errors(probs: Float64Array, num_draws: int) -> Float64Array:
-    """Return the sum over V of f (1 - f) / N^2, float64[T], f the fractional part of N t."""
+    """Return the sum over V of f (1 - f) / N^2, float64[T], f the fractional part of N t.
+
+    A count is floor(N t) or one more, and N t on average: so it is one more with probability f, and its variance that
+    of a coin, f (1 - f).
+    """
     fraction = np.modf(num_draws * probs)[0]
     errors: Float64Array = (fraction * (1 - fraction)).sum(axis=1) / num_draws**2
     return errors
 
 
 def multinomial_errors(probs: Float64Array, num_draws: float) -> Float64Array:
-    """Return the sum over V of t (1 - t) / N, float64[T]."""
+    """Return the sum over V of t (1 - t) / N, float64[T]: 1 - sum t^2, over N.
+
+    A count is binomial, of N draws that hit with probability t: its variance is N t (1 - t).
+    """
     errors: Float64Array = (1 - (probs**2).sum(axis=1)) / num_draws
     return errors
 

@@ -16,7 +16,7 @@ NEARLY_UNIFORM = 0.98
 
 
 class DistributionFigures:
-    """Sums over the rows looked at.
+    """Sums over the rows that were looked at.
 
     Args:
         vocab_size: V.
@@ -39,12 +39,12 @@ class DistributionFigures:
 
     @property
     def entropy(self) -> float:
-        """Mean, in nats; nan where no row was looked at."""
+        """The mean entropy in nats; nan where no row was looked at."""
         return float(np.concatenate(self._entropies).mean()) if self._entropies else math.nan
 
     @property
     def uniform_share(self) -> float:
-        """Share of the rows that are nearly uniform."""
+        """The share of the rows that are nearly uniform."""
         if not self._entropies:
             return math.nan
         level = NEARLY_UNIFORM * math.log(self._vocab_size)
@@ -52,7 +52,7 @@ class DistributionFigures:
 
     @property
     def top_share(self) -> float:
-        """Share of the rows that have the commonest likeliest id."""
+        """The share of the rows that have the commonest likeliest id."""
         if not self._top_ids:
             return math.nan
         return float(np.bincount(np.concatenate(self._top_ids)).max()) / sum(

@@ -24,7 +24,7 @@ def host_columns(logits: torch.Tensor) -> HostColumns:
 
 
 class HostColumns:
-    """A `Columns`.
+    """The columns of a rank in the memory of the host: a `columns.Columns`.
 
     Args:
         logits: float32[T, V]; no column counts as one of -inf.
@@ -48,7 +48,7 @@ class HostColumns:
 
 
 class HostBlock:
-    """A `Block`.
+    """Some rows of a rank in the memory of the host: a `columns.Block`.
 
     Args:
         logits: float32[T, V].
@@ -107,7 +107,10 @@ def _rows(logits: Float32Array, rows: Int64Array) -> Float32Array:
 
 
 def _locate(cumulative: Int64Array, points: Int64Array) -> Int64Array:
-    """int64[T, N] columns, ascending in a row: whose weight interval holds the point; V for a point beyond them."""
+    """Find whose weight interval holds each point: columns int64[T, N], ascending in a row.
+
+    V for a point beyond them.
+    """
     found: Int64Array = torch.searchsorted(
         torch.from_numpy(cumulative), torch.from_numpy(points), right=True
     ).numpy()

@@ -52,7 +52,7 @@ class Sampler:
 
     @property
     def kind(self) -> TargetKind:
-        """What an entry's value is."""
+        """What an entry's value is: a count of draws, or a log-probability."""
         return SAMPLERS[self.name].values
 
 
@@ -163,6 +163,7 @@ def sample_split(
             for grown in sets:
                 grown.add(chunk, slice(start, start + per_chunk))
             if figures is not None:
+                # Every LOOK_EVERY-th of the valid rows, wherever chunks begin: the same figures for any split.
                 moments.add(chunk, np.arange(-start % LOOK_EVERY, len(numbers), LOOK_EVERY))
         except BadLogits as error:
             bad.extend(int(numbers[row]) for row in error.rows)
@@ -229,7 +230,7 @@ class _GrowingSet:
         self._parts.append((drawn.lengths, drawn.columns + chunk.first_id, drawn.counts))
 
     def arrays(self) -> list[npt.NDArray[Any]]:
-        """What the other ranks need of this one."""
+        """Return what the other ranks need of this one."""
         dtypes = (np.int32, np.int32, *self._value_dtypes)
         if not self._parts:
             return [np.empty(0, dtype) for dtype in dtypes]
@@ -243,7 +244,10 @@ class _GrowingSet:
     def targets(
         self, everyone: Sequence[Iterator[npt.NDArray[Any]]], rows: Int64Array, num_rows: int
     ) -> RaggedTargets:
-        """All of them, where the valid rows are `rows` of `num_rows`; takes its arrays from every rank's."""
+        """Return all targets, where the valid rows are `rows` of `num_rows`.
+
+        Take this set's arrays from every rank's.
+        """
         width = 2 + len(self._value_dtypes)
         lengths, ids, values, *weights = _merged(
             [[next(arrays) for _ in range(width)] for arrays in everyone]
@@ -267,7 +271,8 @@ class _GrowingSet:
         logits: Float32Array,
         weights: Int64Array,
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], Float32Array]:
-        """(entries, ids, natural-log probabilities) of the likeliest of the ranks' candidates."""
+        """Return (entries, ids, natural-log probabilities) of the likeliest of the ranks' candidates."""
+        # Candidates are the k likeliest of each rank's own ids: the k likeliest of all are among them.
         maxima, totals = np.concatenate(self._maxima), np.concatenate(self._totals)
         rows = np.repeat(np.arange(len(lengths)), lengths)
         columns = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -287,7 +292,8 @@ class _GrowingSet:
 class _Moments:
     """What `DistributionFigures` hear of some rows: entropy and likeliest id.
 
-    With w the integer weights and z the logits, the entropy is log(W / 2**40) + sum w (max z - z) / W.
+    With w the integer weights and z the logits, the entropy is log(W / 2**40) + sum w (max z - z) / W: each id adds
+    -t log t with t = w / W, and -log t is log(W / 2**40) + (max z - z). The second sum is of terms of one sign.
     """
 
     def __init__(self) -> None:
@@ -305,7 +311,7 @@ class _Moments:
         self._totals.append(chunk.totals[rows])
 
     def arrays(self) -> list[npt.NDArray[Any]]:
-        """What the other ranks need of this one."""
+        """Return what the other ranks need of this one."""
         if not self._parts:
             return [np.empty(0), np.empty(0, np.int32)]
         return list(map(np.concatenate, zip(*self._parts, strict=True)))
@@ -322,7 +328,7 @@ class _Moments:
 
 
 def _merged(parts: list[list[npt.NDArray[Any]]]) -> list[npt.NDArray[Any]]:
-    """Rows (lengths, then columns of entries) of which every rank has a stretch, ranks by ascending ids."""
+    """Join rows (lengths, then columns of entries) of which every rank has a stretch, ranks by ascending ids."""
     if len(parts) == 1:
         return parts[0]
     rows = np.concatenate([np.repeat(np.arange(len(lengths)), lengths) for lengths, *_ in parts])
@@ -333,7 +339,7 @@ def _merged(parts: list[list[npt.NDArray[Any]]]) -> list[npt.NDArray[Any]]:
 
 
 def _needed(logits: Float32Array, weights: Int64Array, mass: Int64Array) -> npt.NDArray[np.bool_]:
-    """bool[T, C]: the fewest of the likeliest whose weights reach `mass`, or all; of equal logits the first first.
+    """Mark the fewest of the likeliest whose weights reach `mass`, or all, bool[T, C]; of equal logits the first first.
 
     The comparison is of integers, so it is exact and has one outcome in any order of summation.
     """
@@ -348,7 +354,13 @@ def _needed(logits: Float32Array, weights: Int64Array, mass: Int64Array) -> npt.
 
 
 def _mass_of(top_p: float, totals: Int64Array) -> Int64Array:
-    """int64[T]: the least integer >= top_p * W (top_p cut to 64 binary places, which a double >= 2**-12 has)."""
+    """Return the least integer >= top_p * W, int64[T].
+
+    top_p is cut to 64 binary places, which a double >= 2**-12 has.
+
+    A sum of integer weights is at least top_p W if and only if it is at least this, so that no rounding decides which
+    ids are kept.
+    """
     share = np.uint64(int(top_p * 2.0**64))
     unsigned = totals.astype(np.uint64)
     has_fraction = unsigned * share != 0  # the product's lower 64 bits

@@ -91,11 +91,11 @@ class _SplitVocabulary:
             )
 
     def rows_at_once(self, columns: int) -> int:
-        """The ranks communicate per so many rows, so it must not depend on their columns."""
+        """Return how many rows the ranks communicate about at once; it must not depend on their columns."""
         return _ROWS_AT_ONCE
 
     def maxima(self, own: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """float32[T]: over the ranks."""
+        """Return the largest of the ranks' values of each row, float32[T]."""
         found = torch.tensor(own, device=self._device)
         dist.all_reduce(found, dist.ReduceOp.MAX, group=self._group)
         maxima: npt.NDArray[np.float32] = found.cpu().numpy()
@@ -104,12 +104,12 @@ class _SplitVocabulary:
     def totals(
         self, own: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """int64[T] each: sums over the ranks before this one, and over all."""
+        """Return the sums over the ranks before this one, and over all, int64[T] each."""
         everyone = self._all_gather(np.ascontiguousarray(own))
         return everyone[: self._rank].sum(axis=0), everyone.sum(axis=0)
 
     def gathered(self, own: list[npt.NDArray[Any]]) -> list[list[npt.NDArray[Any]]]:
-        """Every rank's arrays, in one message."""
+        """Return every rank's arrays; they travel in one message."""
         sizes = self._all_gather(np.array([len(array) for array in own]))
         packed = np.frombuffer(b"".join(array.tobytes() for array in own), np.uint8)
         widths = np.array([array.itemsize for array in own])

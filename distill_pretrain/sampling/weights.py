@@ -111,7 +111,8 @@ def integer_weights(
     """Return weights in [0, 2**40], int64[T, V], of logits float32[T, V]; -inf gives 0, the maximum 2**40.
 
     d = (max - z) * log2(e), n = floor(d), f = d - n, w = floor(2**(40 - n) * poly(f)), with every
-    float32 operation rounded on its own (no fused multiply-add).
+    float32 operation rounded on its own (no fused multiply-add). exp(z - max) is 2**-n * 2**-f: the first factor is
+    exact in binary, and the second lies in (1/2, 1], where a polynomial of degree 6 is as good as float32.
 
     The result lies in `scratch` when that is given, until its next use. `maxima` are the `row_maxima`, if known.
 

@@ -98,12 +98,12 @@ class TeacherConfig(Section):
 
     @property
     def trust(self) -> Trust:
-        """What of the folder may run here."""
+        """What of the model's folder may run on this machine."""
         return Trust(remote_code=self.trust_remote_code, pickle=self.allow_pickle)
 
     @property
     def processes(self) -> int:
-        """How many hold one copy together."""
+        """The number of processes that hold one copy together."""
         return self.tensor * self.pipeline * self.fsdp * self.zero
 
 
@@ -229,7 +229,7 @@ class CaptureConfig(TargetsConfig):
 
     @property
     def targets(self) -> dict[Path, TargetSetConfig]:
-        """Every cache's folder and what it holds, the seed filled in; one cache in output_dir without `sets`."""
+        """The folder of every cache and what it holds, the seed filled in; one cache in output_dir without `sets`."""
         if self.sets is None:
             only = {name: getattr(self, name) for name in TargetSetConfig.model_fields}
             return {self.output_dir: TargetSetConfig(**only)}

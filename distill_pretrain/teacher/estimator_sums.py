@@ -99,6 +99,8 @@ class TeacherSums:
         self.entropy -= float((probs * np.log(np.maximum(probs, 1e-300))).sum())
         self.top1 += float(probs.max(axis=1).sum())
         self.one_minus_squares += float(multinomial_errors(probs, 1).sum())
+        # An id is among n draws with probability 1 - (1 - t)^n; summed over ids that is the expected number of distinct
+        # ones. For the many rare ids n t - n (n - 1) t^2 / 2 will do, of which two sums over V serve every n.
         common = np.log1p(-np.minimum(probs[probs > _RARE], 1 - 1e-15))
         rare = probs[probs <= _RARE]
         first, second = float(rare.sum()), float((rare**2).sum())
@@ -108,6 +110,7 @@ class TeacherSums:
 
     def draws_for(self, unique_ids: float) -> float:
         """Return the n for which n multinomial draws have so many distinct ids; nan where the grid does not reach."""
+        # Between the grid's points distinct ids grow like a power of n, which is a line in logarithms.
         distinct = np.log(self.distinct / self.positions)
         wanted = np.log(unique_ids)
         if not distinct[0] <= wanted <= distinct[-1]:
@@ -141,6 +144,7 @@ class SamplerSums:
         if targets.kind == "counts":
             self.bias += rounding
             return
+        # sum |E target - t|: what is left out is missing, R in all; scaled to mass 1, the kept are R too high as well.
         missing, _, renormalised = truncation(probs, targets)
         self.bias += float(missing.sum())
         self.bias_renormalised += float(2 * missing.sum())
@@ -150,6 +154,7 @@ class SamplerSums:
         """Add up what real targets of some positions under several seeds are off by."""
         rows, likeliest = np.arange(len(probs)), probs.argmax(axis=1)
         deviations = np.zeros(len(probs))
+        # Deviations of one position under several seeds are of one distribution: their mean counts as one measurement.
         for targets in seeds:
             dense = -probs
             dense[np.repeat(rows, targets.entries_per_token), targets.ids] += targets.probs()

@@ -56,7 +56,7 @@ class SampledBatch:
 
     @property
     def stop(self) -> int:
-        """One after the last sequence."""
+        """The number of the sequence after the last one."""
         return self.first + len(self.tokens)
 
     def targets(self, plan_index: int, sequence: int, offset: int, length: int) -> RaggedTargets:

@@ -75,7 +75,7 @@ class TimedTeacher:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The teacher's."""
+        """The identity of the teacher inside."""
         return self._engine.identity
 
     def chunks(self, tokens: torch.Tensor) -> Iterator[LogitsChunk]:
@@ -119,7 +119,7 @@ def progress_on_disk(folder: Path, plan: CachePlan, bytes_per_position: float) -
 
 
 class Written(NamedTuple):
-    """A batch that was written.
+    """A batch that was written: what telemetry counts of it.
 
     Attributes:
         shard: number.

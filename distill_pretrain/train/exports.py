@@ -27,7 +27,7 @@ _STEP_FOLDER = re.compile(r"step-\d{8,}")
 
 
 class RunExports:
-    """Exports of one run, every `train.export_interval` steps and after the last.
+    """Exports a run's student every `train.export_interval` steps and after the last.
 
     Args:
         train: where, how often, in which precision.

@@ -36,7 +36,7 @@ class StepGuard:
 
     @property
     def recent(self) -> list[float]:
-        """Losses of the last applied steps, oldest first."""
+        """The losses of the last applied steps, oldest first."""
         return list(self._recent)
 
     def judge(self, step: int, loss: float, grad_norm: float) -> Verdict:

@@ -10,7 +10,7 @@ from types import FrameType
 
 
 class StopRequest:
-    """Whether this process was asked to stop.
+    """Tells whether this process was asked to stop.
 
     The trainer sends it with the step's all-reduce, so that all ranks save the same step.
 

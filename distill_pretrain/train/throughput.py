@@ -43,7 +43,7 @@ def peak_tflops(device: torch.device, precision: str) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Throughput:
-    """From tokens per second to the figures of a device.
+    """Turns tokens per second into the figures of a device.
 
     Attributes:
         flops_per_token: see `mcore.flops.training_flops_per_token`.

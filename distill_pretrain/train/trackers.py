@@ -45,7 +45,7 @@ _NOT_PLOTTED = ("step", "time")
 
 
 class Tracker(Protocol):
-    """What a run's records go to."""
+    """Something that a run's records go to."""
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Take the record of one step; see `train.metrics`."""
@@ -82,7 +82,7 @@ def numbers(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 class TensorBoardTracker:
-    """Event files in FOLDER/tensorboard.
+    """Writes event files in FOLDER/tensorboard.
 
     Args:
         folder: of the run.
@@ -114,7 +114,7 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """A Weights & Biases run of the folder's name, the same for every start; its settings are W&B's environment.
+    """Feeds a Weights & Biases run of the folder's name, the same for every start; W&B's environment has its settings.
 
     Args:
         folder: of the run; its W&B id is kept there.
@@ -171,7 +171,7 @@ class WandbTracker:
 
 
 class PrometheusTracker:
-    """FOLDER/metrics.prom for the textfile collector of node_exporter: the last record, replaced as a whole.
+    """Writes FOLDER/metrics.prom for the textfile collector of node_exporter: the last record, replaced as a whole.
 
     Args:
         folder: of the run.
@@ -220,7 +220,7 @@ class PrometheusTracker:
 
 
 class Trackers:
-    """Every tracker of a run; the first failure of one is a warning, and its end.
+    """All trackers of a run; the first failure of one is a warning, and its end.
 
     Args:
         names: of `train.track`.

@@ -16,7 +16,7 @@ from distill_pretrain.files.storage import Storage
 
 
 def tables_name(sha256: str) -> str:
-    """File name of codec tables."""
+    """Return the file name of codec tables."""
     return f"codec-{sha256}.bin"
 
 
@@ -43,7 +43,7 @@ def read_tables(path: Path, plan: CachePlan) -> HcTables:
 
 
 class CodecFiles:
-    """The codecs of one cache. That of the plan is loaded once; those of single shards are not kept."""
+    """The codecs of one cache: that of the plan is loaded once, those of single shards are not kept."""
 
     def __init__(self, storage: Storage, plan: CachePlan) -> None:
         """Load from `storage` what `plan` and its shards name."""
@@ -51,7 +51,7 @@ class CodecFiles:
         self._plan = plan
 
     def get(self, sha256: str | None) -> BlockCodec:
-        """The codec with these tables; None for a codec without.
+        """Return the codec with these tables; None for a codec without.
 
         Raises:
             CacheCorrupt: the tables are missing, damaged, or of another vocabulary or N.

@@ -26,7 +26,7 @@ from distill_pretrain.errors import CacheCorrupt
 
 @dataclass(frozen=True, kw_only=True)
 class RawCodec:
-    """Encoder and decoder of blocks.
+    """Encodes and decodes blocks at a fixed width per entry.
 
     Attributes:
         kind: "counts" (codec 1) or "logprobs" (codec 2).
@@ -45,24 +45,24 @@ class RawCodec:
 
     @cached_property
     def id_bits(self) -> int:
-        """Bits of the largest token id."""
+        """The number of bits of the largest token id."""
         return max(1, (self.vocab_size - 1).bit_length())
 
     @cached_property
     def entry_bytes(self) -> int:
-        """Bytes per stored entry."""
+        """The number of bytes per stored entry."""
         if self.kind == "counts":
             return -(-(self.id_bits + (self.num_draws - 1).bit_length()) // 8)
         return -(-self.id_bits // 8) + 2
 
     @cached_property
     def length_dtype(self) -> np.dtype[Any]:
-        """Integer type of the number of entries of a position."""
+        """The integer type of the number of entries of a position."""
         return np.dtype("u1") if self.num_draws <= 255 else np.dtype("<u2")
 
     @cached_property
     def max_entries_per_token(self) -> int:
-        """Most entries of a position: min(N, V)."""
+        """The most entries of a position: min(N, V)."""
         return min(self.num_draws, self.vocab_size)
 
     def payload_bytes(self, num_tokens: int, num_entries: int) -> int:

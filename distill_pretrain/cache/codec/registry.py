@@ -26,7 +26,7 @@ CODECS: dict[int, CodecEntry] = {
 
 
 def codec_number(name: CodecName, sampler: str) -> int:
-    """Number of the codec that stores what a sampler yields."""
+    """Return the number of the codec that stores what a sampler yields."""
     wanted = CodecEntry(name, SAMPLERS[sampler].values)
     return next(number for number, entry in CODECS.items() if entry == wanted)
 
@@ -36,7 +36,7 @@ class BlockCodec(Protocol):
 
     @property
     def tables_sha256(self) -> str | None:
-        """Hex digest of the codec's tables; None for a codec without."""
+        """The hex digest of the codec's tables; None for a codec without."""
 
     def encode(self, targets: RaggedTargets) -> bytes:
         """Encode the targets of one block."""

@@ -57,17 +57,17 @@ class StoredTargets:
 
     @property
     def total(self) -> float:
-        """Bytes of all caches."""
+        """The bytes of all caches."""
         return sum(map(self.size, self.kinds))
 
     @property
     def largest_per_position(self) -> float:
-        """Bytes per position of the largest cache: a student reads one of them."""
+        """The bytes per position of the largest cache: a student reads one of them."""
         return max(map(self.size, self.kinds)) / self.geometry.positions
 
     @property
     def basis(self) -> Basis:
-        """The weakest of the densities'."""
+        """The weakest basis of the densities."""
         order: list[Basis] = ["assumption", "estimate", "pilot"]
         return min((density.basis for _, density in self.kinds.values()), key=order.index)
 

@@ -35,7 +35,7 @@ GB = 1e9
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """What of a corpus decides sizes.
+    """What of a corpus decides the sizes of a job.
 
     Attributes:
         vocab_size: V.

@@ -20,7 +20,7 @@ BLOCK_ELEMENTS = 1 << 24
 
 
 class HeadResult(NamedTuple):
-    """What one pass gives.
+    """What one pass over the tokens gives.
 
     Attributes:
         losses: fp32[T].

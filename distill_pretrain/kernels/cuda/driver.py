@@ -33,7 +33,7 @@ class _AttributeValue(ctypes.Union):
 
 
 class LaunchAttribute(ctypes.Structure):
-    """CUlaunchAttribute."""
+    """The C structure CUlaunchAttribute."""
 
     _fields_ = (
         ("id", ctypes.c_int),
@@ -43,7 +43,7 @@ class LaunchAttribute(ctypes.Structure):
 
 
 class LaunchConfig(ctypes.Structure):
-    """CUlaunchConfig."""
+    """The C structure CUlaunchConfig."""
 
     _fields_ = (
         ("grid_x", ctypes.c_uint),

@@ -16,7 +16,7 @@ from distill_pretrain.kernels.sparse_kd.targets import RowTargets
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """What is computed from logits; the formulas are in README.md.
+    """The loss of some tokens, as both backends take it; the formulas are in README.md.
 
     Attributes:
         labels: int64[T], negative where there is none.
@@ -39,7 +39,7 @@ class Loss:
 
     @property
     def num_entries(self) -> int:
-        """K."""
+        """K, the number of target entries of a row."""
         return 0 if self.targets is None else self.targets.ids.size(-1)
 
     def rows(self, rows: slice[int]) -> Loss:

@@ -69,12 +69,12 @@ class Problem:
 
     @property
     def num_rows(self) -> int:
-        """T."""
+        """T, the number of rows."""
         return self.logits.size(0)
 
     @property
     def num_entries(self) -> int:
-        """K."""
+        """K, the number of target entries of a row."""
         return self.loss.num_entries
 
     @property

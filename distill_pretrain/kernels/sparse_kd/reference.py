@@ -1,6 +1,7 @@
 """Cross-entropy + sparse forward KL from vocab-parallel logits: the local stages, in plain PyTorch.
 
-The maths is in README.md beside this file. Collectives between the stages belong to `op`.
+The maths is in README.md beside this file; comments here say which of its terms a line is. Collectives between the
+stages belong to `stages`. Everything of a row is summed in fp32: a sum of bf16 stops growing at 256 times its terms.
 
 Shapes: T tokens, K kept entries, n = V/tp local vocabulary columns, V real vocabulary.
 """
@@ -10,11 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
 from distill_pretrain.kernels.sparse_kd.loss import Loss
+from distill_pretrain.kernels.sparse_kd.picks import Picks, pick_columns, picked_logits, removed
 from distill_pretrain.kernels.sparse_kd.targets import RowTargets
 
 MAX_ENTRIES = 65536
@@ -28,28 +29,6 @@ NUM_SUMS = 6
 
 s is a logit less its row's maximum; in the third less the maximum outside the targets, or a student that is sure of a
 target would leave nothing of the others."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Picks:
-    """Columns of each row that the loss reads: the label's, or the targets'.
-
-    Attributes:
-        relative: int64[T, M], column counted from this rank's first.
-        columns: int64[T, M], the same where this rank owns it, else any of its columns.
-    """
-
-    relative: torch.Tensor
-    columns: torch.Tensor
-
-    @cached_property
-    def owned(self) -> torch.Tensor:
-        """bool[T, M]: whether this rank owns the column."""
-        return self.relative == self.columns
-
-    def of_rows(self, rows: slice[int]) -> Picks:
-        """Return the picks of some rows."""
-        return Picks(relative=self.relative[rows], columns=self.columns[rows])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,19 +53,6 @@ class RowScalars:
     at_target: torch.Tensor | None
 
 
-def pick_columns(ids: torch.Tensor, *, first_column: int, num_columns: int) -> Picks:
-    """Find the columns of this rank's slice [first_column, first_column + num_columns) that ids [T, M] name.
-
-    Args:
-        ids: int64[T, M]; negative means none.
-        first_column: global id of the slice's first column.
-        num_columns: real (unpadded) columns in the slice, at least 1.
-    """
-    # No id at all is negative, so never owned.
-    relative = ids - first_column
-    return Picks(relative=relative, columns=relative.clamp(0, num_columns - 1))
-
-
 def row_maxima(
     logits: torch.Tensor, targets: RowTargets | None, *, first_column: int
 ) -> torch.Tensor:
@@ -105,10 +71,10 @@ def row_maxima(
     if targets is None or not has_bucket:
         return largest.unsqueeze(0)
     picks = pick_columns(targets.ids, first_column=first_column, num_columns=num_columns)
-    removed = _removed(picks).to(logits.dtype)
+    without = removed(picks).to(logits.dtype)
     outside = torch.empty_like(largest)
     for rows in _row_chunks(logits):
-        others = logits[rows].scatter_add(-1, picks.columns[rows], removed[rows])
+        others = logits[rows].scatter_add(-1, picks.columns[rows], without[rows])
         outside[rows] = others.amax(-1)
     return torch.stack((largest, outside))
 
@@ -147,15 +113,17 @@ def row_sums(
     if num_columns == 0:
         return packed, picked, probs
     picks = pick_columns(labels.unsqueeze(-1), first_column=first_column, num_columns=num_columns)
-    packed[:, 4] = torch.where(picks.owned, _picked(logits, largest, picks), 0.0).squeeze(-1)
+    packed[:, 4] = torch.where(picks.owned, picked_logits(logits, largest, picks), 0.0).squeeze(-1)
     if targets is not None:
         picks = pick_columns(targets.ids, first_column=first_column, num_columns=num_columns)
-        at_targets = _picked(logits, largest, picks)
+        at_targets = picked_logits(logits, largest, picks)
         torch.mul(targets.probs, picks.owned, out=probs[:, 1:])
         if outside:
             picked[:, 1:] = at_targets
         # A probability of 0 is no target, even of a logit that is -inf; torch.where takes several times as long.
         packed[:, 5] = at_targets.mul_(probs[:, 1:]).nansum(-1)
+    # With a bucket `base` is m_o, the maximum outside the targets: sums of those columns are exact there, however far
+    # below the row's maximum m they lie. They are moved to m at the end, where the targets' own terms join them.
     for rows in _row_chunks(logits):
         exponentials = _shifted(logits[rows], base[rows])
         if outside:
@@ -203,13 +171,15 @@ def sparse_kl(
     """
     floor, probs = targets.floor, targets.probs
     temperature, vocab_size = loss.settings.temperature, loss.vocab_size
+    # log q_j = s_j / tau - log_sum with s = z - max, so that sum_j T_j log q_j is the sum of T s / tau less log_sum
+    # times the mass of T; t is the part of T at the kept ids, u (the floor) the part at every id.
     log_sum = sums[:, 1].log()
     at_kept = probs
     if floor is not None:
         at_kept = probs + torch.where(targets.kept, floor.unsqueeze(-1), 0.0)
     mass = probs.sum(-1)
     cross = torch.where(mass > 0, sums[:, 5] / temperature - mass * log_sum, 0.0)
-    # Twice as fast as xlogy; 0 log 0 is 0 here too.
+    # T log T at the kept ids; below that of u at the others. Twice as fast as xlogy; 0 log 0 is 0 here too.
     kl = (at_kept * at_kept.clamp(min=torch.finfo(at_kept.dtype).tiny).log()).sum(-1) - cross
     if floor is not None:
         others = vocab_size - targets.kept.sum(-1)
@@ -217,6 +187,7 @@ def sparse_kl(
         kl = kl + others * torch.special.xlogy(floor, floor)
         kl = kl - torch.where(floor > 0, floor * all_log_probs, 0.0)
     if targets.bucket is not None:
+        # R (log R - log(1 - P_K)); 1 - P_K is the sum outside, exp((m_o - m) / tau) O, over the whole: no difference.
         bucket = targets.bucket
         log_outside = _distance(maxima) / temperature + sums[:, 2].log()
         kl = kl + torch.special.xlogy(bucket, bucket)
@@ -271,6 +242,7 @@ def row_scalars(
             at_target=None,
         )
     assert loss.kd_scale is not None
+    # dKL/dz_j = (q_j sum T - T_j) / tau: the derivative of -sum_i T_i log q_i at logits that enter as z / tau.
     weight = loss.kd_scale / settings.temperature
     mass, floor, at_tau_kept = targets.probs.sum(-1), None, None
     if targets.floor is not None:
@@ -280,7 +252,8 @@ def row_scalars(
     if targets.bucket is not None:
         lowered = _lowered(maxima, settings.temperature)
         at_tau_kept = weight * (mass + targets.bucket)
-        # Where there are other columns, one of them is exp(0) of the sum.
+        # P_K / (1 - P_K) is I / (exp((m_o - m) / tau) O), and q_j outside has that exponential as a factor: it cancels
+        # in R's term, so that no small number divides. Where there are other columns, one of them is exp(0) of O.
         odds = (sums[:, 1] - sums[:, 2] * lowered) / sums[:, 2].clamp(min=1.0)
         at_tau = at_tau * lowered - weight * targets.bucket * odds
     return RowScalars(
@@ -315,6 +288,7 @@ def gradient_(
     num_columns = logits.size(-1)
     if num_columns == 0:
         return
+    # The coefficients of exp(s) and exp(s / tau): A1 and A2 over the sums that make probabilities of them.
     base = _base(maxima)
     at_one = scalars.at_one * grad_output / sums[:, 0]
     at_tau = scalars.at_tau * grad_output / sums[:, 1]
@@ -331,7 +305,7 @@ def gradient_(
             inside += at_tau_kept.unsqueeze(-1) * (shifted / temperature).exp()
             at_targets += torch.where(picks.owned, inside, 0.0)
             # Relative to the other columns' maximum the targets may be infinite: they start from exp(-inf).
-            removed = _removed(picks)
+            without = removed(picks)
             at_one = at_one * _lowered(maxima)
     at_both = (at_one + at_tau).unsqueeze(-1)
     for rows in _row_chunks(logits):
@@ -339,7 +313,7 @@ def gradient_(
         in_place = chunk.dtype == torch.float32
         shifted = chunk.sub_(base[rows].unsqueeze(-1)) if in_place else _shifted(chunk, base[rows])
         if scalars.at_tau_kept is not None:
-            shifted.scatter_add_(-1, picks.columns[rows], removed[rows])
+            shifted.scatter_add_(-1, picks.columns[rows], without[rows])
         if temperature == 1.0:
             gradient = shifted.exp_().mul_(at_both[rows])
         else:
@@ -354,11 +328,6 @@ def gradient_(
             chunk.copy_(gradient)
 
 
-def _picked(logits: torch.Tensor, maxima: torch.Tensor, picks: Picks) -> torch.Tensor:
-    """fp32[T, M]: z - max at the picks' columns."""
-    return logits.gather(-1, picks.columns).float().sub_(maxima.unsqueeze(-1))
-
-
 def _shifted(logits: torch.Tensor, maxima: torch.Tensor) -> torch.Tensor:
     """Logits minus their row's maximum in fp32, a new tensor."""
     return torch.sub(logits.float(), maxima.unsqueeze(-1))
@@ -370,12 +339,6 @@ def _sum(exponentials: torch.Tensor, without: Picks | None) -> torch.Tensor:
         taken = exponentials.gather(-1, without.columns).mul_(without.owned).neg_()
         exponentials.scatter_add_(-1, without.columns, taken)
     return exponentials.sum(-1)
-
-
-def _removed(picks: Picks) -> torch.Tensor:
-    """fp32[T, M], to be added at the picks' columns: -inf where this rank owns them, else 0."""
-    # 1 - 1 / 0; masked_fill takes several times as long.
-    return 1.0 - (~picks.owned).float().reciprocal_()
 
 
 def _base(maxima: torch.Tensor) -> torch.Tensor:

@@ -154,12 +154,18 @@ struct Row {
 };
 
 // Sums of exp(s) and exp(s / tau) over some columns, relative to the largest of them.
+//
+// They are kept as in an online softmax, so that one read is enough: the row's maximum is not known before the end, and
+// sums relative to the largest logit so far neither overflow nor vanish. When a larger one comes, every term changes by
+// the same factor, exp(z - new) = exp(z - old) exp(old - new), and so does their sum. The same step makes one of two
+// parts' sums. All of it is in fp32: the terms are at most 1, and in bf16 a sum of 256 stays 256 whatever comes.
 struct Sums {
     float max, plain, tempered;
 };
 
 __device__ __forceinline__ Sums no_sums() { return {-infinity(), 0.0f, 0.0f}; }
 
+// Of no columns, sums.max is -inf and the sums are 0; exp(-inf) = 0 keeps them so.
 template <bool GENERAL>
 __device__ __forceinline__ void move_to(Sums& sums, float max, const Settings& settings) {
     const float distance = sums.max - anchor(max);
@@ -198,6 +204,8 @@ template <bool GENERAL>
 __device__ __forceinline__ Partial merged(Partial a, Partial b, const Settings& settings) {
     const Sums others = merged<GENERAL>(a.others, b.others, settings);
     if (!GENERAL) return {others, no_sums(), 0.0f, 0.0f};
+    // Each of the `count` terms of a total is z less a maximum: relative to another one the total changes by their
+    // distance, `count` times.
     const float base = anchor(others.max);
     return {
         others,
@@ -221,6 +229,8 @@ __device__ __forceinline__ void accumulate(Partial& partial, const Vector<T>& ve
             values[i] = -infinity();
         }
     }
+    // The vector's own maximum first: the sums are moved once per vector at most, and after the first few hardly ever,
+    // where a comparison per value would cost an exponential each.
     Sums& others = partial.others;
     float max = values[0];
 #pragma unroll
@@ -343,7 +353,8 @@ __device__ __forceinline__ Statistics statistics_of(Partial partial, const float
     };
 }
 
-// Whether the ids ascend, padding last: then none is there twice. All lanes of the warp get the answer.
+// Whether the ids ascend, padding last, as a cache stores them: then none is there twice, and merge_entries need not
+// compare every entry with every other. All lanes of the warp get the answer.
 __device__ __forceinline__ bool ascends(const Entry* entries, i32 num_entries) {
     bool holds = true;
     for (i32 i = threadIdx.x % WARP_SIZE; i + 1 < num_entries; i += WARP_SIZE) {
@@ -392,7 +403,8 @@ struct Parts {
     }
 };
 
-// All parts' statistics as one, and the label's part. Part by part, so that every rank gets the same bits.
+// All parts' statistics as one, and the label's part. Part by part in their order, not as a tree over lanes: sums of
+// floats depend on their order, and ranks that disagreed in a bit of a row's scalars would train different models.
 __device__ __forceinline__ Statistics all_parts(const Parts& parts, i64 label, i32 vocab_size, float inverse_tau) {
     Statistics whole = {-infinity(), 0.0f, 0.0f, -infinity(), 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
     for (i32 i = 0; i < parts.number; ++i) {
@@ -406,6 +418,7 @@ __device__ __forceinline__ Statistics all_parts(const Parts& parts, i64 label, i
         const float scale = exp_approx(part.max - base);
         const float inside_scale = exp_approx((part.max - base) * inverse_tau);
         const float outside_scale = exp_approx((part.outside_max - outside_base) * inverse_tau);
+        // What was z - part.max becomes z - whole.max: for each of the part's columns, and each unit of target mass.
         const float moved = anchor(part.max) - base;
         const i32 columns = parts.columns_before(i + 1, vocab_size) - parts.columns_before(i, vocab_size);
         whole.sum += part.sum * scale;
@@ -463,6 +476,10 @@ __device__ __forceinline__ RowScalars finish_row(const Arguments& a, i64 row, co
     if (reports && lane == 0) {
         const float ce = has_label ? log_sum - whole.label : 0.0f;
         float kl = 0.0f;
+        // sum_j T_j (log T_j - log q_j), log q_j = s_j / tau - log_tempered_sum: the sum of T log T, T = t + u at the
+        // kept ids and u at the others, less that of t s / tau and of u s / tau, plus log_tempered_sum for each mass.
+        // The bucket R adds R (log R - log Q), Q the student's mass outside,
+        // tempered_lowered outside / tempered_sum.
         if (has_targets) {
             const float log_tempered_sum = logf(tempered_sum);
             kl = entropy + mass * log_tempered_sum - whole.cross * inverse_tau;
@@ -489,6 +506,9 @@ __device__ __forceinline__ RowScalars finish_row(const Arguments& a, i64 row, co
     }
     if (has_targets) {
         const float target_mass = mass + a.vocab_size * floor;
+        // Outside, q_j is tempered_lowered exp(s_o / tau) / tempered_sum and its coefficient M - R P_K / (1 - P_K), with
+        // P_K = inside / tempered_sum and 1 - P_K = tempered_lowered outside / tempered_sum: in R's term
+        // tempered_lowered, which may be 0, cancels.
         // Where there are other columns, one of them is exp(0) of the sum.
         const float odds = whole.inside / fmaxf(whole.outside, 1.0f);
         scalars.outside.tempered = at_target * (target_mass * tempered_lowered - bucket * odds) / tempered_sum;
@@ -576,6 +596,8 @@ __global__ void __launch_bounds__(THREADS) row_statistics(const Arguments a) {
 
     Partial partial = nothing();
     for (i32 first = thread; first < num_vectors; first += TILE * num_threads) {
+        // All loads of a tile are issued before the first is used: their waits overlap, and the row is read at the
+        // memory's speed, not at its latency.
         Vector<T> loaded[TILE];
 #pragma unroll
         for (int i = 0; i < TILE; ++i) {
@@ -695,6 +717,8 @@ __global__ void __launch_bounds__(FUSED_THREADS) fused(const Arguments a) {
     partial = block_merged<GENERAL>(partial, partials, settings);
     cluster_wait();
     if (thread < WARP_SIZE) {
+        // Every block gets every block's statistics and finishes the row itself, in the same order: one exchange, and no
+        // second one to hand out the result.
         const Statistics mine = statistics_of<GENERAL>(partial, picks, a, row, view, begin, end, settings);
         if (thread < num_blocks) *map_shared(statistics + rank, thread) = mine;
     }

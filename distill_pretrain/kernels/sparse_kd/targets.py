@@ -37,7 +37,7 @@ class RowTargets:
 
     @property
     def kept(self) -> torch.Tensor:
-        """bool[T, K]: where there is an id."""
+        """Where there is an id, bool[T, K]."""
         return self.ids >= 0
 
 

@@ -42,26 +42,26 @@ SOURCE = KernelSource(
 
 
 class Draws(Protocol):
-    """See `sampling.columns.Draws`."""
+    """The random numbers of a sampler at some positions, as the kernels need them; see `sampling.columns.Draws`."""
 
     @property
     def stream(self) -> int:
-        """Name of the sampler."""
+        """The name of the sampler."""
         ...
 
     @property
     def num_draws(self) -> int:
-        """Draws per position, N."""
+        """N, the draws per position."""
         ...
 
     @property
     def seed(self) -> int:
-        """Key."""
+        """The seed: the key of Philox."""
         ...
 
     @property
     def positions(self) -> npt.NDArray[np.uint64]:
-        """uint64[P]."""
+        """The positions that are sampled, uint64[P]."""
         ...
 
 

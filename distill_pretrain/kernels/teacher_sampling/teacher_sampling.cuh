@@ -71,7 +71,9 @@ __device__ __forceinline__ const T* row_start(const Rows& rows, int row) {
     return static_cast<const T*>(rows.logits) + rows.numbers[row] * rows.stride;
 }
 
-// floor(2^(40 - n) P(f)) of d = (maximum - logit) log2 e, n = floor(d), f = d - n. Every operation is rounded on its own.
+// floor(2^(40 - n) P(f)) of d = (maximum - logit) log2 e, n = floor(d), f = d - n: softmax relative to its maximum, as
+// 2^-d = 2^-n 2^-f, with P the polynomial of 2^-f scaled by 2^40. Every operation is rounded on its own: a fused
+// multiply-add would give other bits than numpy, and then other draws than a capture on the host.
 __device__ __forceinline__ u64 integer_weight(float logit, float maximum) {
     const float distance = __fmul_rn(__fsub_rn(maximum, logit), LOG2_E);
     // From 41 binary orders down the weight is 0. What is no number counts as such; its row is refused elsewhere.
@@ -137,6 +139,8 @@ __device__ __forceinline__ void lane_logits(const T* row, int columns, int block
     }
 }
 
+// A block per row, a warp per block of columns. The weights themselves are not kept, 8 bytes for each logit of 2 or 4:
+// draws need the sums before each block of columns alone, and weigh the one block that they fall into again.
 template <class T>
 __global__ void __launch_bounds__(256) weigh(WeighArguments arguments) {
     SHARED_MEMORY(shared);
@@ -180,7 +184,8 @@ __device__ __forceinline__ u64 random_word(u64 seed, u64 position, u32 number, u
     return number % 2 ? u64(c3) << 32 | c2 : u64(c1) << 32 | c0;
 }
 
-// Points in [0, total) of one row.
+// Points in [0, total) of one row. Multinomial: floor(total x / 2^64) of a uniform word x each. Systematic, of one word:
+// floor((k total + offset) / draws), k = 0 .. draws - 1; k total may take over 64 bits, so total is divided first.
 struct Points {
     u64 seed, position, total, offset, quotient, remainder;
     u32 stream;
@@ -208,7 +213,10 @@ struct Points {
     }
 };
 
-// The column whose stretch of this rank's weights holds the point; by one warp.
+// The column whose stretch of this rank's weights holds the point; by one warp. Weights laid end to end divide
+// [0, own), and a uniform point falls into a column's stretch in proportion to its weight (inverse-CDF sampling). First
+// the block of columns, by bisection of the sums before blocks; then the lane whose columns reach beyond the point; then
+// the column.
 template <class T>
 __device__ __forceinline__ int column_of(u64 point, const T* logits, const Rows& rows, float maximum,
                                          const u64* before) {
@@ -242,7 +250,8 @@ __device__ __forceinline__ int column_of(u64 point, const T* logits, const Rows&
     return block * BLOCK_COLUMNS + holder * LANE_COLUMNS + __shfl_sync(ALL_LANES, passed, holder);
 }
 
-// Ascending, in place; count is a power of two.
+// Ascending, in place; count is a power of two. A bitonic network: which pairs are compared does not depend on the
+// values, so that the barrier is all that threads have to agree on.
 __device__ __forceinline__ void bitonic_sort(i32* values, int count) {
     for (int run = 2; run <= count; run *= 2) {
         for (int distance = run / 2; distance > 0; distance /= 2) {
@@ -319,7 +328,8 @@ __global__ void __launch_bounds__(256) draw(DrawArguments arguments) {
     if (lane_number() == 0) arguments.lengths[row] = length;
 }
 
-// How many logits exceed the threshold (upper half), and equal it (lower half).
+// How many logits exceed the threshold (upper half), and equal it (lower half): one scan of 64-bit sums counts both, as
+// neither count reaches 2^32. All that exceed it are among the k largest; of equal ones the first, until there are k.
 struct Rank {
     float threshold;
     __device__ __forceinline__ bool above(float logit) const { return logit > threshold; }
@@ -379,6 +389,8 @@ __global__ void __launch_bounds__(256) select(SelectArguments arguments) {
     if (threadIdx.x == 0) arguments.lengths[row] = above + (ties < room ? ties : room);
 }
 
+// What is known of some columns of a row: the sum of weight * (maximum - logit), from which the host makes the entropy,
+// log(W / 2^40) + depth / W; and the likeliest column. In fp64: the terms differ by 40 binary orders.
 struct Look {
     double depth;
     float largest;

@@ -252,6 +252,8 @@ def _fan_in(model: ModelConfig) -> Stds:
 def _deepscale(model: ModelConfig) -> Stds:
     """Every block makes variance 1 of variance 1 (arXiv 2403.09635, section 4).
 
+    Attention multiplies the variance by std_v^2 hidden, then by std_o^2 queries, and its dropout divides by 1 - p: each
+    matrix gives sqrt(1 - p). The feed-forward block has E[h^2] of its hidden units in between (`feed_forward_gain`).
     But for rho = 1 in std_v^2 hidden = std_o^2 queries = sqrt((1 - p) / rho): causal attention averages over few tokens
     at first and over correlated ones later, and its rho (`moments.attention_context`) would amplify what tokens share.
     """

@@ -38,19 +38,20 @@ class Moments:
 
     @property
     def second(self) -> float:
-        """E[x^2]."""
+        """The mean square E[x^2]."""
         return self.variance + self.mean**2
 
     @property
     def product(self) -> float:
-        """E[x x'] over two tokens."""
+        """The mean product E[x x'] over two tokens."""
         return self.variance * self.correlation + self.mean**2
 
 
 def linear(x: Moments, *, fan_in: int, std: float) -> Moments:
     """Return the moments of W x: mean 0, variance fan_in std^2 E[x^2], correlation E[x x'] / E[x^2].
 
-    Source: row "linear" of the paper's component table.
+    A coordinate is sum_k W_k x_k of fan_in independent weights of mean 0: squares add up, and products of different
+    weights average out, so that two tokens keep E[x x'] over E[x^2]. Row "linear" of the paper's component table.
     """
     return Moments(0.0, fan_in * std**2 * x.second, x.product / x.second)
 
@@ -92,15 +93,20 @@ def layer_norm(x: Moments) -> Moments:
 
 
 def norm_gradient(gradient: float, second: float) -> float:
-    """Return the gradient's variance over that of the norm's input (LayerNorm; over E[x^2] for RMSNorm)."""
+    """Return the gradient's variance over that of the norm's input (LayerNorm; over E[x^2] for RMSNorm).
+
+    The norm divides by sqrt(`second`), and so does its derivative; the components that it projects away, along the
+    input and along ones, are one or two of many in a wide vector.
+    """
     return gradient / second
 
 
 def softmax(x: Moments, length: int) -> Moments:
     """Return the moments of one of `length` probabilities of a softmax: mean 1/L, variance (e^((1-r) s2) - 1) / L^2.
 
-    r is the correlation of two logits of one row: what they share cancels in a softmax, so only (1 - r) s2 spreads
-    them. Source: row "softmax" of the component table.
+    r is the correlation of two logits of one row: what they share cancels in a softmax, so only v = (1 - r) s2 spreads
+    them. Over many logits the denominator is its mean, L e^(v/2), and E[e^(2z)] = e^(2v): E[p^2] = e^v / L^2, from
+    which the mean's square 1 / L^2 goes. Row "softmax" of the component table.
     """
     spread = math.exp((1 - x.correlation) * x.variance)
     return Moments(1 / length, (spread - 1) / length**2)
@@ -130,7 +136,7 @@ class Activation:
     slope_product: Callable[[float, Array], Array]
 
     def __call__(self, x: Moments) -> Moments:
-        """Moments of f(x) for x of mean 0."""
+        """Return the moments of f(x) for x of mean 0."""
         assert x.mean == 0.0
         mean = self.mean(x.variance)
         variance = self.second(x.variance) - mean**2
@@ -164,6 +170,10 @@ def _gelu() -> Activation:
 
     With a = v / (1 + v): mean sqrt(v a / 2 pi), and
     E[f'^2] = 1/2 + (a (5 v + 3) / (1 + 2 v)^(3/2) - arccos a) / (2 pi).
+
+    `product` is E[x y Phi(x) Phi(y)]. Stein's lemma, E[x g] = v E[dg/dx] + v r E[dg/dy], takes x away and leaves
+    v E[y phi(x) Phi(y)] + v r (E[Phi(x) Phi(y)] + B), B = E[x phi(x) Phi(y)] (`one_sided`). Used again, with phi' =
+    -x phi, it says E[y phi(x) Phi(y)] = v density - v r B, and B = v r density - v B.
     """
 
     def product(v: float, r: Array) -> Array:
@@ -341,7 +351,8 @@ def same_token_weight(positions: Array, logit_variance: float) -> Array:
 def shared_token_weight(positions: Array, logit_covariance: Array) -> Array:
     """Return E[sum_j p_j p'_j] of two rows: e^c / (L - 1 + e^c) over L tokens.
 
-    c is the covariance of the two rows' logits at one token.
+    c is the covariance of the two rows' logits at one token. The numerator is L terms E[e^(z_j + z'_j)] = e^(v + c);
+    the product of the two denominators has those, and L (L - 1) terms e^v of two tokens. Its mean stands for it.
     """
     spread = np.exp(logit_covariance)
     result: Array = spread / (positions - 1 + spread)

@@ -47,7 +47,7 @@ class Signal:
 
     @property
     def gradient_span(self) -> float:
-        """Largest over smallest norm of the stream's gradient."""
+        """The largest norm of the stream's gradient over the smallest."""
         return math.sqrt(float(self.gradient.max() / self.gradient.min()))
 
 
@@ -149,7 +149,7 @@ class _Recursion:
         return result
 
     def _dropped(self, covariance: Array) -> Array:
-        """After dropout, of a signal or a gradient: masks of different tokens are independent."""
+        """Return a signal's or a gradient's covariance after dropout: masks of different tokens are independent."""
         if self.keep == 1:
             return covariance
         result = covariance.copy()
@@ -163,8 +163,9 @@ class _Recursion:
         return self.attention.context(unit, self.attention.weights(unit, self.logit_variance))
 
     def _attend_back(self, unit: Array, gradient: Array) -> tuple[Array, float]:
-        """Gradient at the input, through values, queries and keys; and the squared norm of the matrices' gradients."""
+        """Return the gradient at the input, through values, queries and keys, and the matrices' squared gradients."""
         weights = self.attention.weights(unit, self.logit_variance)
+        # A gain is fan in times std^2; on the way back the fan is the other side of the matrix.
         context = self.output_gain * self.d / self.queries * gradient
         values = self.attention.values_back(context, weights)
         logits = (
@@ -174,6 +175,8 @@ class _Recursion:
         )
         back = self.value_gain * self.queries / self.d * values
         _diagonal(back)[...] += self.queries / self.d * logits
+        # A matrix's gradient is sum_i g_i x_i^T over tokens: an element of it has the mean square
+        # sum_ik E[g_i g_k] E[x_i x_k], and there are d * queries of them. In turn: output, values, queries and keys.
         squares = (
             self.value_gain * (self.attention.context(unit, weights) * gradient).sum()
             + (unit * values).sum()
@@ -214,11 +217,12 @@ class _Recursion:
         return gradient * kept / np.multiply.outer(root, root)
 
     def _loss_gradient(self, x: Array) -> Array:
-        """The loss's gradient at the stream's end: through p - y, the head and, for Pre-LN, the last norm."""
+        """Return the loss's gradient at the stream's end: through p - y, the head and, for Pre-LN, the last norm."""
         tied = self.model.tie_embeddings
         std = (self.stds.word if tied else self.stds.head) * self.stds.final_gain
         spread = self.d * std**2
-        # sum_v (p_v - y_v) (p'_v - y'_v), for logits of variance `spread` that do not know the labels.
+        # sum_v (p_v - y_v) (p'_v - y'_v), for logits of variance `spread` that do not know the labels: sum p p' is
+        # e^c / V (`shared_token_weight` of many ids), p at the other's label 1 / V twice, y y' 1 for equal ones.
         error = _equal(self.labels) + (np.exp(spread * _correlation(x)) - 2) / self.vocab_size
         known = self.labels >= 0
         error *= np.multiply.outer(known, known)
@@ -278,7 +282,9 @@ class _Attention:
         return _Weights(own, shared, apart)
 
     def context(self, unit: Array, weights: _Weights) -> Array:
-        """Covariance of sum_j p_ij x_j: in one sequence, the shared tokens and the mean over all other pairs."""
+        """Return the covariance of sum_j p_ij x_j."""
+        # Tokens of two sequences: every pair of seen tokens counts alike. In one sequence a token may meet itself, with
+        # the weight E[sum_j p_ij p_kj]; what is left of it goes to pairs of different tokens.
         sums = unit.reshape(self.shape).cumsum(1).cumsum(3)
         result = sums / self.pairs[:, None, :]
         every = np.arange(self.shape[0])
@@ -292,7 +298,7 @@ class _Attention:
         return result.reshape(unit.shape)
 
     def values_back(self, context: Array, weights: _Weights) -> Array:
-        """Covariance of sum_i p_ij g_i, g the gradient at the context."""
+        """Return the covariance of sum_i p_ij g_i, g the gradient at the context."""
         result = _sums_of_later(context.reshape(self.shape) / self.pairs[:, None, :])
         level = np.diagonal(context).reshape(self.shape[:2])
         # Two probabilities of one row are not 1 / i^2 on average, nor are those of one token in two rows.
@@ -324,7 +330,7 @@ class _Attention:
 
 
 def _sums_of_later(matrix: Array) -> Array:
-    """Over i >= j and k >= l, of float64[B, T, B, T]."""
+    """Sum float64[B, T, B, T] over i >= j and k >= l."""
     return matrix[:, ::-1, :, ::-1].cumsum(1).cumsum(3)[:, ::-1, :, ::-1].copy()
 
 
@@ -339,7 +345,7 @@ def _diagonal(matrix: Array) -> Array:
 
 
 def _correlation(covariance: Array) -> Array:
-    """After a norm; rounding must not leave [-1, 1]."""
+    """Return the correlation, which is a covariance after a norm; rounding must not leave [-1, 1]."""
     root = np.sqrt(np.diagonal(covariance))
     return np.clip(covariance / np.multiply.outer(root, root), -1, 1)
 

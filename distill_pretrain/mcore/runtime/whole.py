@@ -37,7 +37,7 @@ class WholeEngine:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The engine's."""
+        """The identity of the engine inside."""
         return self._engine.identity
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:

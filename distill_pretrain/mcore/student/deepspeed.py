@@ -326,7 +326,7 @@ class DeepSpeedStudent(Student):
             self.optimizer.state[flat]["step"].fill_(steps)
 
     def _load_weights(self, parameter: torch.nn.Parameter, whole: torch.Tensor) -> None:
-        """What the forward pass uses."""
+        """Load the weights that the forward pass uses."""
         with (
             torch.no_grad(),
             self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0),

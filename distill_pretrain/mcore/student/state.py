@@ -79,7 +79,7 @@ def rng_file(folder: Path, rank: int) -> Path:
 
 
 def _layout(student: Student) -> list[int]:
-    """What decides which rank draws from which random stream."""
+    """Return what decides which rank draws from which random stream."""
     config = student.config
     return [
         dist.get_world_size(),

@@ -95,7 +95,7 @@ class CellResults:
 
     @property
     def name(self) -> str:
-        """Name of the cell."""
+        """The name of the cell."""
         return self.spec.name
 
     def mean(self, field: str) -> Mean | None:
@@ -116,7 +116,7 @@ class CellResults:
 
     @property
     def tokens_per_second(self) -> float:
-        """Median over the steps of all seeds, the whole job's."""
+        """The median over the steps of all seeds, for the whole job."""
         return statistics.median(
             float(speed) for curve in self.curves.values() for speed in curve["tokens_per_second"]
         )
@@ -162,12 +162,12 @@ class Comparison:
 
     @cached_property
     def text_only(self) -> CellResults | None:
-        """The plain student on the text alone: CE."""
+        """The plain student that learns from the text alone: CE."""
         return next((c for c in self.cells if c.spec.on_text_alone and c.spec.plain), None)
 
     @cached_property
     def full(self) -> CellResults | None:
-        """The student of the teacher's whole distribution: FullKD."""
+        """The student that learns from the teacher's whole distribution: FullKD."""
         return next((c for c in self.cells if c.spec.online and c.spec.plain), None)
 
     def family(self, sampler: str, residual: str | None = None) -> list[CellResults]:
@@ -181,7 +181,7 @@ class Comparison:
 
     @property
     def sampled(self) -> list[CellResults]:
-        """Plain cells of unbiased samples, by ascending unique ids."""
+        """The plain cells of unbiased samples, by ascending unique ids."""
         found = [cell for sampler in UNBIASED for cell in self.family(sampler)]
         return sorted(found, key=lambda cell: cell.unique_ids or 0.0)
 

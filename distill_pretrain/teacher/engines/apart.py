@@ -49,13 +49,13 @@ class DocumentsApart:
 
     @property
     def replica(self) -> Replica:
-        """The engine's."""
+        """The replica of the engine inside."""
         replica: Replica = self.engine.replica
         return replica
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The engine's; that documents are apart is part of the sequence plan."""
+        """The identity of the engine inside; that documents are apart is part of the sequence plan."""
         identity: dict[str, Any] = self.engine.identity
         return identity
 

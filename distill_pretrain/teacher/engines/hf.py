@@ -30,7 +30,10 @@ from distill_pretrain.teacher.engines.weights import (
 
 
 class HFEngine:
-    """See `open_engine` and `open_teacher_engine`. Nothing is downloaded; what may run is in `Trust`."""
+    """A Hugging Face causal LM, whole in this process; see `open_engine` and `open_teacher_engine`.
+
+    Nothing is downloaded; what may run is in `Trust`.
+    """
 
     def __init__(
         self,

@@ -27,7 +27,10 @@ from distill_pretrain.teacher.engines.weights import weight_files
 
 
 class MegatronEngine:
-    """See `open_engine` and `open_teacher_engine`; the architecture comes from the checkpoint or folder itself."""
+    """A model of megatron-core, or this process's part of one; see `open_engine` and `open_teacher_engine`.
+
+    The architecture comes from the checkpoint or folder itself.
+    """
 
     def __init__(
         self,

@@ -46,7 +46,7 @@ OpenTrunk = Callable[[TeacherConfig, Any, str], Trunk]
 
 
 class SplitHFEngine:
-    """See `open_teacher_engine`.
+    """This process's part of a Hugging Face causal LM that several hold together; see `open_teacher_engine`.
 
     Args:
         teacher: the section.

@@ -75,7 +75,7 @@ def build_tables(
 def block_symbols(
     targets: RaggedTargets, ranks: npt.NDArray[np.int64]
 ) -> Iterator[tuple[Integers, Integers]]:
-    """(contexts, symbols) of row lengths, of gaps and of coded values, int64 each.
+    """Return (contexts, symbols) of row lengths, of gaps and of coded values, int64 each.
 
     Args:
         targets: of one block.

@@ -39,27 +39,27 @@ class HcCodec:
 
     @property
     def tables_sha256(self) -> str | None:
-        """Hex digest of the tables."""
+        """The hex digest of the tables."""
         return self.tables.sha256
 
     @property
     def kind(self) -> TargetKind:
-        """Kind of the targets: "counts" or "logprobs"."""
+        """The kind of the targets: "counts" or "logprobs"."""
         return self.tables.kind
 
     @property
     def num_draws(self) -> int:
-        """N."""
+        """N, the draws of a position."""
         return self.tables.num_draws
 
     @property
     def vocab_size(self) -> int:
-        """V."""
+        """V, the size of the vocabulary."""
         return self.tables.vocab_size
 
     @cached_property
     def max_entries_per_token(self) -> int:
-        """Most entries of a position: min(N, V)."""
+        """The most entries of a position: min(N, V)."""
         return min(self.num_draws, self.vocab_size)
 
     def payload_bounds(self, num_tokens: int, num_entries: int) -> tuple[int, int]:

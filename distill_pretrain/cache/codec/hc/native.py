@@ -47,7 +47,7 @@ _SLACK = 8
 
 
 class NativeCoder:
-    """Coder in C; the same bytes and errors as `Oracle`."""
+    """The coder in C; it gives the same bytes and errors as `Oracle`."""
 
     def __init__(self, library: Path) -> None:
         """Loads the library.

@@ -29,7 +29,7 @@ Arrays = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int3
 
 
 class Oracle:
-    """Coder in plain Python; `NativeCoder` has the same methods."""
+    """The coder in plain Python; `NativeCoder` has the same methods."""
 
     def encode(
         self,

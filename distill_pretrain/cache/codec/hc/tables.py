@@ -39,7 +39,7 @@ _LARGEST_VOCAB = 1 << 20
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HcTables:
-    """Valid tables.
+    """Tables of the entropy codec that keep every rule of FORMAT.md.
 
     Attributes:
         kind: "counts" or "logprobs".
@@ -129,24 +129,24 @@ class HcTables:
 
     @cached_property
     def sha256(self) -> str:
-        """Hex digest of the tables file."""
+        """The hex digest of the tables file."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
     @cached_property
     def alphabets(self) -> npt.NDArray[np.bool_]:
-        """bool[C, 81]: the symbols that each context has a code for."""
+        """The symbols that each context has a code for, bool[C, 81]."""
         return alphabets(self.kind, self.num_draws, self.vocab_size)
 
     @cached_property
     def ranks_by_id(self) -> npt.NDArray[np.int32]:
-        """int32[V], from 1."""
+        """The frequency rank of every id, int32[V], from 1."""
         ranks = np.empty(self.vocab_size, np.int32)
         ranks[self.ids_by_rank] = np.arange(1, self.vocab_size + 1, dtype=np.int32)
         return ranks
 
     @cached_property
     def codes(self) -> npt.NDArray[np.uint16]:
-        """uint16[C, 81]: codes as they lie in the stream, their first bit lowest."""
+        """The codes as they lie in the stream, uint16[C, 81], their first bit lowest."""
         codes = np.zeros(self.code_lengths.shape, np.uint16)
         for row, lengths in zip(codes, self.code_lengths.tolist(), strict=True):
             code = previous = 0
@@ -158,7 +158,7 @@ class HcTables:
 
     @cached_property
     def lookup(self) -> npt.NDArray[np.uint16]:
-        """uint16[C, 2^L]: symbol * 16 + code length for every value of the next L bits."""
+        """What a decoder looks up, uint16[C, 2^L]: symbol * 16 + code length for every value of the next L bits."""
         lookup = np.zeros((len(self.code_lengths), 1 << MAX_CODE_LENGTH), np.uint16)
         for context, symbol in np.argwhere(self.alphabets).tolist():
             length = int(self.code_lengths[context, symbol])
