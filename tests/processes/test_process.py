@@ -27,7 +27,7 @@ def test_a_port_that_another_program_has_taken_is_named(monkeypatch: pytest.Monk
 BROADCASTS = """
 import torch, torch.distributed as dist
 from distill_pretrain.processes.process import process_group
-for _ in range(25):
+for _ in range(15):
     with process_group():
         for _ in range(20):
             dist.broadcast(torch.zeros(3), 0)
