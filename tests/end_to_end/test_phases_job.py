@@ -261,6 +261,17 @@ def test_what_has_been_done_stays_what_it_was(job, unbroken, tmp_path, capsys):
     assert not (run / "short" / "checkpoints").exists()
 
 
+def test_phases_of_several_layouts_are_those_of_one_process(job, tmp_path):
+    phases = changed(1, parallel={"tensor": 2}, train={"micro_batch_size": 4})
+    phases[2] = {**phases[2], "parallel": {"tensor": 1, "pipeline": 2}}
+    two, one = tmp_path / "two", tmp_path / "one"
+    job.run("train", *arguments(two, phases, "model.dropout=0"), num_processes=2)
+    job.cli("train", *arguments(one, PHASES, "model.dropout=0"))
+    for name in STEPS:
+        for step, expected in zip(curve(two / name), curve(one / name), strict=True):
+            assert step == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_phase_whose_teacher_is_missing_is_refused_before_the_first(job, tmp_path):
     phases = changed(2, objective={"target": "teacher", "kd_weight": 1.0})
     for dry in (False, True):
