@@ -6,6 +6,8 @@ megatron-core unpickles parts of a checkpoint: `unpickling` reads them first, so
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from queue import Queue
@@ -22,8 +24,10 @@ from distill_pretrain.mcore.runtime.core import (
     ShardedTensorFactory,
     TorchDistSaveShardedStrategy,
     dist_checkpointing,
+    distrib_optimizer,
     filesystem_async,
     make_sharded_optimizer_tensor,
+    megatron_optimizer,
     megatron_random,
     save_preprocess,
 )
@@ -41,6 +45,8 @@ PART_BYTES = 1 << 30
 """What of a checkpoint's fp32 weights a rank holds at a time, beside the student that starts from them."""
 
 _FILES_PER_RANK = 2
+_GROUP_FACTORS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+"""What megatron-core before 0.19 tells groups of parameters apart by; see `mcore.init.groups`."""
 _SAVE_PARAMETERS = inspect.signature(dist_checkpointing.save).parameters
 # megatron-core 0.17 and later look for nvidia-resiliency-ext unless they are told to write by themselves.
 _WRITER = {"async_strategy": "mcore"} if "async_strategy" in _SAVE_PARAMETERS else {}
@@ -160,6 +166,23 @@ def load_student(student: Student, folder: Path, *, with_average: bool = True) -
     return on_every_rank(lambda: _load_streams(student, rng_file(folder, dist.get_rank())))
 
 
+@contextmanager
+def _groups_by_factors() -> Iterator[None]:
+    """Find a checkpoint's groups of parameters by their factors in the block, whatever their rates.
+
+    megatron-core 0.19 and later tell groups apart by their rates, too, which a new phase may have changed.
+    """
+    modules = (distrib_optimizer, megatron_optimizer.optimizer)
+    known = [module.param_group_identifier_keys for module in modules]
+    try:
+        for module in modules:
+            module.param_group_identifier_keys = _GROUP_FACTORS
+        yield
+    finally:
+        for module, keys in zip(modules, known, strict=True):
+            module.param_group_identifier_keys = keys
+
+
 def continue_student(student: Student, folder: Path) -> None:
     """Give a new student the weights, moments and random streams of a checkpoint, under any layout.
 
@@ -169,7 +192,8 @@ def continue_student(student: Student, folder: Path) -> None:
         {key: value for key, value in group.items() if key not in ("params", "step")}
         for group in student.optimizer.param_groups
     ]
-    load_student(student, folder, with_average=False)
+    with _groups_by_factors():
+        load_student(student, folder, with_average=False)
     for group, own in zip(student.optimizer.param_groups, settings, strict=True):
         group.update(own)
     student.scheduler.num_steps = 0
