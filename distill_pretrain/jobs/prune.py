@@ -153,6 +153,7 @@ def _source(
         source = Source.open(place)
         require_own_tokenizer(place, data.tokens, key=KEY)
         require_plausible_width(place, sequences.vocab_size, key=KEY)
+        _require_positions(place, source.config["max_position_embeddings"], data)
         _require_fitting(place, source.model, source.vocab_size, sequences, targets)
         yield source, {"path": f"{place}", "sha256": source.sha256()}
         return
@@ -161,6 +162,7 @@ def _source(
     if trained.model.arch != "llama":
         raise unsupported(place, f"arch: {trained.model.arch}")
     _require_same_tokens(place, trained, sequences)
+    _require_positions(place, trained.seq_len, data)
     _require_fitting(place, trained.model, trained.vocab_size, sequences, targets)
     config.output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".source-", dir=config.output_dir) as temporary:
@@ -188,6 +190,17 @@ def _require_same_tokens(place: Path, trained: TrainedModel, sequences: Sequence
             found=f"{trained.vocab_size:,} ids, tokenizer {(known or 'unknown')[:12]}",
             expected=f"{sequences.vocab_size:,} ids, tokenizer {digests[0][:12] if digests else 'unknown'}",
             remedy="set data.tokens to a corpus of the source's tokenizer",
+        )
+
+
+def _require_positions(place: Path, longest: int, data: DataConfig) -> None:
+    if data.seq_len > longest:
+        raise ConfigError(
+            "the sequences are longer than the source was made for",
+            where=f"data.seq_len, {KEY} {place}",
+            found=data.seq_len,
+            expected=f"at most {longest}",
+            remedy="lower data.seq_len",
         )
 
 

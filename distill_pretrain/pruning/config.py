@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from distill_pretrain.config import Section
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_COUNT = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?)\s*([KMB]?)", re.IGNORECASE)
+_COUNT = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?)([KMB]?)", re.IGNORECASE)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
 
@@ -23,7 +23,7 @@ def parameter_count(text: Any) -> Any:
     """
     if not isinstance(text, str):
         return text
-    found = _COUNT.fullmatch(text.strip())
+    found = _COUNT.fullmatch(text)
     if found is None:
         raise ValueError(f"found: {text}; expected: a number of parameters, such as 70M or 1.2B")
     return round(float(found[1].replace("_", "")) * _UNITS[found[2].upper()])

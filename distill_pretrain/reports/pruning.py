@@ -88,28 +88,42 @@ def draw_scores(report: PruneReport) -> bytes:
     Returns:
         The bytes of a PNG.
     """
-    figure, (above, below) = _new_figure(9.0, 7.6, rows=(1, 1))
+    figure, (above, between, below) = _new_figure(
+        9.0, 8.6, rows=(4, 1 + len(report.models) // 3, 4)
+    )
     figure.suptitle(f"Scores of {report.source}", fontsize=12)
-    _draw_layers(above, report)
+    _draw_layers(above, report.scores)
+    _draw_removed(between, report)
     _draw_widths(below, report.scores)
     return _png(figure)
 
 
-def _draw_layers(axes: Axes, report: PruneReport) -> None:
-    scores = report.scores
-    layers = np.arange(scores.num_layers)
-    influence = [scores.block_influence(layer) for layer in layers.tolist()]
-    axes.bar(layers, influence, color=_COLOURS[0], zorder=2)
+def _draw_layers(axes: Axes, scores: Scores) -> None:
+    influence = [scores.block_influence(layer) for layer in range(scores.num_layers)]
+    axes.bar(range(scores.num_layers), influence, color=_COLOURS[0], zorder=2)
     axes.set_yscale("log")
-    low = min(value for value in (*influence, 1.0) if value > 0)
-    for number, (name, model) in enumerate(report.models.items()):
-        gone = sorted(set(layers.tolist()) - set(model.kept.layers))
-        if gone:
-            height = low * 0.7 ** (number + 1)
-            colour = _COLOURS[(number + 1) % len(_COLOURS)]
-            axes.plot(gone, [height] * len(gone), "x", color=colour, label=f"{name} removes", ms=5)
+    _layers_axis(axes, scores.num_layers)
     axes.set_title("How much does a layer turn the residual stream?", loc="left", fontsize=10)
-    _finish(axes, "layer", "block influence (1 - cosine)")
+    _finish(axes, "", "block influence (1 - cosine)")
+
+
+def _draw_removed(axes: Axes, report: PruneReport) -> None:
+    names = list(report.models)
+    for row, model in enumerate(report.models.values()):
+        gone = sorted(set(range(report.scores.num_layers)) - set(model.kept.layers))
+        axes.plot(gone, [row] * len(gone), "x", color=_COLOURS[(row + 1) % len(_COLOURS)])
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    _layers_axis(axes, report.scores.num_layers)
+    axes.set_title("Which layers does a model lack?", loc="left", fontsize=10)
+    _finish(axes, "layer", "")
+
+
+def _layers_axis(axes: Axes, num_layers: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlim(-0.7, num_layers - 0.3)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _draw_widths(axes: Axes, scores: Scores) -> None:

@@ -209,6 +209,11 @@ BAD: dict[str, tuple[Callable[[Path], None], dict[str, Any], str]] = {
         {},
         "far more ids than the corpus",
     ),
+    "few positions": (
+        lambda f: set_config(f, max_position_embeddings=31),
+        {},
+        "longer than the source was made for.*at most 31",
+    ),
     "too wide": (
         nothing,
         {"targets": {"a": {"hidden_size": 80}}},
