@@ -147,6 +147,21 @@ def test_only_ratios_count_and_even_weights_are_none():
     assert differ_by(found["uneven"], found["none"]) > 1e-3
 
 
+def test_an_evaluation_does_not_weigh_in_the_next_step():
+    from distill_pretrain.mcore.model.config import ParallelConfig
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
+
+    torch.set_num_threads(1)
+    layout, norms = ParallelConfig(), []
+    with process_group(), released_groups(), model_parallel(layout, seed=1) as groups:
+        for evaluates in (False, True):
+            student, batches = make_job(LLAMA, layout, groups, kd=True, steps=1, weighted=1.0)
+            if evaluates:
+                student.evaluate([iter(batches.step_batches(1, with_targets=True))])
+            norms.append(take_step(student, batches, 0).grad_norm)
+    assert norms[0] == norms[1] > 0
+
+
 LAYOUTS = {
     "tp2+sequence": {"tensor": 2, "sequence_parallel": True},
     "pp2": {"pipeline": 2},
