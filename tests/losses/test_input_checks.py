@@ -118,6 +118,16 @@ def test_probabilities_that_are_none_are_refused(loss, prob):
         loss(logits, labels, at_padding)
 
 
+def test_what_a_cache_of_log_probabilities_rounds_is_no_mistake(loss):
+    logits, labels, _ = make_case(0)
+    # Cached are multiples of 1/2048 of -ln p: of these 16 equal ones each is rounded up, by nearly the most there is.
+    coded = torch.exp(-torch.round(torch.tensor(16.0).log() * 2048) / 2048 + 2**-12)
+    ids = torch.arange(16).expand(23, 16)
+    loss(logits, labels, SparseTargets(ids=ids, probs=coded.expand(23, 16)))
+    with pytest.raises(LossInputError, match="sum to more than 1; .*row 0; found: 1.001"):
+        loss(logits, labels, SparseTargets(ids=ids, probs=torch.full((23, 16), 1.001 / 16)))
+
+
 def test_shapes_that_do_not_fit_are_refused(loss):
     logits, labels, targets = make_case(0)
     with pytest.raises(LossInputError, match="labels do not fit the logits"):
