@@ -124,7 +124,7 @@ def test_what_a_cache_of_log_probabilities_rounds_is_no_mistake(loss):
     coded = torch.exp(-torch.round(torch.tensor(16.0).log() * 2048) / 2048 + 2**-12)
     ids = torch.arange(16).expand(23, 16)
     loss(logits, labels, SparseTargets(ids=ids, probs=coded.expand(23, 16)))
-    with pytest.raises(LossInputError, match="sum to more than 1; .*row 0; found: 1.001"):
+    with pytest.raises(LossInputError, match=r"sum to more than 1; .*row 0; found: 1\.001"):
         loss(logits, labels, SparseTargets(ids=ids, probs=torch.full((23, 16), 1.001 / 16)))
 
 
