@@ -36,8 +36,13 @@ def kd(job, run: Path, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def unbroken(job, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("unbroken")
-    job.run("train", *kd(job, run, "parallel.tensor=2"), num_processes=2)
+    job.run("train", *kd(job, run, "parallel.tensor=2", "train.profile=[2,2]"), num_processes=2)
     return run
+
+
+def test_every_rank_writes_its_own_profile(unbroken):
+    found = {path.name for path in (unbroken / "profile").iterdir()}
+    assert found == {f"rank-{rank}.{kind}" for rank in (0, 1) for kind in ("json.gz", "txt")}
 
 
 def killed_after_a_checkpoint(job, folder: Path) -> Path:
