@@ -14,7 +14,7 @@ from distill_pretrain.pruning.config import PruneConfig, TargetConfig
 from distill_pretrain.pruning.folder import Source
 from distill_pretrain.pruning.model import Batch, build_model, load_model, mean_loss, without_layers
 from distill_pretrain.pruning.scores import Scores, collect_scores
-from distill_pretrain.pruning.search import Found, measure, search
+from distill_pretrain.pruning.search import Found, search
 from distill_pretrain.pruning.shapes import Shape, num_parameters, shape_of, with_shape
 from distill_pretrain.pruning.slicing import Cut, cuts
 
@@ -130,7 +130,6 @@ class Pruner:
             target,
             self.source.model,
             vocab_size=self.source.vocab_size,
-            sensitivity=measure(self.shape, target, loss_of),
             loss_of=loss_of,
             candidates=self._config.candidates,
         )

@@ -113,24 +113,25 @@ def search(
     source: ModelConfig,
     *,
     vocab_size: int,
-    sensitivity: Sensitivity,
     loss_of: LossOf,
     candidates: int,
 ) -> Found:
-    """Find the shape of a target with `parameters`.
+    """Find the shape of a target with `parameters`; sizes are measured alone only where too many shapes fit.
 
     Args:
         name: of the target, for messages.
         target: what is asked for.
         source: architecture.
         vocab_size: rows of its embedding.
-        sensitivity: of `measure`, of this target.
-        loss_of: measures a candidate.
+        loss_of: measures a shape.
         candidates: how many are measured.
     """
     shapes = _shapes(name, target, source, vocab_size)
-    # Equal predictions: the larger model first.
-    order = sorted(shapes, key=lambda shape: (sensitivity.predicted(shape), -shapes[shape]))
+    order = list(shapes)
+    if len(order) > candidates:
+        sensitivity = measure(Shape.of(source), target, loss_of)
+        # Equal predictions: the larger model first.
+        order.sort(key=lambda shape: (sensitivity.predicted(shape), -shapes[shape]))
     losses = {shape: loss_of(shape) for shape in order[:candidates]}
     return Found(shape=min(losses, key=losses.__getitem__), losses=losses)
 

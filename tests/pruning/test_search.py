@@ -125,7 +125,6 @@ def test_a_search_finds_a_shape_of_nearly_so_many_parameters(how, stays, paramet
         target,
         SMOLLM2,
         vocab_size=V,
-        sensitivity=measure(WHOLE, target, cost),
         loss_of=cost,
         candidates=5,
     )
@@ -144,9 +143,7 @@ def test_no_shape_of_the_grid_would_have_been_better_by_the_prediction():
     sizes = {"num_layers": 20, "num_attention_heads": 9, "num_query_groups": 3}
     target = TargetConfig(parameters=70_000_000, **sizes)
     sensitivity = measure(WHOLE, target, cost)
-    found = search(
-        "t", target, SMOLLM2, vocab_size=V, sensitivity=sensitivity, loss_of=cost, candidates=1
-    )
+    found = search("t", target, SMOLLM2, vocab_size=V, loss_of=cost, candidates=1)
     best = float("inf")
     for hidden, ffn in product(range(160, 577, 32), range(384, 1537, 64)):
         shape = Shape(**sizes, hidden_size=hidden, ffn_hidden_size=ffn)
@@ -181,10 +178,7 @@ def test_sizes_that_are_given_are_not_searched_for():
         seen.append(shape)
         return cost(shape)
 
-    sensitivity = measure(WHOLE, target, loss_of)
-    found = search(
-        "t", target, SMOLLM2, vocab_size=V, sensitivity=sensitivity, loss_of=loss_of, candidates=3
-    )
+    found = search("t", target, SMOLLM2, vocab_size=V, loss_of=loss_of, candidates=3)
     assert {shape.hidden_size for shape in found.losses} == {512}
     assert {(s.num_attention_heads, s.num_query_groups) for s in found.losses} == {(6, 2)}
     assert {shape.hidden_size for shape in seen} == {512, 576}
