@@ -10,6 +10,15 @@ from pydantic import Field, field_validator
 from distill_pretrain.config import Section, nameable
 
 
+def _prefix(path: Path | None) -> Path | None:
+    """Return the same prefix of a corpus; raise ValueError where it has no name for .bin and .idx to follow."""
+    if path is not None and not path.name:
+        raise ValueError(
+            f"found: {str(path)!r}; expected: the prefix of a corpus, such as runs/tokens/train, without its ending"
+        )
+    return path
+
+
 class BlendSource(Section):
     """One more corpus to train on, with the cache that belongs to it."""
 
@@ -25,6 +34,7 @@ class BlendSource(Section):
     """Seed of the document order in its sequence plan; null takes data.seed."""
 
     _cache_can_be_named = field_validator("cache")(nameable)
+    _tokens_have_a_name = field_validator("tokens")(_prefix)
 
 
 class DataConfig(Section):
@@ -67,6 +77,7 @@ class DataConfig(Section):
     """What `train` does when a cache's targets do not fit the text (shifted, or from a teacher that ignores it)."""
 
     _cache_can_be_named = field_validator("cache", "held_out_cache")(nameable)
+    _tokens_have_a_name = field_validator("tokens", "held_out_tokens")(_prefix)
 
     @property
     def sources(self) -> tuple[DataConfig, ...]:
