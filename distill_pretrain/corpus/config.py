@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, StrictInt, field_validator
 
 from distill_pretrain.config import Section, nameable
-from distill_pretrain.corpus.loss_marks import MarkKeys
 from distill_pretrain.files.storage import is_remote
+
+if TYPE_CHECKING:
+    from distill_pretrain.corpus.loss_marks import MarkKeys
 
 BosMode = Literal["auto", "always", "never"]
 
@@ -47,6 +49,9 @@ class CorpusConfig(Section):
     @property
     def mark_keys(self) -> MarkKeys:
         """What is looked for beside the text."""
+        # Here, since --help of a verb loads no numpy.
+        from distill_pretrain.corpus.loss_marks import MarkKeys
+
         return MarkKeys(self.masked_key, self.weight_key)
 
     @field_validator("paths")

@@ -22,6 +22,10 @@ class Text:
 
     seq_len = SEQ_LEN
 
+    @property
+    def unmasked(self):
+        return self
+
     def __init__(self, num_sequences=80):
         self.num_sequences = num_sequences
         rng = np.random.default_rng(5)
