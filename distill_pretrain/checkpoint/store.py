@@ -33,6 +33,7 @@ from distill_pretrain.files.atomic import (
     publish_bytes,
 )
 from distill_pretrain.files.disk import free_bytes, require_room
+from distill_pretrain.files.folders import replace_folder
 
 _log = logging.getLogger(__name__)
 
@@ -248,14 +249,7 @@ class CheckpointStore:
         def publish() -> None:
             described = {**record, "files": files, "code_version": __version__}
             publish_bytes(temporary / RECORD, canonical_json(described))
-            # Aside first: at no moment is there neither the old checkpoint nor the new one on the disk.
-            aside = final.with_suffix(_ASIDE)
-            shutil.rmtree(aside, ignore_errors=True)
-            if final.exists():
-                os.replace(final, aside)
-            os.replace(temporary, final)
-            fsync_path(self.root)
-            shutil.rmtree(aside, ignore_errors=True)
+            replace_folder(final, temporary, aside=final.with_suffix(_ASIDE))
             for old in self.complete()[:-keep]:
                 shutil.rmtree(old, ignore_errors=True)
 

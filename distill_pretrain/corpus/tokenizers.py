@@ -348,19 +348,15 @@ def is_same_tokenizer(record: TokensRecord, folder: Path, path: Path) -> bool:
 
 
 def load_recorded_tokenizer(folder: Path, record: TokensRecord) -> Tokenizer:
-    """Loads the tokenizer stored in a tokens folder, which `record` describes.
+    """Load the tokenizer stored in a tokens folder, which `record` describes.
 
     Raises:
         TokenizerMismatch: it is not the one that made the tokens.
     """
     made_by = record.tokenizer
     path, sha256 = folder / made_by["file"], made_by["sha256"]
-    tokenizer = load_tokenizer(
-        made_by["kind"],
-        path,
-        bos="never" if record.bos_id is None else "always",
-        end_of_document=record.eod_id,
-    )
+    bos: BosMode = "never" if record.bos_id is None else "always"
+    tokenizer = load_tokenizer(made_by["kind"], path, bos=bos, end_of_document=record.eod_id)
     if tokenizer.sha256 != sha256:
         raise TokenizerMismatch(
             "the tokenizer beside the tokens is not the one that made them",

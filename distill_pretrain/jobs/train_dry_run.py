@@ -9,10 +9,9 @@ from distill_pretrain.data.config import DataConfig
 from distill_pretrain.errors import ConfigError, LayoutError
 from distill_pretrain.jobs.console import say
 from distill_pretrain.jobs.phases import phases_of
+from distill_pretrain.jobs.plan.corpus import Corpus, corpus_of
 from distill_pretrain.jobs.plan.student import (
     GB,
-    Corpus,
-    corpus_of,
     layout_text,
     memory_figures,
     needed_bytes,

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,9 @@ from distill_pretrain.checkpoint.hf.load import check_hf_weights
 from distill_pretrain.checkpoint.hf.save import MAX_SHARD_BYTES
 from distill_pretrain.checkpoint.record import hash_files
 from distill_pretrain.errors import CheckpointError
-from distill_pretrain.files.atomic import canonical_json, fsync_path, publish_bytes
-from distill_pretrain.files.disk import naming, require_room
+from distill_pretrain.files.atomic import canonical_json, publish_bytes
+from distill_pretrain.files.disk import require_room
+from distill_pretrain.files.folders import building, replace_folder
 from distill_pretrain.mcore.model.config import ModelConfig
 from distill_pretrain.pruning.slicing import Cut
 
@@ -156,7 +156,10 @@ def write_folder(
     tensors = [Tensor(name=cut.name, shape=cut.shape) for cut in cuts]
     files = plan_files([tensors], dtype=source.dtype, max_shard_bytes=MAX_SHARD_BYTES)
     by_name = {cut.name: cut for cut in cuts}
-    with _building(folder) as temporary:
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    with building(temporary):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
         needed = sum(tensor.num_bytes(source.dtype) for tensor in tensors)
         require_room(temporary, needed, what="the model", remedy="set another prune.output_dir")
         for file in files:
@@ -168,6 +171,7 @@ def write_folder(
         _copy_rest(source.folder, temporary)
         publish_bytes(temporary / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
         publish_bytes(temporary / RECORD, _lines(record))
+        replace_folder(folder, temporary)
 
 
 def _lines(record: Mapping[str, Any]) -> bytes:
@@ -186,25 +190,3 @@ def _copy_rest(source: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
         elif path.is_dir() and path.name == "tokenizer":
             shutil.copytree(path, folder / path.name)
-
-
-@contextmanager
-def _building(folder: Path) -> Iterator[Path]:
-    """Make a folder beside it, which takes its name when the block ends well."""
-    temporary = folder.with_name(f"{folder.name}.tmp")
-    old = folder.with_name(f"{folder.name}.old.tmp")
-    try:
-        with naming(temporary):
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            yield temporary
-            fsync_path(temporary)
-            shutil.rmtree(old, ignore_errors=True)
-            if folder.exists():
-                os.replace(folder, old)
-            os.replace(temporary, folder)
-            fsync_path(folder.parent)
-            shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

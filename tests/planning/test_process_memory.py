@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from distill_pretrain.config import load_recipe
-from distill_pretrain.jobs.plan.student import Corpus, student_job
+from distill_pretrain.jobs.plan.corpus import Corpus
+from distill_pretrain.jobs.plan.student import student_job
 from distill_pretrain.jobs.recipe import Recipe
 from distill_pretrain.planning.config import PlanConfig
 from distill_pretrain.planning.memory import cpu_process_bytes, fullest_rank

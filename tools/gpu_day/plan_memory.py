@@ -8,7 +8,8 @@ from pathlib import Path
 from figures import record
 
 from distill_pretrain.config import load_recipe
-from distill_pretrain.jobs.plan.student import corpus_of, memory_figures, student_job
+from distill_pretrain.jobs.plan.corpus import corpus_of
+from distill_pretrain.jobs.plan.student import memory_figures, student_job
 from distill_pretrain.jobs.recipe import Recipe
 from distill_pretrain.planning.memory import fullest_rank
 

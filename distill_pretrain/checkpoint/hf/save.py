@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +24,9 @@ from distill_pretrain.checkpoint.hf.files import (
 from distill_pretrain.checkpoint.hf.tensors import Piece, correspondence
 from distill_pretrain.checkpoint.hf.tokenizer import tokenizer_folder, write_tokenizer
 from distill_pretrain.errors import CheckpointError
-from distill_pretrain.files.atomic import fsync_path, publish_bytes
-from distill_pretrain.files.disk import naming, require_room
+from distill_pretrain.files.atomic import publish_bytes
+from distill_pretrain.files.disk import require_room
+from distill_pretrain.files.folders import building, replace_folder
 from distill_pretrain.mcore.model.config import ModelConfig
 from distill_pretrain.processes.groups import ParallelGroups
 from distill_pretrain.processes.process import on_first_rank
@@ -109,28 +108,17 @@ def save_hf_model(
             (RECORD, record),
         ):
             publish_bytes(temporary / name, (json.dumps(content, indent=2) + "\n").encode())
-        _replace(folder, temporary)
+        replace_folder(folder, temporary)
 
     pieces = correspondence(model, vocab_size=vocab_size, max_positions=max_positions).pieces()
     groups = current_groups()
     export = _Export(parameters_by_name(chunks), pieces, groups, dtype)
     files = plan_files(export.stages(), dtype=dtype, max_shard_bytes=max_shard_bytes)
-    with _building(temporary):
+    with building(temporary):
         on_first_rank(prepare)
         export.write(files, temporary)
         dist.barrier()
         on_first_rank(publish)
-
-
-@contextmanager
-def _building(temporary: Path) -> Iterator[None]:
-    """What an error leaves of the folder is dropped: on a full disk it is what fills it."""
-    try:
-        with naming(temporary):
-            yield
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def require_replaceable(folder: Path, source: Mapping[str, Any], *, any_run: bool = False) -> None:
@@ -149,17 +137,6 @@ def require_replaceable(folder: Path, source: Mapping[str, Any], *, any_run: boo
             found=f"an export of {found}" if found else "other files",
             remedy="name another folder, or remove it",
         )
-
-
-def _replace(folder: Path, temporary: Path) -> None:
-    fsync_path(temporary)
-    old = folder.with_name(f"{folder.name}.old.tmp")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(temporary, folder)
-    fsync_path(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 class _Export:

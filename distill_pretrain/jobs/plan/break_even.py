@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from distill_pretrain.jobs.plan.cache import StoredTargets
-from distill_pretrain.jobs.plan.student import (
-    plan_settings,
-)
+from distill_pretrain.jobs.plan.student import plan_settings
 from distill_pretrain.jobs.plan.training import job_gpus, kd_overhead, student_speed
 from distill_pretrain.jobs.recipe import Recipe
 from distill_pretrain.planning.costs import (

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from distill_pretrain.jobs.plan.student import (
-    Corpus,
-)
+from distill_pretrain.jobs.plan.corpus import Corpus
 from distill_pretrain.planning.cache_size import (
     CacheGeometry,
     Density,

@@ -5,10 +5,9 @@ from __future__ import annotations
 from distill_pretrain.jobs.plan.break_even import break_even_part
 from distill_pretrain.jobs.plan.cache import StoredTargets, samplers_part
 from distill_pretrain.jobs.plan.capture import capture_part, teacher_speed
+from distill_pretrain.jobs.plan.corpus import corpus_of, corpus_part
 from distill_pretrain.jobs.plan.disk import disk_part
 from distill_pretrain.jobs.plan.student import (
-    corpus_of,
-    corpus_part,
     memory_part,
     online_teacher_bytes,
     plan_settings,

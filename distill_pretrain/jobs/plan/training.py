@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from distill_pretrain.jobs.plan.cache import StoredTargets
-from distill_pretrain.jobs.plan.student import (
-    plan_settings,
-)
+from distill_pretrain.jobs.plan.student import plan_settings
 from distill_pretrain.jobs.recipe import Recipe
 from distill_pretrain.jobs.start import start_folder
 from distill_pretrain.mcore.model.layout import replica_size
