@@ -228,8 +228,9 @@ class SequencePlan:
         if self._packed is None:
             stops = self.num_tokens - numbers * self.seq_len
         else:
-            ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(self._packed.lengths)])
-            stops = np.diff(ends[self._packed.starts])[numbers]
+            lengths, starts = self._packed.lengths, self._packed.starts
+            of_parts = [lengths[starts[n] : starts[n + 1]] for n in numbers.tolist()]
+            stops = np.array([part.sum() for part in of_parts], np.int64)
         result: npt.NDArray[np.bool_] = np.arange(self.seq_len) < stops[:, None]
         return result
 
