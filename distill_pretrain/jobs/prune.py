@@ -112,10 +112,10 @@ def _targets(config: PruneConfig, to_parameters: Sequence[str]) -> dict[str, Tar
 
 
 def _open_corpus(data: DataConfig, config: PruneConfig) -> SequenceData:
-    """Open the corpus as one stream: scores are means over whole sequences."""
+    """Open the corpus as one stream, and require enough whole sequences of it."""
     from distill_pretrain.data.sources import open_sequences
 
-    sequences = open_sequences(data.model_copy(update={"documents": "joined"}))
+    sequences = open_sequences(_as_stream(data))
     whole = _whole_sequences(sequences)
     if config.num_sequences > whole:
         raise ConfigError(
@@ -216,8 +216,7 @@ class _Job:
             chosen = self._chosen()[:count]
             text = f"{len(chosen)} sequences of {self.data.seq_len} tokens that were also scored"
             return self._batches(self.sequences, chosen), text
-        joined = self.data.model_copy(update={"documents": "joined"})
-        held_out = open_sequences(joined, tokens)
+        held_out = open_sequences(_as_stream(self.data), tokens)
         require_one_tokenizer(
             self.sequences,
             self.data.tokens,
@@ -277,6 +276,11 @@ class _Job:
             "kept": pruned.kept.as_dict(),
             "code_version": __version__,
         }
+
+
+def _as_stream(data: DataConfig) -> DataConfig:
+    """Return the section with a corpus whose sequences are full but for the last: scores are means over them."""
+    return data.model_copy(update={"documents": "joined", "packing": "cut"})
 
 
 def _whole_sequences(sequences: SequenceData) -> int:
