@@ -96,8 +96,13 @@ fi
 log "tokenize with the teacher's tokenizer"
 alone tokenize $RECIPES/tokenize.yaml "$text" "corpus.output_dir=$RUN/tokens" "tokenizer.path=$teacher" "${tokenizing[@]}"
 data=("data.tokens=$RUN/tokens/train" "data.held_out_tokens=$RUN/tokens/held_out")
+log "tokenize text of another domain: source code of Python's library"
+library=$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
+alone tokenize $RECIPES/tokenize.yaml "tokenizer.path=$teacher" "${tokenizing[@]}" \
+    "corpus.paths=[$library/asyncio, $library/email, $library/json, $library/logging]" "corpus.include=['*.py']" \
+    corpus.held_out_fraction=0 "corpus.output_dir=$RUN/tokens_code"
 jobs=(
-    "${data[@]}" "teacher.path=$teacher" "capture.output_dir=$RUN/cache" "compare.output_dir=$RUN"
+    "${data[@]}" "compare.eval.out_of_domain_tokens=$RUN/tokens_code/train" "teacher.path=$teacher" "capture.output_dir=$RUN/cache" "compare.output_dir=$RUN"
     "train.output_dir=$RUN/cells" "${comparing[@]}"
 )
 log "capture every target set in one pass ($NPROC processes)"

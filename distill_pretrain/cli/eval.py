@@ -23,6 +23,9 @@ among the processes; the figures are the same. Figures that eval.output already 
 sequences are kept.
 
 On request also:
+  eval.out_of_domain_tokens   the same figures on a second held-out corpus, of the same tokenizer
+  eval.copying    cross-entropy on random ids of the held-out text when they come a second time in a sequence, beside
+                  that on their first time: how well models copy from context ({} takes the defaults)
   eval.cache      scores against a cache of the held-out text, without the teacher; make it with
                   `distill-pretrain capture recipe.yaml data.tokens=HELD_OUT data.cache=null capture.output_dir=...`.
                   cross_entropy_cache estimates the teacher's CE without bias where targets are sampled; kl_cache is
@@ -41,6 +44,8 @@ Example
     eval:
       models: {ce: runs/ce, kd: runs/kd}
       output: runs/eval.json
+      out_of_domain_tokens: runs/tokens_code/train
+      copying: {num_sequences: 64}
       gradients: {model: runs/ce, caches: {systematic: runs/cache, top12: runs/cache_top12}}
       tasks: [piqa, my_tasks/colours.yaml]
 """

@@ -24,6 +24,13 @@ def print_table(results: EvalResults) -> None:
     if any(score["kl_cache"] is not None for score in results.scores.values()):
         columns.append("KL(cache||model)")
     _say_table(["model", *columns], table)
+    if results.out_of_domain is not None:
+        rows = [[name, *_row(score)] for name, score in results.out_of_domain["scores"].items()]
+        _say_table(["out of domain", *columns[:6]], rows)
+    if results.copying is not None:
+        rows = [[name, *_copies(found)] for name, found in results.copying["models"].items()]
+        header = ["copying", "CE, first time", "CE, repeated", "repeated minus first", "accuracy"]
+        _say_table(header, rows)
     if results.gradients is not None:
         rows = [
             [
@@ -55,6 +62,15 @@ def _row(score: dict[str, Any]) -> list[str]:
         _cell(score["top1_agreement"], ".1%"),
         _cell(score["acceptance"], ".1%"),
         _cell(score["kl_cache"], ".4f"),
+    ]
+
+
+def _copies(found: dict[str, Any]) -> list[str]:
+    return [
+        _cell(found["first"], ".4f"),
+        _cell(found["repeated"], ".4f"),
+        _cell(found["repeated"] - found["first"], "+.4f"),
+        _cell(found["accuracy"], ".1%"),
     ]
 
 

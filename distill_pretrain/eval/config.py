@@ -27,6 +27,17 @@ class GradientsConfig(Section):
     """What becomes of the mass that Top-K targets lack; see objective.residual."""
 
 
+class CopyingConfig(Section):
+    """A probe of copying from context: random ids of the held-out text, repeated once."""
+
+    num_sequences: int = Field(default=64, ge=1, le=1 << 20)
+    """Sequences of the probe."""
+    length: int | None = Field(default=None, ge=2, le=1 << 23)
+    """Ids that are repeated; null takes half of data.seq_len, which is the most."""
+    seed: int = Field(default=1234, ge=0, lt=1 << 64)
+    """Seed of the draw."""
+
+
 class EvalConfig(Section):
     """Held-out figures of trained models."""
 
@@ -46,6 +57,10 @@ class EvalConfig(Section):
     """Drafts per round for which the accepted length is computed (with a teacher)."""
     cache: str | None = None
     """Cache captured on data.held_out_tokens, folder or URL, to score against (needs no teacher)."""
+    out_of_domain_tokens: Path | None = None
+    """Prefix of a second held-out corpus, of text unlike the training text but of the same tokenizer, to score too."""
+    copying: CopyingConfig | None = None
+    """Also probe how well models copy from context ({} takes the defaults)."""
     gradients: GradientsConfig | None = None
     """Also compare gradients (one process; needs the section teacher)."""
     tasks: tuple[str, ...] = ()

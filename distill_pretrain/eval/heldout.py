@@ -42,7 +42,10 @@ _MOST_NAMED = 8
 class HeldOutPlan(Protocol):
     """The part of `corpus.sequence_plan.SequencePlan` that is needed here."""
 
-    num_sequences: int
+    @property
+    def num_sequences(self) -> int:
+        """How many there are."""
+        ...
 
     def read(
         self, sequences: npt.NDArray[np.int64]

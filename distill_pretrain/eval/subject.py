@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from distill_pretrain.cache.reader import CacheReader
 from distill_pretrain.contracts import LogitsEngine
 from distill_pretrain.data.sources import SequenceData
-from distill_pretrain.eval.heldout import TEACHER, evaluate
+from distill_pretrain.eval.heldout import TEACHER, HeldOutPlan, evaluate
 from distill_pretrain.eval.metrics import ModelScores, ScoreSettings
 from distill_pretrain.processes.env import launch_rank, launch_world_size
 from distill_pretrain.processes.process import local_device
@@ -72,7 +72,11 @@ class Subject:
     @property
     def share(self) -> int:
         """The number of sequences that a process scores; some processes may have one less."""
-        return -(-self.num_sequences // launch_world_size())
+        return share_of(self.num_sequences)
+
+    def on(self, other: SequenceData, num_sequences: int) -> Subject:
+        """Return the same models over the first sequences of another text, without a cache."""
+        return replace(self, held_out=other, num_sequences=num_sequences, cache=None)
 
     def scores(
         self, *, micro_batch_size: int, progress: Callable[[int], None]
@@ -89,19 +93,42 @@ class Subject:
         Raises:
             DistillPretrainError: see `heldout.evaluate`.
         """
+        return self.scores_on(
+            self.held_out.plan,
+            cache=self.cache,
+            num_sequences=self.num_sequences,
+            micro_batch_size=micro_batch_size,
+            progress=progress,
+        )
+
+    def scores_on(
+        self,
+        plan: HeldOutPlan,
+        *,
+        cache: CacheReader | None = None,
+        num_sequences: int | None = None,
+        micro_batch_size: int,
+        progress: Callable[[int], None],
+    ) -> dict[str, ModelScores]:
+        """Score every model as `scores` does, on sequences of the caller's; None takes all of them."""
         return evaluate(
             dict(self.engines),
             self.teacher,
-            self.held_out.plan,
-            cache=self.cache,
+            plan,
+            cache=cache,
             settings=self.settings,
-            num_sequences=self.num_sequences,
+            num_sequences=num_sequences,
             micro_batch_size=micro_batch_size,
             rank=launch_rank(),
             world_size=launch_world_size(),
             all_reduce_sum=_all_reduce_sum,
             progress=progress,
         )
+
+
+def share_of(num_sequences: int) -> int:
+    """Return how many of the sequences a process scores at most."""
+    return -(-num_sequences // launch_world_size())
 
 
 def cache_identity(cache: CacheReader) -> dict[str, Any]:

@@ -53,6 +53,7 @@ def evaluate_models(recipe: Recipe) -> EvalResults:
     set_cpu_threads(0)
     with process_group():
         held_out = open_sequences(recipe.data, recipe.data.held_out_tokens)
+        other = _out_of_domain(recipe.data, recipe.eval, held_out)
         from distill_pretrain.checkpoint.ownership import job_owning
         from distill_pretrain.files.ownership import owner_beside
         from distill_pretrain.mcore.model.config import ParallelConfig
@@ -67,7 +68,7 @@ def evaluate_models(recipe: Recipe) -> EvalResults:
         ):
             subject = _opened(recipe.data, recipe.eval, recipe.teacher, models, held_out)
             return _evaluate(
-                subject, recipe.data, recipe.eval, lambda path: dump_recipe(recipe, path)
+                subject, other, recipe.data, recipe.eval, lambda path: dump_recipe(recipe, path)
             )
 
 
@@ -111,6 +112,33 @@ def _check_extras(config: EvalConfig, *, has_teacher: bool) -> None:
         require_harness()
 
 
+def _out_of_domain(
+    data: DataConfig, config: EvalConfig, held_out: SequenceData
+) -> SequenceData | None:
+    """Open the second held-out corpus, if there is one, and check that it fits the first."""
+    from distill_pretrain.data.sources import open_sequences, require_one_tokenizer
+    from distill_pretrain.errors import TokenizerMismatch
+
+    if config.out_of_domain_tokens is None:
+        return None
+    assert data.held_out_tokens
+    what, where = (
+        "the two held-out corpora",
+        f"eval.out_of_domain_tokens {config.out_of_domain_tokens}",
+    )
+    other = open_sequences(data, config.out_of_domain_tokens)
+    require_one_tokenizer(held_out, data.held_out_tokens, other, what=what, where=where)
+    if other.plan.document_end != held_out.plan.document_end:
+        raise TokenizerMismatch(
+            f"{what} end their documents with different tokens",
+            where=where,
+            found=other.plan.document_end,
+            expected=held_out.plan.document_end,
+            remedy="tokenise both with the same tokenizer and tokenizer.end_of_document",
+        )
+    return other
+
+
 def _opened(
     data: DataConfig,
     config: EvalConfig,
@@ -126,8 +154,7 @@ def _opened(
     from distill_pretrain.teacher.engines import open_engine
 
     assert data.held_out_tokens
-    available = held_out.plan.num_sequences
-    count = min(config.num_sequences or available, available)
+    count = _scored(config, held_out)
     cache = None
     if config.cache is not None:
         cache = open_cache_of(
@@ -167,8 +194,17 @@ def _opened(
     )
 
 
+def _scored(config: EvalConfig, text: SequenceData) -> int:
+    """The number of sequences of a text to score."""
+    return min(config.num_sequences or text.plan.num_sequences, text.plan.num_sequences)
+
+
 def _evaluate(
-    subject: Subject, data: DataConfig, config: EvalConfig, save_recipe: Callable[[Path], None]
+    subject: Subject,
+    other: SequenceData | None,
+    data: DataConfig,
+    config: EvalConfig,
+    save_recipe: Callable[[Path], None],
 ) -> EvalResults:
     """Compute the figures that eval.output does not hold yet, and write all of them there."""
     from distill_pretrain.files.disk import require_writable
@@ -179,7 +215,8 @@ def _evaluate(
     inputs, output = subject.inputs(), config.output
     earlier = on_first_rank(lambda: _earlier(output))
     found = earlier if earlier is not None and earlier.inputs == inputs else None
-    if found is None or config.gradients is not None or config.tasks:
+    asked = (other, config.copying, config.gradients)
+    if found is None or config.tasks or any(part is not None for part in asked):
         on_first_rank(lambda: require_writable(output))
     # What other files can spoil comes first.
     gradients, tasks = _on_request(
@@ -189,7 +226,13 @@ def _evaluate(
         with progress(subject.share, "scoring", unit="sequences per process") as bar:
             scores = subject.scores(micro_batch_size=config.micro_batch_size, progress=bar.advance)
         found = EvalResults.of(scores, inputs=inputs, software=installed_versions(), date=today())
-    found = replace(found, gradients=gradients, tasks=tasks)
+    found = replace(
+        found,
+        out_of_domain=_on_other_text(subject, other, config, earlier),
+        copying=_copying(subject, data, config, earlier),
+        gradients=gradients,
+        tasks=tasks,
+    )
     if found == earlier:
         say("already done:", output)
         return found
@@ -198,6 +241,47 @@ def _evaluate(
         save_recipe(output.with_name(f"{output.name}.recipe.yaml"))
         found.save(output)
     return found
+
+
+def _on_other_text(
+    subject: Subject, other: SequenceData | None, config: EvalConfig, earlier: EvalResults | None
+) -> dict[str, Any] | None:
+    """Return the figures on eval.out_of_domain_tokens, those of an earlier run where its inputs are the same."""
+    from distill_pretrain.reports.results import text_figures
+
+    if other is None:
+        return None
+    moved = subject.on(other, _scored(config, other))
+    inputs = moved.inputs()
+    if earlier is not None and (earlier.out_of_domain or {}).get("inputs") == inputs:
+        return earlier.out_of_domain
+    with progress(moved.share, "out of domain", unit="sequences per process") as bar:
+        scores = moved.scores(micro_batch_size=config.micro_batch_size, progress=bar.advance)
+    return text_figures(scores, inputs)
+
+
+def _copying(
+    subject: Subject, data: DataConfig, config: EvalConfig, earlier: EvalResults | None
+) -> dict[str, Any] | None:
+    """Return the figures of eval.copying, those of an earlier run where its inputs are the same."""
+    if config.copying is None:
+        return None
+    from distill_pretrain.corpus.tokens_record import TokensRecord
+    from distill_pretrain.eval.copying import copying_figures
+    from distill_pretrain.eval.subject import share_of
+
+    assert data.held_out_tokens
+    record = TokensRecord.beside(data.held_out_tokens)
+    total = 2 * share_of(config.copying.num_sequences)
+    with progress(total, "copying", unit="sequences per process") as bar:
+        return copying_figures(
+            subject,
+            config.copying,
+            None if earlier is None else earlier.copying,
+            end_of_document=None if record is None else record.eod_id,
+            micro_batch_size=config.micro_batch_size,
+            progress=bar.advance,
+        )
 
 
 def _on_request(

@@ -135,6 +135,8 @@ def write_report(config: ReportConfig, *, recipe: str | None = None) -> Path:
         *sections.calibration(scored, RELIABILITY),
         *sections.speculation({k: v for k, v in scored.items() if k not in teachers}),
         *sections.held_out_cache(scored),
+        *sections.out_of_domain(results),
+        *sections.copying(results),
         *sections.gradients(results),
         *sections.tasks(results),
         "## Training curves",

@@ -12,7 +12,7 @@ from distill_pretrain.errors import DistillPretrainError
 from distill_pretrain.eval.metrics import ModelScores, PairedDifference
 from distill_pretrain.files.atomic import publish_bytes
 
-VERSION = 2
+VERSION = 3
 PAIRED_FIELDS = ("ce", "kl", "cross_entropy_cache")
 _SINCE_VERSION_2 = (
     "ece",
@@ -24,6 +24,13 @@ _SINCE_VERSION_2 = (
     "kl_cache",
 )
 _NESTED = ("reliability", "accepted_length")
+_PARTS = {
+    "out_of_domain": ("scores", "paired"),
+    "copying": ("models",),
+    "gradients": ("caches",),
+    "tasks": ("models",),
+}
+"""What can be asked for -> its keys beside "inputs"."""
 
 
 class EvalFileError(DistillPretrainError):
@@ -42,6 +49,8 @@ class EvalResults:
             the unbiased difference of the models' KL, see `ModelScores`).
         software: package -> version.
         date: ISO 8601, UTC.
+        out_of_domain: {"inputs", "scores", "paired"} on the second held-out text; None if not asked for.
+        copying: what `copying_figures` returns; None if not asked for.
         gradients: {"inputs", "caches": what `compare_gradients` returns}; None if not asked for.
         tasks: {"inputs", "models": what `run_tasks` returns}; None if not asked for.
     """
@@ -51,6 +60,8 @@ class EvalResults:
     paired: dict[str, dict[str, dict[str, dict[str, Any]]]]
     software: dict[str, str]
     date: str
+    out_of_domain: dict[str, Any] | None = None
+    copying: dict[str, Any] | None = None
     gradients: dict[str, Any] | None = None
     tasks: dict[str, Any] | None = None
 
@@ -64,23 +75,7 @@ class EvalResults:
         date: str,
     ) -> EvalResults:
         """Collect the scores that `heldout.evaluate` returns."""
-        first = next(iter(scores.values()))
-        fields = [field for field in PAIRED_FIELDS if getattr(first, field) is not None]
-        paired = {
-            name: {
-                other: {field: asdict(PairedDifference.of(a, b, field)) for field in fields}
-                for other, b in scores.items()
-                if other != name
-            }
-            for name, a in scores.items()
-        }
-        return cls(
-            inputs=inputs,
-            scores={name: score.as_dict() for name, score in scores.items()},
-            paired=paired,
-            software=software,
-            date=date,
-        )
+        return cls(**text_figures(scores, inputs), software=software, date=date)
 
     def save(self, path: Path) -> None:
         """Writes the file, whole or not at all; the folder is created."""
@@ -90,7 +85,7 @@ class EvalResults:
 
     @classmethod
     def load(cls, path: Path) -> EvalResults:
-        """Reads the file; in one of version 1 the figures that came with version 2 are None.
+        """Reads the file; in one of an earlier version the figures that came later are None.
 
         Raises:
             EvalFileError: missing, damaged, or of a later version.
@@ -103,6 +98,8 @@ class EvalResults:
             raise _unusable(path, f"no valid JSON ({error})") from None
         if isinstance(values, dict) and values.get("version") == 1:
             values = _from_version_1(values)
+        if isinstance(values, dict) and values.get("version") == 2:
+            values = {**values, "out_of_domain": None, "copying": None, "version": VERSION}
         problem = _problem(values)
         if problem is not None:
             raise _unusable(path, problem)
@@ -110,12 +107,31 @@ class EvalResults:
         return cls(**values)
 
 
+def text_figures(scores: Mapping[str, ModelScores], inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return the "inputs", "scores" and "paired" of `EvalResults`, of models scored on one text."""
+    first = next(iter(scores.values()))
+    fields = [field for field in PAIRED_FIELDS if getattr(first, field) is not None]
+    paired = {
+        name: {
+            other: {field: asdict(PairedDifference.of(a, b, field)) for field in fields}
+            for other, b in scores.items()
+            if other != name
+        }
+        for name, a in scores.items()
+    }
+    return {
+        "inputs": inputs,
+        "scores": {name: score.as_dict() for name, score in scores.items()},
+        "paired": paired,
+    }
+
+
 def _from_version_1(values: dict[str, Any]) -> dict[str, Any]:
     scores = values.get("scores")
     if isinstance(scores, dict):
         missing = dict.fromkeys(_SINCE_VERSION_2)
         scores = {k: {**missing, **v} if isinstance(v, dict) else v for k, v in scores.items()}
-    return {**values, "scores": scores, "gradients": None, "tasks": None, "version": VERSION}
+    return {**values, "scores": scores, "gradients": None, "tasks": None, "version": 2}
 
 
 def _problem(values: Any) -> str | None:
@@ -128,6 +144,8 @@ def _problem(values: Any) -> str | None:
         "paired": dict,
         "software": dict,
         "date": str,
+        "out_of_domain": (dict, type(None)),
+        "copying": (dict, type(None)),
         "gradients": (dict, type(None)),
         "tasks": (dict, type(None)),
     }
@@ -136,16 +154,24 @@ def _problem(values: Any) -> str | None:
     for name, kind in kinds.items():
         if not isinstance(values[name], kind):
             return f"{name} is {type(values[name]).__name__}"
+    for name, keys in _PARTS.items():
+        part = values[name]
+        if part is not None and not all(isinstance(part.get(k), dict) for k in ("inputs", *keys)):
+            return f"{name} is incomplete"
+    problem = _text_problem(values)
+    if problem is None and values["out_of_domain"] is not None:
+        problem = _text_problem(values["out_of_domain"])
+    return problem
+
+
+def _text_problem(values: dict[str, Any]) -> str | None:
+    """What is wrong with the "scores" and "paired" on one text."""
     if not values["scores"]:
         return "no scores"
     for model, scores in values["scores"].items():
         problem = _scores_problem(scores)
         if problem is not None:
             return f"{problem} of {model}"
-    for name, key in (("gradients", "caches"), ("tasks", "models")):
-        part = values[name]
-        if part is not None and not all(isinstance(part.get(k), dict) for k in ("inputs", key)):
-            return f"{name} is incomplete"
     return _paired_problem(values["paired"])
 
 

@@ -93,6 +93,59 @@ def held_out_cache(scores: AllScores) -> list[str]:
     ]
 
 
+def out_of_domain(results: EvalResults) -> list[str]:
+    """Write the figures on the second held-out text."""
+    if results.out_of_domain is None:
+        return []
+    forms = (("ce", ".4f"), ("kl", ".4f"), ("top1_agreement", ".1%"), ("ece", ".2%"))
+    scores = results.out_of_domain["scores"]
+    rows = [
+        [name, *(figure(score[key], form) for key, form in forms)] for name, score in scores.items()
+    ]
+    positions = next(iter(scores.values()))["num_positions"]
+    header = ["model", "CE", "KL(teacher‖model)", "top-1 agreement", "ECE"]
+    return [
+        "## Out of domain",
+        "",
+        *markdown_table(header, rows),
+        "",
+        f"On {positions:,} positions of a second held-out text.",
+        "",
+    ]
+
+
+def copying(results: EvalResults) -> list[str]:
+    """Write the losses on random ids when they come first and when they come again."""
+    if results.copying is None:
+        return []
+    inputs = results.copying["inputs"]
+    rows = []
+    for name, found in results.copying["models"].items():
+        error = found["repeated_standard_error"]
+        margin = "" if error is None else f" ± {error:.4f}"
+        rows.append(
+            [
+                name,
+                f"{found['first']:.4f}",
+                f"{found['repeated']:.4f}{margin}",
+                f"{found['repeated'] - found['first']:+.4f}",
+                f"{found['accuracy']:.1%}",
+                figure(found["kl"], ".4f"),
+            ]
+        )
+    header = ["model", "CE, first time", "CE, repeated", "difference", "copied", "KL, repeated"]
+    return [
+        "## Copying from context",
+        "",
+        *markdown_table(header, rows),
+        "",
+        f"{inputs['num_sequences']:,} sequences of {inputs['length']:,} different ids of the held-out text in random "
+        "order, which then come once more: a model that copies from its context predicts them the second time. Copied: "
+        "share of the repeated ids that were the likeliest.",
+        "",
+    ]
+
+
 def gradients(results: EvalResults) -> list[str]:
     """Write the angle and size of cached targets' gradients."""
     if results.gradients is None:

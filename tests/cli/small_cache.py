@@ -28,10 +28,10 @@ class SmallCache:
     recipe: Path
 
 
-def make_small_cache(root: Path, *, shift: int = 0) -> SmallCache:
+def make_small_cache(root: Path, *, shift: int = 0, seed: int = 0) -> SmallCache:
     """With a shift the blocks were made from the neighbouring tokens, though the plan is right."""
     tokens, folder = root / "tokens" / "train", root / "cache"
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     with TokenIndexWriter(tokens, VOCAB) as writer:
         for length in (20, 7, 33, 15):
             writer.add_document(rng.integers(3, VOCAB, length))

@@ -8,7 +8,7 @@ import pytest
 from distill_pretrain.checkpoint.ownership import lease
 from distill_pretrain.cli.main import main
 from distill_pretrain.config import dump_recipe, load_recipe
-from distill_pretrain.errors import ConfigError, InUse
+from distill_pretrain.errors import ConfigError, InUse, TokenDataError
 from distill_pretrain.files import ownership
 from distill_pretrain.files.ownership import owner_of
 from distill_pretrain.jobs.comparison import run as comparison
@@ -149,6 +149,15 @@ def test_a_lease_is_held_by_one_and_ends_with_its_block(tmp_path):
 def test_a_comparison_without_its_sections_is_refused(capsys):
     assert main(["compare", "compare.output_dir=x"]) == 2
     assert "no data, teacher, capture, model, train" in capsys.readouterr().err
+
+
+def test_another_text_that_is_not_there_is_found_before_any_work(tmp_path):
+    other = {"out_of_domain_tokens": str(tmp_path / "none"), "copying": {}}
+    plan = ComparisonPlan.of(make_recipe(compare={"eval": other}))
+    scored = plan.evaluations[1].eval
+    assert scored is not None and scored.copying is not None and scored.copying.num_sequences == 64
+    with pytest.raises(TokenDataError, match="none"):
+        comparison._check_before_hours_of_work(plan)
 
 
 def count_groups() -> list[int]:

@@ -195,6 +195,91 @@ def test_a_cache_of_another_text_is_refused(
     assert not (recipe.parent / "out").exists()
 
 
+def test_another_text_is_scored_too_and_kept(
+    recipe: Path, opened: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = make_small_cache(recipe.parent / "code", seed=5).tokens
+    wanted = f"eval.out_of_domain_tokens={other}"
+    assert run(recipe, wanted) == 0
+    assert "out of domain" in capsys.readouterr().out
+    found = figures(recipe)
+    # The same as with that text in the first one's place.
+    assert (
+        run(recipe, f"eval.output={recipe.parent / 'alone.json'}", f"data.held_out_tokens={other}")
+        == 0
+    )
+    alone = json.loads((recipe.parent / "alone.json").read_text())
+    assert found["out_of_domain"] == {k: alone[k] for k in ("inputs", "scores", "paired")}
+    assert found["scores"] != alone["scores"]
+    assert run(recipe, wanted) == 0
+    assert "already done" in capsys.readouterr().out
+    assert run(recipe) == 0
+    assert figures(recipe) == {**found, "out_of_domain": None}
+
+
+def test_another_text_of_another_tokenizer_is_refused(
+    recipe: Path, opened: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = make_small_cache(recipe.parent / "code").tokens
+    record = other.parent / "tokens.json"
+    record.write_text(record.read_text().replace("d" * 64, "e" * 64))
+    assert run(recipe, f"eval.out_of_domain_tokens={other}") == 2
+    assert "the two held-out corpora were made with different tokenizers" in capsys.readouterr().err
+    record.write_text(
+        record.read_text().replace("e" * 64, "d" * 64).replace('"eod_id":2', '"eod_id":1')
+    )
+    assert run(recipe, f"eval.out_of_domain_tokens={other}", "data.documents=separate") == 2
+    assert "end their documents with different tokens" in capsys.readouterr().err
+    assert run(recipe, f"eval.out_of_domain_tokens={recipe.parent / 'none'}") == 2
+    assert not (recipe.parent / "out").exists()
+
+
+def test_copying_is_probed_with_ids_of_the_held_out_text(
+    recipe: Path, opened: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    seen: list[torch.Tensor] = []
+    logits = ScaledTable.logits
+
+    def noted(self: ScaledTable, tokens: torch.Tensor) -> torch.Tensor:
+        seen.append(tokens)
+        return logits(self, tokens)
+
+    monkeypatch.setattr(ScaledTable, "logits", noted)
+    plan = SequencePlan(TokenIndex.open(recipe.parent / "tokens" / "train"), seq_len=16, seed=7)
+    labels = plan.read(np.arange(plan.num_sequences))[1]
+    ids, counts = np.unique(labels[labels >= 0], return_counts=True)
+    end = ids[counts.argmax()]  # what ends documents is not drawn, however often it is there
+    record = recipe.parent / "tokens" / "tokens.json"
+    record.write_text(record.read_text().replace('"eod_id":2', f'"eod_id":{end}'))
+    wanted = "eval.copying={num_sequences: 6}"
+    assert run(recipe, wanted) == 0
+    found = figures(recipe)["copying"]
+    assert list(found["models"]) == ["a", "b", "teacher"]
+    assert found["inputs"]["length"] == 8
+    twice = next(
+        tokens
+        for tokens in seen
+        if tokens.shape == (6, 16) and (tokens[0, :8] == tokens[0, 8:]).all()
+    )
+    assert (twice[:, :8] == twice[:, 8:]).all()
+    assert set(twice.flatten().tolist()) <= set(ids.tolist()) - {end}
+    once = twice[:, :8].numpy()
+    logprobs = torch.log_softmax(ScaledTable(recipe.parent / "b", VOCAB).table.double(), -1)
+    expected = -logprobs[once[:, :-1], once[:, 1:]].mean().item()
+    row = found["models"]["b"]
+    assert (row["first"], row["repeated"]) == pytest.approx((expected, expected), rel=1e-6)
+    assert row["kl"] > 0 == found["models"]["teacher"]["kl"]
+    assert f"{row['repeated']:.4f}" in capsys.readouterr().out
+    assert run(recipe, wanted) == 0
+    assert "already done" in capsys.readouterr().out
+    assert run(recipe, "eval.copying={num_sequences: 6, seed: 2}") == 0
+    assert figures(recipe)["copying"]["models"]["b"] != row
+    assert run(recipe, "eval.copying={length: 9}") == 2
+    assert "expected: 2 to 8" in capsys.readouterr().err
+    assert run(recipe, "eval.copying={}") == 0
+    assert figures(recipe)["copying"]["inputs"]["num_sequences"] == 64
+
+
 def test_gradients_are_compared_once_and_kept(
     recipe: Path,
     opened: list[Any],

@@ -48,7 +48,11 @@ def make_comparison(folder: Path, tokens: Path) -> Job:
         "seeds": list(SEEDS),
         "cells": CELLS,
         "teacher": {"train": {"steps": 25, "seed": 77}},
-        "eval": {"num_sequences": 8},
+        "eval": {
+            "num_sequences": 8,
+            "out_of_domain_tokens": values["data"]["tokens"],
+            "copying": {"num_sequences": 3, "length": 8},
+        },
     }
     job.recipe.write_text(yaml.safe_dump(values, sort_keys=False))
     return job
@@ -106,6 +110,7 @@ def test_one_command_ends_in_a_report(unbroken):
     assert "4 cells x 2 seeds" in report
     assert "equal in every cell of a seed" in report
     assert "FullKD is better than CE: **" in report
+    assert "## Out of domain, and copying from context" in report
     assert "torchrun --nproc-per-node=2 -m distill_pretrain compare" in report
     assert (unbroken.folder / "compare/report/loss_unique_ids.png").stat().st_size > 10_000
     assert (unbroken.folder / "compare/report/recipe.yaml").is_file()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from distill_pretrain.reports.comparison.orderings import (
 from distill_pretrain.reports.comparison.report import write_comparison
 from distill_pretrain.reports.comparison.results import CellResults, CellSpec, Comparison, Mean
 from distill_pretrain.reports.curves import FIELDS, TrainingCurve
+from distill_pretrain.reports.results import EvalResults
 
 SEEDS = (1, 2, 3)
 # The paper's losses: 300M student, 3B teacher.
@@ -165,6 +167,30 @@ def test_the_report_has_the_figures_and_the_pictures(tmp_path):
     }
     for name in pictures:
         assert f"({name})" in text
+
+
+def test_other_text_and_copying_have_a_table_with_the_teacher(tmp_path):
+    whole = paper()
+    text = {seed: {"ce": 4 + NOISE[seed], "kl": 1.5, "ece": 0.02} for seed in SEEDS}
+    copies = {seed: {"first": 6.0, "repeated": 2.25, "accuracy": 0.5} for seed in SEEDS}
+    cells = (whole.cells[0], replace(whole.cells[1], elsewhere=text, copying=copies))
+    teacher = {"ce": 3.5, "kl": 0.0, "ece": 0.01}
+    results = EvalResults(
+        inputs={},
+        scores={},
+        paired={},
+        software={},
+        date="",
+        out_of_domain={"scores": {"teacher": teacher}},
+        copying={"models": {"teacher": {"first": 7.0, "repeated": 0.5, "accuracy": 0.875}}},
+    )
+    more = replace(whole, cells=cells, evaluations=dict.fromkeys(SEEDS, results))
+    report = write_comparison(more, tmp_path, title="T", command="c", stages=[]).read_text()
+    assert "| teacher | 3.5000 | 0.0000 | 1.00 | 7.0000 | 0.5000 | 87.50 |" in report
+    assert (
+        "| full-kd | 4.0000 ± 0.0100 | 1.5000 ± 0.0000 | 2.00 ± 0.00 | 6.0000 ± 0.0000 |" in report
+    )
+    assert "| ce | – | – | – | – | – | – |" in report
 
 
 def test_unequal_starts_are_said_aloud(tmp_path):

@@ -163,13 +163,48 @@ def test_figures_of_version_1_make_a_report_without_the_newer_ones(config: Repor
     for scores in values["scores"].values():
         for name in newer - {"sums"}:
             del scores[name]
-    del values["gradients"], values["tasks"]
+    for newer_part in ("gradients", "tasks", "out_of_domain", "copying"):
+        del values[newer_part]
     config.eval.write_text(json.dumps({**values, "version": 1}))
     text = write_report(config).read_text()
     assert table_of(text)["ce"]["ECE"] == table_of(text)["ce"]["acceptance"] == "–"
     assert table_of(text)["ce"]["KL(teacher‖model)"] == "0.6200"
     assert "reliability" not in text
     assert not (config.output_dir / "reliability.png").exists()
+
+
+def test_figures_of_version_2_are_read_as_they_were(config: ReportConfig) -> None:
+    now = EvalResults.load(config.eval)
+    values = json.loads(config.eval.read_text())
+    del values["out_of_domain"], values["copying"]
+    config.eval.write_text(json.dumps({**values, "version": 2}))
+    assert EvalResults.load(config.eval) == now
+
+
+def test_another_text_and_copying_have_their_tables(config: ReportConfig) -> None:
+    results = EvalResults.load(config.eval)
+    elsewhere = EvalResults.of(
+        {"kd": make_scores(4.5, 0.7, 0.4), "teacher": make_scores(4.0, 0.0, 1.0)},
+        inputs={},
+        software={},
+        date="",
+    )
+    text = {"inputs": {}, "scores": elsewhere.scores, "paired": elsewhere.paired}
+    found = {"first": 5.0, "repeated": 1.25, "repeated_standard_error": 0.5, "accuracy": 0.75}
+    copying = {
+        "inputs": {"num_sequences": 64, "length": 1024},
+        "models": {"kd": {**found, "kl": 0.125}, "ce": {**found, "kl": None, "first": 1.0}},
+    }
+    dataclasses.replace(results, out_of_domain=text, copying=copying).save(config.eval)
+    report = write_report(config).read_text()
+    cells = table_of(report, "## Out of domain")
+    assert cells["kd"]["CE"] == "4.5000" and cells["kd"]["KL(teacher‖model)"] == "0.7000"
+    assert cells["teacher"]["CE"] == "4.0000"
+    copied = table_of(report, "## Copying from context")
+    assert copied["kd"]["CE, repeated"] == "1.2500 ± 0.5000"
+    assert (copied["kd"]["difference"], copied["ce"]["difference"]) == ("-3.7500", "+0.2500")
+    assert (copied["kd"]["copied"], copied["ce"]["KL, repeated"]) == ("75.0%", "–")
+    assert "64 sequences of 1,024 different ids" in report
 
 
 def test_differences_are_against_the_plain_run_and_say_their_direction(
@@ -251,6 +286,11 @@ def with_score(values: dict, **changes: object) -> bytes:
     return json.dumps({**values, "scores": scores}).encode()
 
 
+def with_text(values: dict, **changes: object) -> dict:
+    text = {"inputs": {}, "scores": values["scores"], "paired": values["paired"], **changes}
+    return {**values, "out_of_domain": text}
+
+
 def test_missing_and_damaged_inputs_are_named(config: ReportConfig, tmp_path: Path) -> None:
     runs = {**config.runs, "ce": tmp_path / "nowhere"}
     with pytest.raises(RunLogError, match="nowhere"):
@@ -259,9 +299,12 @@ def test_missing_and_damaged_inputs_are_named(config: ReportConfig, tmp_path: Pa
     values = json.loads(whole)
     damaged = [
         (whole[:-40], "no valid JSON"),
-        (b"[]", "not a record of version 1 to 2"),
-        (json.dumps({**values, "version": 3}).encode(), "not a record of version 1 to 2"),
+        (b"[]", "not a record of version 1 to 3"),
+        (json.dumps({**values, "version": 4}).encode(), "not a record of version 1 to 3"),
         (json.dumps({**values, "gradients": {"inputs": {}}}).encode(), "gradients is incomplete"),
+        (json.dumps({**values, "copying": {"inputs": {}}}).encode(), "copying is incomplete"),
+        (json.dumps(with_text(values, scores={})).encode(), "no scores"),
+        (json.dumps(with_text(values, paired={"kd": 1})).encode(), "paired"),
         (with_score(values, reliability={"bins": [0, 1]}), "damaged reliability diagram of ce"),
         (with_score(values, accepted_length={"2": "long"}), "no number of ce"),
         (json.dumps({k: v for k, v in values.items() if k != "scores"}).encode(), "scores"),

@@ -48,7 +48,8 @@ def test_the_short_form_goes_from_nothing_to_a_report(tmp_path):
     assert (made["vocab_size"], made["eod_id"]) == (49_152, 0)
     assert "sound: every byte is as written" in done.stdout
     report = (folder / "report/report.md").read_text()
-    assert "| systematic-50 |" in report and "The teacher's cross-entropy there is" in report
+    assert "| systematic-50 |" in report and "## Out of domain, and copying from context" in report
+    assert "The teacher's cross-entropy there is" in report
 
 
 def test_a_model_that_cannot_be_had_is_said_and_is_no_failure(tmp_path, monkeypatch):

@@ -118,6 +118,11 @@ def _check_before_hours_of_work(plan: ComparisonPlan) -> None:
             expected="prefix of a .bin/.idx pair",
             remedy="`distill-pretrain tokenize` writes one, held_out, beside train",
         )
+    other = next(iter(plan.evaluations.values())).eval
+    if other is not None and other.out_of_domain_tokens is not None:
+        from distill_pretrain.corpus.token_index import TokenIndex
+
+        TokenIndex.open(other.out_of_domain_tokens)
 
 
 def _prepare(plan: ComparisonPlan) -> None:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from distill_pretrain.eval.heldout import TEACHER
 from distill_pretrain.files.atomic import publish_bytes
 from distill_pretrain.reports.comparison.journal import Stage
 from distill_pretrain.reports.comparison.orderings import orderings, own_orderings
 from distill_pretrain.reports.comparison.picture import draw_losses, reliability_choice
-from distill_pretrain.reports.comparison.results import CellResults, Comparison, Mean
+from distill_pretrain.reports.comparison.results import (
+    CellResults,
+    Comparison,
+    Mean,
+    figures_beside,
+    mean_over_seeds,
+)
 from distill_pretrain.reports.picture import draw_reliability
 from distill_pretrain.reports.report import installed_versions, today
 
@@ -48,6 +56,7 @@ def write_comparison(
     if comparison.sampled:
         lines += ["", "## Sampled targets", "", *_sampled_table(comparison)]
     lines += ["", "## Differences per seed", "", *_paired_table(comparison)]
+    lines += _elsewhere(comparison)
     lines += ["", "## Which of the paper's orderings hold here", "", *_orderings(comparison)]
     lines += ["", "## Pictures", ""]
     for name, alternative in _ALTERNATIVES.items():
@@ -196,6 +205,46 @@ def _paired_table(c: Comparison) -> list[str]:
         *_table(head, rows),
         "",
         f"{_NATS}; a ± b: mean of the differences per seed and its standard error over n = {len(c.evaluations)} seeds.",
+    ]
+
+
+def _elsewhere(c: Comparison) -> list[str]:
+    """The section on the second held-out text and the copying probe, where any cell was asked."""
+    if not any(cell.elsewhere or cell.copying for cell in c.cells):
+        return []
+    once = dict([next(iter(c.evaluations.items()))])  # the teacher is the same for every seed
+    teacher = _elsewhere_row(
+        TEACHER,
+        figures_beside(once, "out_of_domain", "scores", TEACHER),
+        figures_beside(once, "copying", "models", TEACHER),
+    )
+    rows = [
+        teacher,
+        *(_elsewhere_row(cell.name, cell.elsewhere, cell.copying) for cell in c.cells),
+    ]
+    head = ["cell", "CE, other text", "KL, other text", "ECE %, other text"]
+    return [
+        "",
+        "## Out of domain, and copying from context",
+        "",
+        *_table([*head, "CE of random ids", "CE of their copy", "copied %"], rows),
+        "",
+        "The other text is eval.out_of_domain_tokens. Random ids of the held-out text come once more in the same "
+        "order: a model that copies from its context predicts them the second time.",
+    ]
+
+
+def _elsewhere_row(
+    name: str, text: Mapping[int, dict[str, Any]], copying: Mapping[int, dict[str, Any]]
+) -> list[str]:
+    return [
+        name,
+        _mean(mean_over_seeds(text, "ce"), ".4f"),
+        _mean(mean_over_seeds(text, "kl"), ".4f"),
+        _mean(mean_over_seeds(text, "ece"), ".2f", scale=100),
+        _mean(mean_over_seeds(copying, "first"), ".4f"),
+        _mean(mean_over_seeds(copying, "repeated"), ".4f"),
+        _mean(mean_over_seeds(copying, "accuracy"), ".2f", scale=100),
     ]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,13 @@ class Mean:
         return cls(statistics.fmean(values), spread, error, len(values))
 
 
+def mean_over_seeds(figures: Mapping[int, dict[str, Any]], field: str) -> Mean | None:
+    """Return the mean of one figure of {seed: figures}; None where not every seed has it, or there is no seed."""
+    values = [of_seed.get(field) for of_seed in figures.values()]
+    known = [float(value) for value in values if value is not None]
+    return Mean.of(known) if known and len(known) == len(values) else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class CellResults:
     """The figures of one cell.
@@ -85,6 +92,8 @@ class CellResults:
         curves: seed -> training log.
         unique_ids: stored entries per position; None without a cache.
         bytes_per_token: of its cache; None without one.
+        elsewhere: seed -> figures on the second held-out text; empty where there is none.
+        copying: seed -> figures of the copying probe; empty where there was none.
     """
 
     spec: CellSpec
@@ -92,6 +101,8 @@ class CellResults:
     curves: Mapping[int, TrainingCurve]
     unique_ids: float | None
     bytes_per_token: float | None
+    elsewhere: Mapping[int, dict[str, Any]] = field(default_factory=dict)
+    copying: Mapping[int, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -100,9 +111,7 @@ class CellResults:
 
     def mean(self, field: str) -> Mean | None:
         """Return the mean of a figure over the seeds; None where `eval` did not compute it."""
-        values = [scores.get(field) for scores in self.scores.values()]
-        known = [float(value) for value in values if value is not None]
-        return Mean.of(known) if len(known) == len(values) else None
+        return mean_over_seeds(self.scores, field)
 
     def minus(self, other: CellResults, field: str) -> Mean | None:
         """Return the mean over seeds of this cell's figure minus the other's."""
@@ -155,6 +164,8 @@ class Comparison:
                     curves={seed: TrainingCurve.load(folder) for seed, folder in spec.runs.items()},
                     unique_ids=unique_ids,
                     bytes_per_token=bytes_per_token,
+                    elsewhere=figures_beside(results, "out_of_domain", "scores", spec.name),
+                    copying=figures_beside(results, "copying", "models", spec.name),
                 )
             )
         teacher = next(iter(results.values())).scores[TEACHER]
@@ -210,6 +221,14 @@ class Comparison:
             first = [float(cell.curves[seed]["ce"][0]) for cell in self.cells]
             gaps.append(max(first) - min(first))
         return max(gaps)
+
+
+def figures_beside(
+    results: Mapping[int, EvalResults], part: str, key: str, model: str
+) -> dict[int, dict[str, Any]]:
+    """Seed -> what `eval` found of a model beside its scores; seeds that were not asked for it are left out."""
+    found = {seed: getattr(result, part) for seed, result in results.items()}
+    return {seed: value[key][model] for seed, value in found.items() if value is not None}
 
 
 def _cost(cache: str) -> tuple[float, float]:
