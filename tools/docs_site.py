@@ -221,6 +221,43 @@ def decisions_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def families_table() -> str:
+    """What can be done with the models of every family."""
+    from distill_pretrain.checkpoint.hf.registry import families, teachers_only
+
+    lines = [
+        "| family | `model_type` | student, teacher of kind `megatron`, export | teacher `hf` | `prune` | pieces |",
+        "|---|---|---|---|---|---|",
+    ]
+    for family in families().values():
+        prunes = "yes" if family.prunes else "no"
+        always = [f"`{name}`" for name in sorted(family.always)]
+        options = [f"`{name}`" for name in sorted(family.options)]
+        pieces = ", ".join(always)
+        if options:
+            pieces += f"{'; ' if pieces else ''}perhaps {', '.join(options)}"
+        lines.append(
+            f"| {family.title} | `{family.model_type}` | yes: `{family.architecture}` | yes | {prunes} | {pieces} |"
+        )
+    for known in teachers_only().values():
+        lines.append(f"| {known.title} | `{known.model_type}` | no: {known.reason} | yes | no | |")
+    return "\n".join(lines)
+
+
+IN_PAGES = {"guides/weights.md": ("families", families_table)}
+"""Page of docs/ -> the name of a part between comments, and the function that makes it."""
+
+
+def with_parts(page: str) -> str:
+    """Return a page of docs/ with the part that is made here as it should be."""
+    name, make = IN_PAGES[page]
+    text = (DOCS / page).read_text(encoding="utf-8")
+    begin, end = (f"<!-- {word} of {name}: tools/docs_site.py -->" for word in ("begin", "end"))
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n{make()}\n{end}{after}"
+
+
 PAGES = {
     "reference/recipe.md": recipe_page,
     "reference/verbs.md": verbs_page,
@@ -278,3 +315,8 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Turn the links of every page."""
     return inward(markdown, page.file.src_uri)
+
+
+if __name__ == "__main__":
+    for name in IN_PAGES:
+        (DOCS / name).write_text(with_parts(name), encoding="utf-8")

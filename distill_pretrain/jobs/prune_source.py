@@ -48,6 +48,7 @@ def open_source(
         ConfigError: sequences longer than it was made for, or targets that no pruning reaches.
     """
     from distill_pretrain.checkpoint.hf.config import CONFIG
+    from distill_pretrain.checkpoint.hf.registry import family_of
     from distill_pretrain.checkpoint.identity import trained_model
     from distill_pretrain.checkpoint.store import find_checkpoint
     from distill_pretrain.pruning.folder import Source, unsupported
@@ -63,8 +64,9 @@ def open_source(
         return
     checkpoint = find_checkpoint(place)
     trained = trained_model(checkpoint.identity, checkpoint.folder)
-    if trained.model.arch != "llama":
-        raise unsupported(place, f"arch: {trained.model.arch}")
+    family = family_of(trained.model)
+    if not family.prunes:
+        raise unsupported(place, family.model_type)
     _require_same_tokens(place, trained, sequences)
     _require_positions(place, trained.seq_len, data)
     _require_fitting(place, trained.model, trained.vocab_size, sequences, targets)

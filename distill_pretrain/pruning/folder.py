@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill_pretrain.checkpoint.hf.config import CONFIG, DTYPE_NAMES, hf_config, read_hf_model
+from distill_pretrain.checkpoint.hf.config import CONFIG, hf_config, read_hf_model
+from distill_pretrain.checkpoint.hf.family import DTYPE_NAMES
 from distill_pretrain.checkpoint.hf.files import (
     DTYPES,
     Tensor,
@@ -21,6 +22,7 @@ from distill_pretrain.checkpoint.hf.files import (
     write_index,
 )
 from distill_pretrain.checkpoint.hf.load import check_hf_weights
+from distill_pretrain.checkpoint.hf.registry import families
 from distill_pretrain.checkpoint.hf.save import MAX_SHARD_BYTES
 from distill_pretrain.checkpoint.record import hash_files
 from distill_pretrain.errors import CheckpointError
@@ -63,7 +65,7 @@ class Source:
                 the model's.
         """
         found = read_hf_model(folder)
-        if found.model.arch != "llama":
+        if not families()[found.family].prunes:
             raise unsupported(folder, found.family)
         return cls(
             folder=folder,
@@ -111,7 +113,7 @@ def unsupported(where: Path, family: str) -> CheckpointError:
         "models of this family cannot be pruned",
         where=where,
         found=family,
-        expected="llama, mistral, qwen2 or qwen3; of this project's models arch: llama",
+        expected=", ".join(name for name, kind in families().items() if kind.prunes),
         remedy="choose another source",
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from distill_pretrain.checkpoint.hf.tensors import correspondence
+from distill_pretrain.checkpoint.hf.registry import correspondence
 from distill_pretrain.errors import ConfigError
 from distill_pretrain.mcore.model.config import ModelConfig
 from distill_pretrain.pruning.config import TargetConfig

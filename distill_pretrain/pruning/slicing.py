@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from distill_pretrain.checkpoint.hf.files import WeightFiles
-from distill_pretrain.checkpoint.hf.tensors import correspondence
+from distill_pretrain.checkpoint.hf.registry import correspondence
 from distill_pretrain.mcore.model.config import ModelConfig
 from distill_pretrain.pruning.choice import Kept
 

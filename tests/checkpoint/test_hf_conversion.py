@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from distill_pretrain.checkpoint.hf import hf_config, load_hf_weights, read_hf_model, save_hf_model
 from distill_pretrain.checkpoint.hf.files import Tensor, WeightFiles, plan_files
-from distill_pretrain.checkpoint.hf.tensors import correspondence
+from distill_pretrain.checkpoint.hf.registry import correspondence
 from distill_pretrain.errors import CheckpointError
 from distill_pretrain.mcore.model.config import ModelConfig, ParallelConfig
 from distill_pretrain.processes.process import process_group, released_groups
@@ -575,7 +575,7 @@ from distill_pretrain.checkpoint.hf.config import read_hf_model
 from distill_pretrain.checkpoint.hf.files import WeightFiles, plan_files
 from distill_pretrain.checkpoint.hf.load import load_parameters
 from distill_pretrain.checkpoint.hf.save import _Export
-from distill_pretrain.checkpoint.hf.tensors import correspondence
+from distill_pretrain.checkpoint.hf.registry import correspondence
 from distill_pretrain.processes.groups import ParallelGroups
 from distill_pretrain.processes.process import process_group
 from distill_pretrain.mcore.model.config import ModelConfig

@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from distill_pretrain.checkpoint.hf.config import read_hf_model
 from distill_pretrain.checkpoint.hf.files import WeightFiles
-from distill_pretrain.checkpoint.hf.tensors import Correspondence, Piece, correspondence
+from distill_pretrain.checkpoint.hf.registry import correspondence
+from distill_pretrain.checkpoint.hf.tensors import Correspondence, Piece
 from distill_pretrain.errors import CheckpointError
 from distill_pretrain.mcore.model.config import ModelConfig
 from distill_pretrain.processes.process import on_first_rank

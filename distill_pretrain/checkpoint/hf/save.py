@@ -21,7 +21,8 @@ from distill_pretrain.checkpoint.hf.files import (
     plan_files,
     write_index,
 )
-from distill_pretrain.checkpoint.hf.tensors import Piece, correspondence
+from distill_pretrain.checkpoint.hf.registry import correspondence
+from distill_pretrain.checkpoint.hf.tensors import Piece
 from distill_pretrain.checkpoint.hf.tokenizer import tokenizer_folder, write_tokenizer
 from distill_pretrain.errors import CheckpointError
 from distill_pretrain.files.atomic import publish_bytes

@@ -87,7 +87,7 @@ class Piece:
 
 
 class Correspondence:
-    """The parameters of a whole model and their tensors; see `LlamaTensors` and `GPT2Tensors`.
+    """The parameters of a whole model and their tensors: the key map of a family.
 
     Args:
         model: architecture.
@@ -160,13 +160,8 @@ class Correspondence:
         return select
 
 
-def correspondence(model: ModelConfig, *, vocab_size: int, max_positions: int) -> Correspondence:
-    """Choose the correspondence of a model's architecture."""
-    kind = LlamaTensors if model.arch == "llama" else GPT2Tensors
-    return kind(model, vocab_size=vocab_size, max_positions=max_positions)
-
-
-def _whole(tensor: str, *shape: int) -> list[Piece]:
+def whole(tensor: str, *shape: int) -> list[Piece]:
+    """Return the one piece of a parameter that every rank holds whole."""
     return [Piece(tensor=tensor, shape=shape)]
 
 
@@ -179,7 +174,7 @@ class LlamaTensors(Correspondence):
         """Return the pieces of the embedding, of the final norm and of the head."""
         before = {"embedding.word_embeddings.weight": self.vocabulary("model.embed_tokens.weight")}
         after = {
-            "decoder.final_layernorm.weight": _whole("model.norm.weight", self.model.hidden_size)
+            "decoder.final_layernorm.weight": whole("model.norm.weight", self.model.hidden_size)
         }
         if not self.model.tie_embeddings:
             after["output_layer.weight"] = self.vocabulary("lm_head.weight")
@@ -190,14 +185,14 @@ class LlamaTensors(Correspondence):
         model, here = self.model, f"model.layers.{number}."
         hidden, ffn, width = model.hidden_size, model.ffn_hidden_size, self.heads * self.head_dim
         pieces = {
-            "input_layernorm.weight": _whole(here + "input_layernorm.weight", hidden),
+            "input_layernorm.weight": whole(here + "input_layernorm.weight", hidden),
             "self_attention.linear_qkv.weight": self._qkv(here, "weight", hidden),
         }
         if model.qkv_bias:
             pieces["self_attention.linear_qkv.bias"] = self._qkv(here, "bias")
         if model.qk_norm:
             for kind in "qk":
-                pieces[f"self_attention.{kind}_layernorm.weight"] = _whole(
+                pieces[f"self_attention.{kind}_layernorm.weight"] = whole(
                     f"{here}self_attn.{kind}_norm.weight", self.head_dim
                 )
         return {
@@ -205,10 +200,10 @@ class LlamaTensors(Correspondence):
             "self_attention.linear_proj.weight": [
                 Piece(tensor=here + "self_attn.o_proj.weight", shape=(hidden, width), split=1)
             ],
-            "pre_mlp_layernorm.weight": _whole(here + "post_attention_layernorm.weight", hidden),
+            "pre_mlp_layernorm.weight": whole(here + "post_attention_layernorm.weight", hidden),
             "mlp.linear_fc1.weight": [
                 Piece(
-                    tensor=f"{here}mlp.{name}.weight", shape=(ffn, hidden), select=_half(i), split=0
+                    tensor=f"{here}mlp.{name}.weight", shape=(ffn, hidden), select=half(i), split=0
                 )
                 for i, name in enumerate(("gate_proj", "up_proj"))
             ],
@@ -230,71 +225,6 @@ class LlamaTensors(Correspondence):
         ]
 
 
-def _half(number: int) -> Select:
+def half(number: int) -> Select:
+    """View of the gate's (0) or up's (1) rows of linear_fc1."""
     return lambda parameter: parameter.chunk(2)[number]
-
-
-class GPT2Tensors(Correspondence):
-    """GPT-2: matrices are stored transposed, and q, k, v side by side."""
-
-    tied_tensors = ("lm_head.weight", "transformer.wte.weight")
-
-    def outside_layers(self) -> tuple[dict[str, list[Piece]], dict[str, list[Piece]]]:
-        """Return the pieces of the embeddings, of the final norm and of the head."""
-        hidden = self.model.hidden_size
-        before = {
-            "embedding.word_embeddings.weight": self.vocabulary("transformer.wte.weight"),
-            "embedding.position_embeddings.weight": _whole(
-                "transformer.wpe.weight", self.max_positions, hidden
-            ),
-        }
-        after = {
-            f"decoder.final_layernorm.{kind}": _whole(f"transformer.ln_f.{kind}", hidden)
-            for kind in ("weight", "bias")
-        }
-        if not self.model.tie_embeddings:
-            after["output_layer.weight"] = self.vocabulary("lm_head.weight")
-        return before, after
-
-    def in_layer(self, number: int) -> dict[str, list[Piece]]:
-        """Return the pieces of a layer's norms, attention and feed-forward block."""
-        here = f"transformer.h.{number}."
-        hidden, ffn = self.model.hidden_size, self.model.ffn_hidden_size
-        pieces: dict[str, list[Piece]] = {}
-        for norm, name in (("input_layernorm", "ln_1"), ("pre_mlp_layernorm", "ln_2")):
-            for kind in ("weight", "bias"):
-                pieces[f"{norm}.{kind}"] = _whole(f"{here}{name}.{kind}", hidden)
-        pieces["self_attention.linear_qkv.weight"] = self._qkv(here, "weight", hidden)
-        pieces["self_attention.linear_qkv.bias"] = self._qkv(here, "bias")
-        pieces["mlp.linear_fc1.weight"] = [
-            Piece(tensor=here + "mlp.c_fc.weight", shape=(hidden, ffn), split=1, transposed=True)
-        ]
-        pieces["mlp.linear_fc1.bias"] = [
-            Piece(tensor=here + "mlp.c_fc.bias", shape=(ffn,), split=0)
-        ]
-        for linear, name, width in (
-            ("self_attention.linear_proj", "attn.c_proj", hidden),
-            ("mlp.linear_fc2", "mlp.c_proj", ffn),
-        ):
-            pieces[f"{linear}.weight"] = [
-                Piece(
-                    tensor=f"{here}{name}.weight", shape=(width, hidden), split=0, transposed=True
-                )
-            ]
-            pieces[f"{linear}.bias"] = _whole(f"{here}{name}.bias", hidden)
-        return pieces
-
-    def _qkv(self, here: str, kind: str, *rows: int) -> list[Piece]:
-        hidden = self.model.hidden_size
-        return [
-            Piece(
-                tensor=f"{here}attn.c_attn.{kind}",
-                shape=(*rows, 3 * hidden),
-                select=self.head_of_kind(name),
-                split=len(rows),
-                start=i * hidden,
-                length=hidden,
-                transposed=bool(rows),
-            )
-            for i, name in enumerate("qkv")
-        ]

@@ -1,0 +1,111 @@
+"""What a family of models says of itself: its pieces, its key map, its refusals. Each is a module of `families`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from distill_pretrain.checkpoint.hf.tensors import Correspondence
+from distill_pretrain.mcore.model.config import ModelConfig
+
+Raw = Mapping[str, Any]
+"""A config.json."""
+
+DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+PIECES = ("rope_scaling_factor", "qkv_bias", "qk_norm", "norm_placement")
+"""Keys of the section model that a family has or has not; a model without any has their defaults."""
+
+
+def pieces_of(model: ModelConfig) -> frozenset[str]:
+    """Return the keys in which a model differs from a plain one of its `arch`."""
+    fields = ModelConfig.model_fields
+    return frozenset(name for name in PIECES if getattr(model, name) != fields[name].default)
+
+
+def nothing_more(raw: Raw) -> list[str]:
+    """Refuse nothing."""
+    return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A family that megatron-core computes: a student, a teacher of kind megatron, an export.
+
+    Attributes:
+        model_type: in config.json.
+        title: its name for readers.
+        architecture: class of transformers.
+        arch: `model.arch` of its models.
+        tensors: its key map.
+        section: config.json without problems -> the section model.
+        config: (model, longest sequence) -> the keys of config.json that are not of every family.
+        problems: what of a config.json cannot be computed, a line each.
+        always: pieces (`PIECES`) that every model of the family has.
+        options: pieces that it may have.
+        cannot_write: why a model with these pieces is not one of its class; None where it is.
+        prunes: whether `prune` takes it.
+        longest: key of config.json that says the longest sequence.
+    """
+
+    model_type: str
+    title: str
+    architecture: str
+    arch: Literal["llama", "gpt2"]
+    tensors: type[Correspondence]
+    section: Callable[[Raw], ModelConfig]
+    config: Callable[[ModelConfig, int], dict[str, Any]]
+    problems: Callable[[Raw], list[str]]
+    always: frozenset[str] = frozenset()
+    options: frozenset[str] = frozenset()
+    cannot_write: Callable[[ModelConfig], str | None] = lambda model: None
+    prunes: bool = False
+    longest: str = "max_position_embeddings"
+
+    def has(self, model: ModelConfig) -> bool:
+        """Say whether its class of transformers computes a model."""
+        found = pieces_of(model)
+        fits = model.arch == self.arch and self.always <= found <= self.always | self.options
+        return fits and self.cannot_write(model) is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherOnly:
+    """A family that megatron-core does not compute here: a teacher of kind hf, and nothing else.
+
+    Attributes:
+        model_type: in config.json.
+        title: its name for readers.
+        reason: what is missing.
+    """
+
+    model_type: str
+    title: str
+    reason: str
+
+
+def dtype_of(raw: Raw) -> str:
+    """Return the type of the stored weights, as transformers names it."""
+    return str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
+
+
+def general_problems(raw: Raw) -> list[str]:
+    """Say what no family can be."""
+    problems = []
+    architectures = raw.get("architectures") or []
+    if architectures and not any(
+        str(a).endswith(("ForCausalLM", "LMHeadModel")) for a in architectures
+    ):
+        problems.append(f"architectures: {', '.join(map(str, architectures))} is no causal LM")
+    if "AutoModelForCausalLM" in (raw.get("auto_map") or {}):
+        problems.append("auto_map: the model brings its own code")
+    experts = [k for k in ("num_experts", "num_local_experts", "n_routed_experts") if raw.get(k)]
+    problems += [f"{key}: {raw[key]} (mixture of experts)" for key in experts]
+    quantised = raw.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        problems.append(f"quantization_config: the weights are quantised ({method})")
+    if dtype_of(raw) not in DTYPE_NAMES:
+        problems.append(f"dtype: {dtype_of(raw)} (supported: {', '.join(DTYPE_NAMES)})")
+    return problems
