@@ -152,6 +152,7 @@ def differences(
     if step is not None and all(step <= _decay_begins(side.get("optimizer")) for side in sides):
         for side in sides:
             side["optimizer"] = {k: v for k, v in side["optimizer"].items() if k not in _DECAY}
+            side["objective"] = _before_decay(side.get("objective"))
     old, new = (dict(_leaves(side)) for side in sides)
     differing = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
     if "sequence_plan_id" not in differing and "sequence_plan_id" in old:
@@ -173,6 +174,16 @@ def differences(
 
 
 _DECAY = ("decay_style", "decay_steps", "wsd_decay_steps", "wsd_decay_style")
+
+
+def _before_decay(objective: Any) -> Any:
+    """What of an objective counts before the decay of the rate: of {"stable", "decayed"} the first."""
+    if not isinstance(objective, dict):
+        return objective
+    return {
+        key: value.get("stable") if isinstance(value, dict) else value
+        for key, value in objective.items()
+    }
 
 
 def _decay_begins(optimizer: Any) -> float:

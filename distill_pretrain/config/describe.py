@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import types
 import typing
@@ -49,6 +50,9 @@ def type_text(annotation: Any) -> str:
         return " | ".join("null" if part is type(None) else type_text(part) for part in args)
     if origin in (tuple, list):
         return f"list of {type_text(args[0])}"
+    if dataclasses.is_dataclass(annotation):
+        hints = typing.get_type_hints(annotation)
+        return "{" + ", ".join(f"{name}: {type_text(hint)}" for name, hint in hints.items()) + "}"
     if origin is dict:
         return f"mapping of {type_text(args[0])} to {type_text(args[1])}"
     return NAMES.get(annotation) or str(getattr(annotation, "__name__", annotation))

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from distill_pretrain.config import dump_recipe, require
-from distill_pretrain.errors import CheckpointError
+from distill_pretrain.errors import CheckpointError, ConfigError
 from distill_pretrain.jobs.phases import Phase, phases_of
 from distill_pretrain.jobs.recipe import Recipe
 from distill_pretrain.jobs.start import FROM_TEACHER, start_of
@@ -23,10 +23,18 @@ _log = logging.getLogger(__name__)
 
 
 def require_training(recipe: Recipe) -> None:
-    """Raise ConfigError where sections that training needs are missing."""
+    """Raise ConfigError where sections that training needs are missing, or weights go with a decay that is none."""
     from_teacher = recipe.train is not None and recipe.train.start_from == FROM_TEACHER
     needs_teacher = recipe.objective.target == "teacher" or from_teacher
     require(recipe, "train", "data", "model", "train", *(["teacher"] if needs_teacher else []))
+    if recipe.objective.with_decay and recipe.optimizer.decay_style == "constant":
+        raise ConfigError(
+            "a setting goes with the decay of the rate, and the rate does not decay",
+            where=", ".join(f"objective.{key}" for key in recipe.objective.with_decay),
+            found="{stable, decayed}, and optimizer.decay_style constant",
+            expected="optimizer.decay_style wsd, linear or cosine",
+            remedy="set one, or write [step, value] points; in a list of phases, set it in the phase that decays",
+        )
 
 
 def train_model(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> bool:

@@ -9,12 +9,14 @@ from pydantic import Field, field_validator, model_validator
 
 from distill_pretrain.config import Section
 from distill_pretrain.kernels.sparse_kd.settings import LossSettings, Residual, TokenWeighting
-from distill_pretrain.losses.schedule import Schedule, Scheduled, extremes, value_at
+from distill_pretrain.losses.schedule import Schedule, Scheduled, WithDecay, extremes, value_at
 
 Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
 
 MOST_WEIGHT = 1e9
 """Of a term of the loss: squares of gradients must stay within fp32."""
+SCHEDULED = ("ce_weight", "kd_weight", "temperature", "smoothing")
+"""The keys of ObjectiveConfig that may change with the step."""
 CHUNK_TOKENS = 4096
 """Of a chunked head: enough for the products to run at full speed."""
 
@@ -23,24 +25,25 @@ class ObjectiveConfig(Section):
     """What the student minimises per token: ce_weight * CE(label) + kd_weight * divergence(teacher, student).
 
     Where a key takes [step, value] points, the value is linear between them and constant outside; steps count from 1.
+    {stable: A, decayed: B} is A until the learning rate's decay begins, and then goes to B as the rate goes to min_lr.
     """
 
     ce_weight: Scheduled = 1.0
-    """Weight of the cross-entropy with the true next token: a number, or [step, value] points."""
+    """Weight of the cross-entropy with the true next token: a number, points, or {stable, decayed}."""
     kd_weight: Scheduled = 0.0
-    """Weight of the distillation term; needs data.cache, or target: teacher. A number or points."""
+    """Weight of the distillation term; needs data.cache, or target: teacher. As ce_weight."""
     target: Literal["cache", "teacher"] = "cache"
     """`cache`: sparse targets of data.cache; `teacher`: section `teacher` runs in the job, over all ids (FullKD)."""
     divergence: Divergence = "forward_kl"
     """KL(teacher || student), KL(student || teacher) or Jensen-Shannon; the last two only with target: teacher."""
     temperature: Scheduled = 1.0
-    """tau of softmax(z / tau); cached t^(1/tau) keeps its mass (biased for sampled t). A number or points."""
+    """tau of softmax(z / tau); cached t^(1/tau) keeps its mass (biased for sampled t). As ce_weight."""
     temperature_squared: bool = True
     """Multiply the distillation term by tau^2, so that its gradient keeps its size (Hinton et al. 2015)."""
     residual: Residual = "drop"
     """Where a cached target's missing mass goes: nowhere, kept ids, true token, bucket of other ids, all ids evenly."""
     smoothing: Scheduled = 0.0
-    """a in [0, 1): targets become (1 - a) t + a / vocabulary size. A number or points."""
+    """a in [0, 1): targets become (1 - a) t + a / vocabulary size. As ce_weight."""
     z_loss: float = Field(default=0.0, ge=0, le=MOST_WEIGHT)
     """Weight of (log sum exp z)^2 at every position with a label; reported as `z`."""
     token_weighting: TokenWeighting = "none"
@@ -51,18 +54,31 @@ class ObjectiveConfig(Section):
     head: Literal["auto", "chunked", "full"] = "auto"
     """`chunked`: LM head and loss by 4096 tokens, less memory; `full`: logits of all; `auto`: chunked on a GPU."""
 
-    def at(self, step: int) -> LossSettings:
-        """Return the loss of optimizer step `step`; 1 is the first."""
+    def at(self, step: int, decay_left: float = 1.0) -> LossSettings:
+        """Return the loss of an optimizer step.
+
+        Args:
+            step: 1 is the first.
+            decay_left: of the learning rate; see `value_at`.
+        """
+        scheduled = {name: value_at(getattr(self, name), step, decay_left) for name in SCHEDULED}
         return LossSettings(
-            ce_weight=value_at(self.ce_weight, step),
-            kd_weight=value_at(self.kd_weight, step),
-            temperature=value_at(self.temperature, step),
+            **scheduled,
             temperature_squared=self.temperature_squared,
             residual=self.residual,
-            smoothing=value_at(self.smoothing, step),
             z_loss=self.z_loss,
             token_weighting=self.token_weighting,
         )
+
+    @property
+    def moving(self) -> tuple[str, ...]:
+        """The keys whose value changes with the step."""
+        return tuple(name for name in SCHEDULED if not isinstance(getattr(self, name), float))
+
+    @property
+    def with_decay(self) -> tuple[str, ...]:
+        """The keys whose value goes with the decay of the learning rate."""
+        return tuple(name for name in SCHEDULED if isinstance(getattr(self, name), WithDecay))
 
     @property
     def peak_kd_weight(self) -> float:

@@ -311,6 +311,7 @@ class TeacherObjective(Objective):
         config: of the loss.
         vocab_size: V.
         tensor_group: ranks that hold the other columns; None when this rank holds them all.
+        decay_left: see `Objective`.
     """
 
     def __init__(
@@ -320,8 +321,11 @@ class TeacherObjective(Objective):
         *,
         vocab_size: int,
         tensor_group: dist.ProcessGroup | None,
+        decay_left: Callable[[int], float] | None = None,
     ) -> None:
-        super().__init__(config, vocab_size=vocab_size, tensor_group=tensor_group)
+        super().__init__(
+            config, vocab_size=vocab_size, tensor_group=tensor_group, decay_left=decay_left
+        )
         assert teacher.vocab_size == vocab_size, (teacher.vocab_size, vocab_size)
         self.teacher = teacher
 

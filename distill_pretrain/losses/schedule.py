@@ -1,18 +1,42 @@
-"""Settings that change with the step: a number, or [step, value] points."""
+"""Settings that change with the step: a number, [step, value] points, or what goes with the decay of the rate."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import BeforeValidator
 
-Schedule = float | tuple[tuple[float, float], ...]
-"""How a setting changes with the optimizer step: a constant, or (step, value) points with ascending steps."""
+
+@dataclass(frozen=True)
+class WithDecay:
+    """A value that goes with the learning rate's decay.
+
+    Attributes:
+        stable: the value until the decay begins, the warm-up included.
+        decayed: the value at its end, and behind it.
+    """
+
+    stable: float
+    decayed: float
 
 
-def value_at(schedule: Schedule, step: int) -> float:
-    """Return the value at optimizer step `step` (1 is the first): linear between the points, constant outside them."""
+Schedule = float | tuple[tuple[float, float], ...] | WithDecay
+"""How a setting changes with the optimizer step: a constant, (step, value) points of ascending steps, `WithDecay`."""
+
+
+def value_at(schedule: Schedule, step: int, decay_left: float) -> float:
+    """Return the value at an optimizer step.
+
+    Args:
+        schedule: linear between its points, constant outside them.
+        step: 1 is the first.
+        decay_left: of the learning rate at this step: 1 until its decay begins, 0 from its end.
+    """
+    if isinstance(schedule, WithDecay):
+        # Exact at both ends: a decay that branches off goes on from the stable value itself.
+        return decay_left * schedule.stable + (1 - decay_left) * schedule.decayed
     if not isinstance(schedule, tuple):
         return schedule
     # numpy is not imported with the recipe's sections, which every --help reads.
@@ -24,7 +48,10 @@ def value_at(schedule: Schedule, step: int) -> float:
 
 def extremes(schedule: Schedule) -> tuple[float, float]:
     """Return the least and the largest value over all steps."""
-    values = [value for _, value in schedule] if isinstance(schedule, tuple) else [schedule]
+    if isinstance(schedule, WithDecay):
+        values = [schedule.stable, schedule.decayed]
+    else:
+        values = [value for _, value in schedule] if isinstance(schedule, tuple) else [schedule]
     return min(values), max(values)
 
 
@@ -41,9 +68,13 @@ def parse_schedule(value: object) -> Schedule:
     """Parse a recipe's value as a schedule.
 
     Raises:
-        ValueError: it is neither a number nor a list of points.
+        ValueError: it is neither a number, a list of points, nor `WithDecay` or a mapping of its fields.
     """
+    if isinstance(value, WithDecay):
+        return value
     try:
+        if isinstance(value, dict):
+            return WithDecay(**{f"{name}": _number(at) for name, at in value.items()})
         if not isinstance(value, list | tuple):
             return _number(value)
         points = tuple((_number(step), _number(at)) for step, at in value)
@@ -52,8 +83,8 @@ def parse_schedule(value: object) -> Schedule:
             raise ValueError
     except (TypeError, ValueError, OverflowError):
         raise ValueError(
-            f"found: {value}; expected: a number, or a list of [step, value] points with whole, "
-            "ascending steps"
+            f"found: {value}; expected: a number, a list of [step, value] points with whole, ascending steps, or "
+            "{stable: number, decayed: number}"
         ) from None
     return points
 

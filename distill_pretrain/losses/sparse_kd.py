@@ -5,6 +5,8 @@ Shapes: T tokens, K kept entries, V real vocabulary, V_pad padded vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 
@@ -141,6 +143,7 @@ class DistillationObjective(Objective):
         vocab_size: V.
         tensor_group: ranks that hold the other columns; None when this rank holds them all.
         chunk_tokens: ask for hidden states, and make the logits of so many tokens at a time; None asks for logits.
+        decay_left: see `Objective`.
 
     Raises:
         ConfigError: "cuda" is asked for and some rank of `tensor_group` cannot run the kernels.
@@ -153,8 +156,11 @@ class DistillationObjective(Objective):
         vocab_size: int,
         tensor_group: dist.ProcessGroup | None,
         chunk_tokens: int | None = None,
+        decay_left: Callable[[int], float] | None = None,
     ) -> None:
-        super().__init__(config, vocab_size=vocab_size, tensor_group=tensor_group)
+        super().__init__(
+            config, vocab_size=vocab_size, tensor_group=tensor_group, decay_left=decay_left
+        )
         self.backend = choose_backend(config.kernel, local_device(), tensor_group)
         self.chunk_tokens = chunk_tokens
         self.takes_hidden = chunk_tokens is not None

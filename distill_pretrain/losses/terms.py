@@ -5,6 +5,8 @@ Shapes: B sequences, L positions, T = L * B tokens, V real vocabulary, V_pad pad
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 
@@ -38,6 +40,7 @@ class Objective:
         config: of the loss at every step.
         vocab_size: V.
         tensor_group: ranks that hold the other columns; None when this rank holds them all.
+        decay_left: of the learning rate, by step; see `value_at`. None: the rate does not decay.
     """
 
     TERMS = ("loss", *ALWAYS_REPORTED)
@@ -47,16 +50,27 @@ class Objective:
     """Whether `from_hidden` is to be called, without logits."""
 
     def __init__(
-        self, config: ObjectiveConfig, *, vocab_size: int, tensor_group: dist.ProcessGroup | None
+        self,
+        config: ObjectiveConfig,
+        *,
+        vocab_size: int,
+        tensor_group: dist.ProcessGroup | None,
+        decay_left: Callable[[int], float] | None = None,
     ) -> None:
         self.config = config
         self.vocab_size = vocab_size
         self.tensor_group = tensor_group
+        self.decay_left = decay_left or (lambda step: 1.0)
         self.begin_step(1)
 
     def begin_step(self, step: int) -> None:
         """Take the settings of optimizer step `step`, counted from 1 over the whole run, resumed or not."""
-        self.settings = self.config.at(step)
+        self.settings = self.config.at(step, self.decay_left(step))
+
+    @property
+    def moving(self) -> dict[str, float]:
+        """The settings of this step that are not those of every step, by their key in a recipe."""
+        return {name: getattr(self.settings, name) for name in self.config.moving}
 
     @property
     def term_names(self) -> tuple[str, ...]:

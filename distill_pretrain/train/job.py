@@ -124,16 +124,25 @@ def make_objective(
     teacher: LogitsEngine | None,
     vocab_size: int,
     tensor_group: dist.ProcessGroup,
+    decay_left: Callable[[int], float] | None = None,
 ) -> Objective:
-    """Make the loss of a recipe; a teacher, where it has one, is asked on the last pipeline stage alone."""
+    """Make the loss of a recipe; a teacher, where it has one, is asked on the last pipeline stage alone.
+
+    `decay_left` is the learning rate's by step, for weights that go with its decay.
+    """
     if teacher is not None:
         return TeacherObjective(
-            teacher, objective, vocab_size=vocab_size, tensor_group=tensor_group
+            teacher,
+            objective,
+            vocab_size=vocab_size,
+            tensor_group=tensor_group,
+            decay_left=decay_left,
         )
     return DistillationObjective(
         objective,
         vocab_size=vocab_size,
         tensor_group=tensor_group,
+        decay_left=decay_left,
         chunk_tokens=objective.chunk_tokens(on_gpu=local_device().type == "cuda"),
     )
 
@@ -260,6 +269,7 @@ def train_student(
                 teacher=keep_on_last_stage(teacher, groups),
                 vocab_size=vocab_size,
                 tensor_group=groups.tensor,
+                decay_left=partial(optimizer.decay_left, steps=train.steps),
             )
             scores_kl = teacher is not None or data.held_out_cache is not None
             teacher = None

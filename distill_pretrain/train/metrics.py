@@ -5,6 +5,7 @@ Fields of a step's record (null where unknown; "most" is over the ranks of the j
     step, tokens          steps done, and tokens seen by then
     loss, ce, kl, ...     terms of the objective, nats per token; `loss` is what is minimised
     grad_norm, lr         before clipping; of this step
+    ce_weight, kd_weight, temperature, smoothing   of this step; each only where it changes with the step
     applied               whether the update was made
     tokens_per_second     of the whole job
     tflops_per_device     1e12 model FLOPs per second and process (mcore/model/flops.py)

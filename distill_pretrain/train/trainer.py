@@ -246,6 +246,7 @@ class Trainer:
             **terms,
             "grad_norm": result.grad_norm if math.isfinite(result.grad_norm) else None,
             "lr": result.learning_rate,
+            **self.objective.moving,
             "tokens": step * tokens_per_step,
             "tokens_per_second": round(speed, 1),
             **(self.throughput.figures(speed) if self.throughput else {}),

@@ -81,6 +81,11 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
         described(objective=POINTS),
         ["objective.kd_weight: checkpoint 0.0, this run [[1.0, 0.0], [5.0, 1.0]]"],
     ),
+    (
+        described(objective={"kd_weight": {"stable": 1, "decayed": 0}}),
+        described(objective={"kd_weight": {"stable": 1, "decayed": 0.5}}),
+        ["objective.kd_weight.decayed: checkpoint 0.0, this run 0.5"],
+    ),
     ({"seed": 1}, {"seed": 2}, ["train.seed: checkpoint 1, this run 2"]),
     # What follows from another difference is not named.
     (
@@ -156,10 +161,11 @@ def test_the_same_weights_in_another_place_are_the_same_start():
     ]
 
 
-def wsd(end: int, length: int, **more: Any) -> dict[str, Any]:
-    return described(
-        optimizer={"decay_style": "wsd", "decay_steps": end, "wsd_decay_steps": length, **more}
-    )
+def wsd(
+    end: int, length: int, objective: dict[str, Any] | None = None, **more: Any
+) -> dict[str, Any]:
+    optimizer = {"decay_style": "wsd", "decay_steps": end, "wsd_decay_steps": length, **more}
+    return described(optimizer=optimizer, objective=objective or {})
 
 
 @pytest.mark.parametrize(
@@ -180,3 +186,15 @@ def test_a_decay_decides_nothing_before_it_begins(other, last):
     assert differences(wsd(10, 4), wsd(30, 4, lr=1.0), "", step=2) == [
         "optimizer.lr: checkpoint 0.0003, this run 1.0"
     ]
+
+
+@pytest.mark.parametrize(
+    ("kd_weight", "is_same"),
+    [({"stable": 1, "decayed": 0}, True), (1, True), ({"stable": 0.5, "decayed": 0.25}, False)],
+)
+def test_what_a_weight_becomes_in_the_decay_decides_nothing_before(kd_weight, is_same):
+    ours = wsd(10, 4, {"kd_weight": {"stable": 1.0, "decayed": 0.25}})
+    theirs = wsd(30, 4, {"kd_weight": kd_weight})
+    same = [step for step in range(11) if not differences(theirs, ours, "", step=step)]
+    assert same == (list(range(7)) if is_same else [])
+    assert any("objective.kd_weight" in line for line in differences(theirs, ours, ""))

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,18 @@ def changed(number: int, **sections: dict[str, Any]) -> list[dict[str, Any]]:
     return phases
 
 
+class Visited(Callback):
+    """The sequences that every step trains on."""
+
+    def __init__(self) -> None:
+        self.steps: list[list[int]] = []
+
+    def before_step(self, step: int) -> None:
+        batches = self.trainer.batches
+        numbers = range(batches.num_micro_batches)
+        self.steps.append([int(n) for b in numbers for n in batches.sequences(step - 1, b)[1]])
+
+
 class Killed(Callback):
     """kill -9 before a step of a phase."""
 
@@ -108,6 +121,31 @@ def test_a_run_that_is_killed_in_every_phase_is_the_unbroken_one(job, unbroken, 
     capsys.readouterr()
     job.cli("train", *arguments(run))
     assert capsys.readouterr().err.count("already trained") == 3
+
+
+def test_a_ramp_of_the_batch_visits_the_text_as_one_batch_does(job, tmp_path):
+    ramp = [
+        {"name": f"of-{size}", "train": {"steps": 2, "global_batch_size": size}}
+        for size in (2, 4, 8)
+    ]
+    ramp[0]["train"]["micro_batch_size"] = 2
+    visited: dict[str, list[list[int]]] = {}
+    for name, more in (
+        ("ramp", [f"phases={json.dumps(ramp)}"]),
+        ("one", ["train.steps=14", "train.global_batch_size=2", "train.micro_batch_size=2"]),
+    ):
+        seen = Visited()
+        overrides = [f"train.output_dir={tmp_path / name}", *more]
+        train_student(job.recipe, overrides, callbacks=[seen])
+        visited[name] = seen.steps
+    assert [len(step) for step in visited["ramp"]] == [2, 2, 4, 4, 8, 8]
+    assert [*chain(*visited["ramp"])] == [*chain(*visited["one"])]
+    tokens = [
+        record["tokens"]
+        for name in ("of-2", "of-4", "of-8")
+        for record in records(tmp_path / "ramp" / name)
+    ]
+    assert tokens == [64 * n for n in (2, 4, 4, 8, 8, 16)]
 
 
 def test_the_lineage_is_told(job, unbroken, tmp_path, capsys):

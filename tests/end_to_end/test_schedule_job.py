@@ -25,6 +25,10 @@ def curves(run: Path) -> list[list[float]]:
     return [[record[term] for term in ("loss", "grad_norm", "lr")] for record in records(run)]
 
 
+def losses(run: Path) -> list[list[float]]:
+    return [[record[term] for term in ("loss", "kl", "lr", "kd_weight")] for record in records(run)]
+
+
 def train(job: Job, run: Path, *more: str, steps: int = STEPS) -> None:
     job.cli("train", f"train.output_dir={run}", f"train.steps={steps}", *more)
 
@@ -77,3 +81,72 @@ def test_schedules_that_cannot_be_are_refused(job, tmp_path, capsys):
             assert main(["train", str(job.recipe), *arguments, *dry]) == 2
             error = capsys.readouterr().err
             assert said in error and "Traceback" not in error
+
+
+WITH_DECAY = ("objective.kd_weight={stable: 0.9, decayed: 0.2}", "objective.ce_weight=0.5")
+
+
+def test_a_weight_that_goes_with_the_decay_is_recorded_and_the_same_after_a_kill_and_in_phases(
+    job, tmp_path
+):
+    data = (f"data.cache={job.cache}", "optimizer.wsd_decay_style=minus_sqrt")
+    run, killed, phased = (tmp_path / name for name in ("run", "killed", "phased"))
+    train(job, run, *WSD, *data, *WITH_DECAY)
+    for record in records(run):
+        left = (record["lr"] - 1e-4) / (5e-3 - 1e-4) if record["step"] > 4 else 1.0
+        weight = 0.2 + left * (0.9 - 0.2)
+        assert record["kd_weight"] == pytest.approx(weight, rel=1e-6)
+        assert record["loss"] == pytest.approx(0.5 * record["ce"] + weight * record["kl"], rel=1e-5)
+        assert "ce_weight" not in record
+    assert records(run)[3]["kd_weight"] == 0.9 and records(run)[7]["kd_weight"] == 0.2
+
+    # As if killed in the decay.
+    shutil.copytree(run, killed)
+    shutil.rmtree(killed / "checkpoints" / "step-00000008")
+    train(job, killed, *WSD, *data, *WITH_DECAY)
+    assert losses(killed) == losses(run)
+
+    # A stable part with a plain weight, then a phase that decays.
+    decay = {"decay_style": "wsd", "wsd_decay_steps": DECAY, "wsd_decay_style": "minus_sqrt"}
+    phases = [
+        {"name": "stable", "train": {"steps": STEPS - DECAY}},
+        {
+            "name": "decay",
+            "optimizer": {**decay, "warmup_steps": 0},
+            "objective": {"kd_weight": {"stable": 0.9, "decayed": 0.2}},
+        },
+    ]
+    plain = (data[0], "objective.kd_weight=0.9", "objective.ce_weight=0.5")
+    train(job, phased, *COMMON, *plain, f"phases={json.dumps(phases)}")
+    assert losses(phased / "decay") == losses(run)[4:]
+    assert curves(phased / "stable") == curves(run)[:4]
+
+
+def test_a_branch_may_begin_to_change_a_weight_with_its_decay(job, tmp_path, capsys):
+    run, branch = tmp_path / "run", tmp_path / "branch"
+    data = f"data.cache={job.cache}"
+    train(job, run, *WSD, data, *WITH_DECAY)
+    plain = (data, "objective.kd_weight=0.9", "objective.ce_weight=0.5")
+    train(job, branch, *COMMON, "optimizer.decay_style=constant", *plain, steps=STEPS - DECAY)
+    train(job, branch, *WSD, data, *WITH_DECAY)
+    assert curves(branch) == curves(run)
+    arguments = (f"train.output_dir={branch}", f"train.steps={STEPS}", *WSD, data, *WITH_DECAY)
+    more = "objective.kd_weight={stable: 0.9, decayed: 0.1}"
+    assert main(["train", str(job.recipe), *arguments, "train.steps=9", more]) == 2
+    assert "objective.kd_weight.decayed: checkpoint 0.2, this run 0.1" in capsys.readouterr().err
+
+
+def test_a_weight_that_goes_with_a_decay_that_is_none_is_refused(job, tmp_path, capsys):
+    plain = ("optimizer.decay_style=constant", f"data.cache={job.cache}", *WITH_DECAY)
+    late = [
+        {"name": "one", "optimizer": {"decay_style": "linear"}},
+        {"name": "two", "optimizer": {"decay_style": "constant"}},
+    ]
+    for more in (plain, (*plain, f"phases={json.dumps(late)}")):
+        for dry in ((), ("--dry-run",)):
+            arguments = (f"train.output_dir={tmp_path / 'run'}", *more)
+            assert main(["train", str(job.recipe), *arguments, *dry]) == 2
+            error = capsys.readouterr().err
+            assert "objective.kd_weight" in error and "does not decay" in error
+            assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()

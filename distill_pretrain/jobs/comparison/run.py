@@ -16,7 +16,7 @@ from distill_pretrain.jobs.capture import capture_caches
 from distill_pretrain.jobs.console import say
 from distill_pretrain.jobs.evaluate import evaluate_models
 from distill_pretrain.jobs.recipe import Recipe
-from distill_pretrain.jobs.train import train_model
+from distill_pretrain.jobs.train import require_training, train_model
 from distill_pretrain.processes.env import launch_rank, launch_world_size
 
 if TYPE_CHECKING:
@@ -98,6 +98,8 @@ def _check_before_hours_of_work(plan: ComparisonPlan) -> None:
     """What the last stages need, and what every student would refuse."""
     from distill_pretrain.mcore.model.layout import check_layout, require_backend
 
+    for run in plan.runs:
+        require_training(run.recipe)
     for recipe in filter(None, (plan.teacher, plan.runs[0].recipe)):
         assert recipe.data and recipe.model and recipe.train
         check_layout(

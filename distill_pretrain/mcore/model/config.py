@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -228,6 +229,27 @@ class OptimizerConfig(Section):
         if self.backend != "deepspeed" and used:
             raise ValueError(f"{', '.join(used)}: only for backend: deepspeed, not {self.backend}")
         return self
+
+    def decay_left(self, step: int, *, steps: int) -> float:
+        """Return how much of the rate's decay is left at a step: from the warm-up on, (rate - min_lr) / (lr - min_lr).
+
+        Args:
+            step: 1 is the first.
+            steps: of the run.
+
+        Returns:
+            1 until the decay begins, the warm-up included; 0 from its end.
+        """
+        end = max(self.decay_steps or steps, self.warmup_steps + 1)
+        length = self.wsd_decay_steps or end - self.warmup_steps
+        done = min(max(step - (end - length), 0) / length, 1.0)
+        shape = self.wsd_decay_style if self.decay_style == "wsd" else self.decay_style
+        return {
+            "constant": 1.0,
+            "linear": 1 - done,
+            "cosine": (1 + math.cos(math.pi * done)) / 2,
+            "minus_sqrt": 1 - math.sqrt(done),
+        }[shape]
 
 
 def checkpoint_bytes_per_parameter(precision: str, *, averaged: bool) -> int:
