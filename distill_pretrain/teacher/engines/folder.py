@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from distill_pretrain.errors import MissingDependency, TeacherError, TokenizerMismatch
+from distill_pretrain.checkpoint.hf.files import SINGLE, file_names, header
+from distill_pretrain.errors import (
+    DistillPretrainError,
+    MissingDependency,
+    TeacherError,
+    TokenizerMismatch,
+)
 from distill_pretrain.files.atomic import sha256_file
 from distill_pretrain.processes.process import on_first_rank
 from distill_pretrain.teacher.config import NO_TRUST, Trust
+from distill_pretrain.teacher.engines.text_part import text_config_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CONFIG_FILE = "config.json"
@@ -37,11 +45,13 @@ def import_transformers() -> Any:
 def read_config(path: Path, *, vocab_size: int, seq_len: int, trust: Trust = NO_TRUST) -> Any:
     """Read the folder's configuration, of a model that knows the corpus's ids and positions.
 
+    Of a configuration that nests a text model beside a vision or audio model it is the text model's.
+
     Raises:
         TeacherError, TokenizerMismatch: it cannot be used.
     """
     transformers = import_transformers()
-    _require_plain_folder(path, trust)
+    raw = _require_plain_folder(path, trust)
     try:
         config = transformers.AutoConfig.from_pretrained(
             path, local_files_only=True, trust_remote_code=trust.remote_code
@@ -59,11 +69,22 @@ def read_config(path: Path, *, vocab_size: int, seq_len: int, trust: Trust = NO_
         )
     require_known_ids(path, width, vocab_size)
     require_positions(path, getattr(text, "max_position_embeddings", None), seq_len)
-    return config
+    if trust.remote_code:
+        return config
+    return text_config_of(config, raw, has_head=_stores_head(path))
 
 
-def _require_plain_folder(path: Path, trust: Trust) -> None:
-    """Refuse what is no model folder, an adapter, and code that was not asked for; transformers is not called."""
+def _stores_head(path: Path) -> bool:
+    """Whether a folder's safetensors files have an LM head; False where there are none, which is found later."""
+    with suppress(DistillPretrainError):
+        named = file_names(path)
+        names = named or [name for name, *_ in header(path / SINGLE)]
+        return any("lm_head." in name for name in names)
+    return False
+
+
+def _require_plain_folder(path: Path, trust: Trust) -> dict[str, Any]:
+    """Refuse what is no model folder, an adapter, and code that was not asked for; returns config.json."""
     try:
         raw = json.loads((path / CONFIG_FILE).read_bytes())
     except OSError:
@@ -99,6 +120,7 @@ def _require_plain_folder(path: Path, trust: Trust) -> None:
             remedy="read the code and set teacher.trust_remote_code=true (kind hf or deepspeed); or, where "
             f"transformers has its own class for model_type {raw.get('model_type')}, remove auto_map from config.json",
         )
+    return raw
 
 
 def cannot_be_loaded(path: Path, error: Exception) -> TeacherError:

@@ -21,6 +21,7 @@ from distill_pretrain.teacher.engines.folder import (
 )
 from distill_pretrain.teacher.engines.head import ChunkedHead, trunk_of
 from distill_pretrain.teacher.engines.known_head import finish_of, require_known_head
+from distill_pretrain.teacher.engines.text_part import causal_class, key_mapping
 from distill_pretrain.teacher.engines.weights import (
     meta_model,
     require_all_loaded,
@@ -49,9 +50,13 @@ class HFEngine:
         files = on_first_rank(
             lambda: require_own_weights(path, meta_model(path, config, trust), trust)
         )
+        mapping = key_mapping(path, config)
+        # Else transformers reads the folder's own configuration again, as it is.
+        nested: dict[str, Any] = {"config": config, "key_mapping": mapping} if mapping else {}
         try:
-            model, info = import_transformers().AutoModelForCausalLM.from_pretrained(
+            model, info = causal_class(import_transformers(), config).from_pretrained(
                 path,
+                **nested,
                 dtype=DTYPES[dtype],
                 local_files_only=True,
                 trust_remote_code=trust.remote_code,
@@ -61,7 +66,7 @@ class HFEngine:
             )
         except Exception as error:  # transformers raises nearly anything here
             raise cannot_be_loaded(path, error) from error
-        require_all_loaded(path, info)
+        require_all_loaded(path, info, mapping=mapping)
         self.vocab_size = vocab_size
         self.device = local_device()
         # Each process has a copy of its own.

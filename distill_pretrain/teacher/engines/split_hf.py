@@ -9,7 +9,6 @@ Shapes: B sequences, L positions, H hidden size, R ranks of the replica.
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from distill_pretrain.checkpoint.hf.files import SINGLE, file_names, header
 from distill_pretrain.contracts import LogitsChunk, Replica
 from distill_pretrain.errors import LayoutError, MissingDependency, TeacherError
 from distill_pretrain.processes.process import local_device, on_first_rank
@@ -30,6 +30,7 @@ from distill_pretrain.teacher.engines.folder import (
 )
 from distill_pretrain.teacher.engines.head import ChunkedHead, head_rows, trunk_name, trunk_of
 from distill_pretrain.teacher.engines.known_head import finish_of, require_known_head
+from distill_pretrain.teacher.engines.text_part import RENAMED, key_mapping, renamed
 from distill_pretrain.teacher.engines.weights import (
     meta_model,
     quiet,
@@ -239,6 +240,9 @@ def _load_trunk(teacher: TeacherConfig, config: Any, head: str, **settings: Any)
     Raises:
         TeacherError: it cannot be loaded, or not all of it, or not all of the files but the LM head's.
     """
+    mapping = key_mapping(teacher.path, config)
+    if mapping:
+        settings["key_mapping"] = mapping
     try:
         with quiet(keep_bar=True):
             trunk, info = import_transformers().AutoModel.from_pretrained(
@@ -253,7 +257,7 @@ def _load_trunk(teacher: TeacherConfig, config: Any, head: str, **settings: Any)
             )
     except Exception as error:  # transformers raises nearly anything here
         raise cannot_be_loaded(teacher.path, error) from error
-    require_all_loaded(teacher.path, info, spare=f"{head}.")
+    require_all_loaded(teacher.path, info, spare=f"{head}.", mapping=mapping)
     return trunk
 
 
@@ -311,14 +315,15 @@ def _read_rows(folder: Path, names: list[str], rows: slice) -> torch.Tensor | No
     """Some rows of the first of these tensors that the safetensors files have."""
     from safetensors import safe_open
 
-    index = folder / "model.safetensors.index.json"
-    listed = json.loads(index.read_text())["weight_map"] if index.is_file() else None
+    named = file_names(folder)
+    if not named and (folder / SINGLE).is_file():
+        named = {name: SINGLE for name, *_ in header(folder / SINGLE)}
+    # Names of a nested text model's tensors differ from each other, and from those that no mapping touches.
+    own_names = {renamed(name, RENAMED): name for name in named} | {name: name for name in named}
     for name in names:
-        file = folder / (listed.get(name, "") if listed is not None else "model.safetensors")
-        if not file.is_file():
+        if name not in own_names:
             continue
-        with safe_open(file, framework="pt") as tensors:
-            if name in tensors.keys():  # noqa: SIM118
-                found: torch.Tensor = tensors.get_slice(name)[rows]
-                return found
+        with safe_open(folder / named[own_names[name]], framework="pt") as tensors:
+            found: torch.Tensor = tensors.get_slice(own_names[name])[rows]
+            return found
     return None

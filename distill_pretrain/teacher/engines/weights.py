@@ -23,6 +23,12 @@ from distill_pretrain.teacher.engines.folder import (
     import_transformers,
 )
 from distill_pretrain.teacher.engines.head import trunk_name
+from distill_pretrain.teacher.engines.text_part import (
+    causal_class,
+    is_of_other_part,
+    key_mapping,
+    renamed,
+)
 
 PICKLED = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
@@ -74,9 +80,8 @@ def meta_model(path: Path, config: Any, trust: Trust = NO_TRUST) -> Any:
     """
     try:
         with torch.device("meta"), quiet():
-            return import_transformers().AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust.remote_code
-            )
+            kind = causal_class(import_transformers(), config)
+            return kind.from_config(config, trust_remote_code=trust.remote_code)
     except Exception as error:  # transformers raises nearly anything here
         raise cannot_be_loaded(path, error) from error
 
@@ -95,7 +100,12 @@ def require_own_weights(path: Path, model: Any, trust: Trust = NO_TRUST) -> list
         MissingDependency: accelerate.
     """
     files = weight_files(path, trust)
-    stored = _stored_tensors(files)
+    mapping = key_mapping(path, model.config)
+    stored = {
+        renamed(name, mapping): tensor
+        for name, tensor in _stored_tensors(files).items()
+        if not is_of_other_part(name, mapping)
+    }
     quantization = _quantization(model.config)
     if quantization is not None:
         # What the library makes of its tensors is known only where it loads them; see `require_all_loaded`.
@@ -119,12 +129,17 @@ def require_own_weights(path: Path, model: Any, trust: Trust = NO_TRUST) -> list
             )
     except Exception as error:  # transformers raises nearly anything here
         raise cannot_be_loaded(path, error) from error
-    require_all_loaded(path, info, more=_unequal_ties(files, model))
+    require_all_loaded(path, info, more=_unequal_ties(files, model, mapping))
     return files
 
 
 def require_all_loaded(
-    path: Path, info: Mapping[str, Any], *, spare: str | None = None, more: Sequence[str] = ()
+    path: Path,
+    info: Mapping[str, Any],
+    *,
+    spare: str | None = None,
+    more: Sequence[str] = (),
+    mapping: dict[str, str] | None = None,
 ) -> None:
     """Refuse a model of which transformers did not load every tensor, or not every tensor of the files.
 
@@ -133,11 +148,17 @@ def require_all_loaded(
         info: what `from_pretrained(output_loading_info=True)` says.
         spare: beginning of the names of tensors that the model has no use for, such as the LM head of a trunk.
         more: other problems found.
+        mapping: see `text_part.key_mapping`.
 
     Raises:
         TeacherError: names them.
     """
-    extra = [n for n in info["unexpected_keys"] if spare is None or not n.startswith(spare)]
+    extra = [
+        name
+        for name in info["unexpected_keys"]
+        if not (spare is not None and renamed(name, mapping or {}).startswith(spare))
+        and not is_of_other_part(name, mapping or {})
+    ]
     problems = [f"{name} is missing" for name in sorted(info["missing_keys"])]
     problems += [f"{name} is not of this model" for name in sorted(extra)]
     problems += [
@@ -211,12 +232,15 @@ def _once(stored: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor
     return {name: tensor for name, tensor in stored.items() if name not in copies}
 
 
-def _unequal_ties(files: Sequence[Path], model: Any) -> list[str]:
+def _unequal_ties(files: Sequence[Path], model: Any, mapping: dict[str, str]) -> list[str]:
     """Pairs that config.json ties, of which the files have both, with different values."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     prefix = trunk_name(model)
     where = {
-        name: file for file in files if file.suffix == ".safetensors" for name, *_ in header(file)
+        renamed(name, mapping): (file, name)
+        for file in files
+        if file.suffix == ".safetensors"
+        for name, *_ in header(file)
     }
 
     def stored(name: str) -> torch.Tensor | None:
@@ -224,8 +248,9 @@ def _unequal_ties(files: Sequence[Path], model: Any) -> list[str]:
 
         for candidate in (name, name.removeprefix(f"{prefix}.")):
             if candidate in where:
-                with safe_open(where[candidate], framework="pt") as file:
-                    tensor: torch.Tensor = file.get_tensor(candidate)
+                place, own_name = where[candidate]
+                with safe_open(place, framework="pt") as file:
+                    tensor: torch.Tensor = file.get_tensor(own_name)
                     return tensor
         return None
 
