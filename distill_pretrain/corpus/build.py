@@ -25,15 +25,12 @@ from distill_pretrain.corpus.earlier import RECIPE, SOURCES, check_done
 from distill_pretrain.corpus.encode import Keys, encode_batches
 from distill_pretrain.corpus.loss_marks import MarkKeys
 from distill_pretrain.corpus.readers import batches_of
+from distill_pretrain.corpus.recorded_tokenizer import load_recorded_tokenizer
 from distill_pretrain.corpus.sources import SourceList, list_sources
 from distill_pretrain.corpus.special_tokens import ends_of_documents, first_tokens
 from distill_pretrain.corpus.token_index import TokenIndex
 from distill_pretrain.corpus.token_writer import TokenIndexWriter
-from distill_pretrain.corpus.tokenizers import (
-    Tokenizer,
-    load_recorded_tokenizer,
-    load_tokenizer,
-)
+from distill_pretrain.corpus.tokenizers import Tokenizer, load_tokenizer
 from distill_pretrain.corpus.tokens_record import FILE_NAME as RECORD
 from distill_pretrain.corpus.tokens_record import TokensRecord
 from distill_pretrain.corpus.training import train_tokenizer

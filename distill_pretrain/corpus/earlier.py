@@ -8,14 +8,11 @@ from pathlib import Path
 
 from distill_pretrain.config import load_recipe
 from distill_pretrain.corpus.config import TokenizerConfig, TokenizeRecipe
+from distill_pretrain.corpus.recorded_tokenizer import is_same_tokenizer, load_recorded_tokenizer
 from distill_pretrain.corpus.sources import SourceList
 from distill_pretrain.corpus.special_tokens import shown
 from distill_pretrain.corpus.token_index import TokenIndex
-from distill_pretrain.corpus.tokenizers import (
-    is_same_tokenizer,
-    load_recorded_tokenizer,
-    load_tokenizer,
-)
+from distill_pretrain.corpus.tokenizers import load_tokenizer
 from distill_pretrain.corpus.tokens_record import FILE_NAME as RECORD
 from distill_pretrain.corpus.tokens_record import TokensRecord
 from distill_pretrain.errors import CorpusError, TokenizerMismatch

@@ -9,17 +9,14 @@ import shutil
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from distill_pretrain.corpus.config import BosMode
 from distill_pretrain.corpus.loss_marks import Offsets, without_offsets
 from distill_pretrain.corpus.special_tokens import FoundTokens
-from distill_pretrain.errors import ConfigError, MissingDependency, TokenizerMismatch
-
-if TYPE_CHECKING:
-    from distill_pretrain.corpus.tokens_record import TokensRecord
+from distill_pretrain.errors import ConfigError, MissingDependency
 
 HF_FILES = (
     "added_tokens.json",
@@ -200,7 +197,7 @@ class HfTokenizer:
         self._own_eos = found.eos
         self.bos_id = found.begin(bos, where=folder)
         self.eod_id = found.end(end_of_document, tokenizer.get_vocab().get, where=folder)
-        self.sha256 = _sha256_of_hf_folder(folder)
+        self.sha256 = sha256_of_hf_folder(folder)
 
     @property
     def semantic_sha256(self) -> str | None:
@@ -236,6 +233,11 @@ class HfTokenizer:
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Return the token ids of each text, without special tokens."""
+        if not texts:  # transformers fails on none
+            return []
+        if self._plain is not None:
+            encodings = self._plain.encode_batch_fast(texts, add_special_tokens=False)
+            return [one.ids for one in encodings]
         encoded = self._tokenizer(
             texts, add_special_tokens=False, verbose=False, split_special_tokens=True
         )
@@ -247,19 +249,26 @@ class HfTokenizer:
         return [(one.ids, np.array(one.offsets, np.int64).reshape(-1, 2)) for one in encodings]
 
     @cached_property
+    def _plain(self) -> Any:
+        """The tokenizer below transformers, which takes special tokens in a text as text; None if it is a slow one."""
+        backend = copy.deepcopy(getattr(self._tokenizer, "backend_tokenizer", None))
+        if backend is not None:
+            backend.encode_special_tokens = True  # a copy forgets it
+            backend.no_truncation()
+            backend.no_padding()
+        return backend
+
+    @cached_property
     def _whole_offsets(self) -> Any:
-        """The tokenizer itself, but that a space at the front of a token belongs to its characters."""
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        """The same, but that a space at the front of a token belongs to its characters."""
+        backend = copy.deepcopy(self._plain)
         if backend is None:
             raise without_offsets("a slow tokenizer", f"{type(self._tokenizer).__name__}")
         from tokenizers import processors
 
-        backend = copy.deepcopy(backend)
         # It adds special tokens, which are not wanted here, and cuts spaces from offsets.
         backend.post_processor = processors.ByteLevel(trim_offsets=False)
         backend.encode_special_tokens = True
-        backend.no_truncation()
-        backend.no_padding()
         return backend
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -317,57 +326,6 @@ def load_tokenizer(
     )
 
 
-def tokenizer_sha256(kind: str, path: Path) -> str:
-    """Compute the fingerprint of the tokenizer at a path, as tokens.json records it."""
-    if kind == "hf":
-        return _sha256_of_hf_folder(path)
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def is_same_tokenizer(record: TokensRecord, folder: Path, path: Path) -> bool:
-    """Tell whether the tokenizer at a path gives the ids of the one that made a folder of tokens.
-
-    Files that are equal byte for byte are not loaded.
-
-    Args:
-        record: tokens.json of the folder.
-        folder: with the tokenizer that made the tokens, for a record that only knows the bytes of its files.
-        path: of the tokenizer in question, of the same kind.
-
-    Raises:
-        ConfigError: it cannot be loaded.
-    """
-    made_by = record.tokenizer
-    if tokenizer_sha256(made_by["kind"], path) == made_by["sha256"]:
-        return True
-    found = load_tokenizer(made_by["kind"], path, end_of_document=record.eod_id).semantic_sha256
-    known = made_by.get("semantic_sha256")
-    if found is None or known is not None:
-        return found is not None and found == known
-    return load_recorded_tokenizer(folder, record).semantic_sha256 == found
-
-
-def load_recorded_tokenizer(folder: Path, record: TokensRecord) -> Tokenizer:
-    """Load the tokenizer stored in a tokens folder, which `record` describes.
-
-    Raises:
-        TokenizerMismatch: it is not the one that made the tokens.
-    """
-    made_by = record.tokenizer
-    path, sha256 = folder / made_by["file"], made_by["sha256"]
-    bos: BosMode = "never" if record.bos_id is None else "always"
-    tokenizer = load_tokenizer(made_by["kind"], path, bos=bos, end_of_document=record.eod_id)
-    if tokenizer.sha256 != sha256:
-        raise TokenizerMismatch(
-            "the tokenizer beside the tokens is not the one that made them",
-            where=path,
-            found=f"sha256 {tokenizer.sha256[:12]}",
-            expected=f"sha256 {sha256[:12]}, recorded in tokens.json",
-            remedy="restore the file, or tokenize again into another corpus.output_dir",
-        )
-    return tokenizer
-
-
 def _without_defaults(value: Any) -> Any:
     """JSON without what is off or empty, and merges as text: libraries of other versions write these differently."""
     if isinstance(value, dict):
@@ -388,7 +346,8 @@ def _id_or_none(token_id: int | None) -> int | None:
     return None if token_id is None or token_id < 0 else int(token_id)
 
 
-def _sha256_of_hf_folder(folder: Path) -> str:
+def sha256_of_hf_folder(folder: Path) -> str:
+    """Compute the fingerprint of the files that define a Hugging Face tokenizer."""
     digest = hashlib.sha256()
     for name in HF_FILES:
         if (folder / name).is_file():

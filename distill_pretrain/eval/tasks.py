@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_pretrain.contracts import LogitsEngine
-from distill_pretrain.corpus.tokenizers import load_recorded_tokenizer
+from distill_pretrain.corpus.recorded_tokenizer import load_recorded_tokenizer
 from distill_pretrain.corpus.tokens_record import TokensRecord
 from distill_pretrain.errors import ConfigError, DistillPretrainError, MissingDependency
 from distill_pretrain.processes.process import on_first_rank

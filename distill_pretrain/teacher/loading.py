@@ -136,7 +136,8 @@ def require_own_tokenizer(model: Path, tokens: Path, *, key: str = "teacher.path
     Raises:
         TokenizerMismatch: the two differ.
     """
-    from distill_pretrain.corpus.tokenizers import HF_FILES, is_same_tokenizer
+    from distill_pretrain.corpus.recorded_tokenizer import is_same_tokenizer
+    from distill_pretrain.corpus.tokenizers import HF_FILES
     from distill_pretrain.corpus.tokens_record import TokensRecord
     from distill_pretrain.errors import TokenizerMismatch
 

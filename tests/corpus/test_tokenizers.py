@@ -10,7 +10,7 @@ import textwrap
 
 import pytest
 
-from distill_pretrain.corpus import sources, tokenizers, training
+from distill_pretrain.corpus import recorded_tokenizer, sources, tokenizers, training
 from distill_pretrain.corpus.config import CorpusConfig, TokenizerConfig
 from distill_pretrain.corpus.tokens_record import TokensRecord
 from distill_pretrain.errors import ConfigError, CorpusError, MissingDependency, TokenizerMismatch
@@ -117,10 +117,10 @@ def record_of(tokenizer, file: str, **more) -> TokensRecord:
 def test_a_stored_tokenizer_of_another_hash_is_refused(tmp_path):
     tokenizer = trained(tmp_path)
     record = record_of(tokenizer, tokenizer.save(tmp_path))
-    assert tokenizers.load_recorded_tokenizer(tmp_path, record).vocab_size == 500
+    assert recorded_tokenizer.load_recorded_tokenizer(tmp_path, record).vocab_size == 500
     trained(tmp_path, vocab_size=480).save(tmp_path)
     with pytest.raises(TokenizerMismatch):
-        tokenizers.load_recorded_tokenizer(tmp_path, record)
+        recorded_tokenizer.load_recorded_tokenizer(tmp_path, record)
 
 
 @pytest.fixture
@@ -150,9 +150,47 @@ def test_a_hugging_face_folder_encodes_and_is_copied_whole(tmp_path, hf_folder):
     assert [tokenizer.decode(ids) for ids in encoded] == texts
     assert all(tokenizer.eod_id not in ids for ids in encoded)
     name = tokenizer.save(tmp_path)
-    copy = tokenizers.load_recorded_tokenizer(tmp_path, record_of(tokenizer, name))
+    copy = recorded_tokenizer.load_recorded_tokenizer(tmp_path, record_of(tokenizer, name))
     assert copy.encode(texts) == encoded
-    assert tokenizers.tokenizer_sha256("hf", hf_folder) == tokenizer.sha256
+    assert recorded_tokenizer.tokenizer_sha256("hf", hf_folder) == tokenizer.sha256
+
+
+def test_ids_are_those_of_transformers_whatever_lengths_the_folder_asks_for(hf_folder):
+    transformers = pytest.importorskip("transformers")
+
+    def cut_and_pad(values):
+        values["truncation"] = {
+            "direction": "Right",
+            "max_length": 3,
+            "strategy": "LongestFirst",
+            "stride": 0,
+        }
+        values["padding"] = {
+            "strategy": "BatchLongest",
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": 0,
+            "pad_type_id": 0,
+            "pad_token": "<eos>",
+        }
+
+    edited(hf_folder, "tokenizer.json", cut_and_pad)
+    texts = [SOURCE, "a <eos> b", "\tx  y\n"]
+    whole = transformers.AutoTokenizer.from_pretrained(hf_folder)
+    expected = whole(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    tokenizer = tokenizers.load_tokenizer("hf", hf_folder)
+    assert tokenizer.encode(texts) == expected
+    assert [ids for ids, _ in tokenizer.encode_with_offsets(texts)] == expected
+
+
+@pytest.mark.parametrize("kind", ["hf", "sentencepiece"])
+def test_no_texts_have_no_ids(tmp_path, request, kind):
+    if kind == "hf":
+        tokenizer = tokenizers.load_tokenizer("hf", request.getfixturevalue("hf_folder"))
+    else:
+        tokenizer = trained(tmp_path)
+    assert tokenizer.encode([]) == []
+    assert tokenizer.encode_with_offsets([]) == []
 
 
 def test_a_document_longer_than_any_model_takes_is_no_warning(hf_folder, caplog):
@@ -212,7 +250,9 @@ def test_a_tokenizer_is_known_by_the_ids_it_gives(tmp_path, hf_folder):
     ]
 
     def is_same(folder) -> set[bool]:
-        return {tokenizers.is_same_tokenizer(record, tmp_path, folder) for record in records}
+        return {
+            recorded_tokenizer.is_same_tokenizer(record, tmp_path, folder) for record in records
+        }
 
     saved_again = tmp_path / "again"
     made_by._tokenizer.save_pretrained(saved_again)
@@ -313,9 +353,9 @@ def test_the_tokens_around_documents_change_no_hash_of_a_tokenizer(tmp_path, bos
     assert plain.encode([SOURCE]) == other.encode([SOURCE])
     # What a folder of tokens records gives the same tokens again.
     record = record_of(other, other.save(tmp_path), bos_id=400)
-    again = tokenizers.load_recorded_tokenizer(tmp_path, record)
+    again = recorded_tokenizer.load_recorded_tokenizer(tmp_path, record)
     assert (again.bos_id, again.eod_id) == (400, other.eod_id)
-    assert tokenizers.is_same_tokenizer(record, tmp_path, bos_folder)
+    assert recorded_tokenizer.is_same_tokenizer(record, tmp_path, bos_folder)
 
 
 @pytest.mark.parametrize("kind", ["hf", "sentencepiece"])

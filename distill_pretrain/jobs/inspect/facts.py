@@ -19,7 +19,7 @@ def fact(name: str, value: object) -> None:
 
 def find_tokenizer(places: list[Path], sha256: str | None) -> Tokenizer | None:
     """Load the tokenizer of that hash, from the first of some folders with a tokens.json that names it."""
-    from distill_pretrain.corpus.tokenizers import load_recorded_tokenizer
+    from distill_pretrain.corpus.recorded_tokenizer import load_recorded_tokenizer
     from distill_pretrain.corpus.tokens_record import TokensRecord
 
     for place in places:
