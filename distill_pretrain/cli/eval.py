@@ -18,8 +18,10 @@ model's drafts the teacher would accept in speculative decoding.
 Reads   data.held_out_tokens (.bin/.idx), eval.models (run or checkpoint folders), teacher.path if there is a teacher
 Writes  eval.output (JSON), and eval.output.recipe.yaml: the settings that made it
 
-The teacher is scored too, under the name `teacher`. Under torchrun the sequences are divided
-among the processes; the figures are the same. Figures that eval.output already holds for the same models on the same
+The teacher is scored too, under the name `teacher`. Under torchrun the sequences are divided among the processes; the
+figures are the same. Logits are made by eval.head_chunk_tokens positions at a time. Models too large for one device are
+in parts over eval.tensor x eval.pipeline processes, whatever they were trained with, and a teacher as its section says;
+`distill-pretrain plan` foresees the memory. Figures that eval.output already holds for the same models on the same
 sequences are kept.
 
 On request also:

@@ -19,6 +19,7 @@ SECTIONS = (
     "optimizer",
     "objective",
     "train",
+    "eval",
     "plan",
 )
 HELP = """
@@ -31,8 +32,8 @@ Reads   the recipe; where they are named and there: tokens.json, the teacher's c
 Writes  nothing
 
 With the sections capture (and teacher) it plans the capture, with model and train the students, with all of them
-everything. Every figure has its formula and says whether it is exact, measured, from a pilot, an estimate or an
-assumption.
+everything; with eval also the memory of a process that evaluates. Every figure has its formula and says whether it is
+exact, measured, from a pilot, an estimate or an assumption.
 
     distill-pretrain plan distill.yaml
     distill-pretrain plan distill.yaml plan.pilot=runs/pilot plan.teacher_tokens_per_second=40000 plan.gpus=64 --json
@@ -47,11 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(recipe: Recipe, args: argparse.Namespace) -> None:
     """Print the plan of a recipe; one process does it."""
     require(recipe, "plan", "data")
-    if recipe.capture is None and (recipe.model is None or recipe.train is None):
+    has_student = recipe.model is not None and recipe.train is not None
+    if recipe.capture is None and recipe.eval is None and not has_student:
         raise ConfigError(
-            "`plan` finds neither a capture nor a student in the recipe",
-            found="no capture; no model and train",
-            expected="the section capture, or model and train, or all three",
+            "`plan` finds neither a capture nor a student nor an evaluation in the recipe",
+            found="no capture; no model and train; no eval",
+            expected="the section capture, or model and train, or eval, or several of them",
             remedy="add them to the recipe; `distill-pretrain plan --help` lists their keys",
         )
     from distill_pretrain.jobs.plan.report import plan_report

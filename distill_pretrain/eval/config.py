@@ -51,6 +51,12 @@ class EvalConfig(Section):
     """Sequences per forward pass."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the models' forward pass; the teacher has its own in `teacher.dtype`."""
+    head_chunk_tokens: int = Field(default=1024, ge=1, le=1 << 40)
+    """Positions whose logits exist at once, of each model; the teacher has its own in `teacher.head_chunk_tokens`."""
+    tensor: int = Field(default=1, ge=1, le=1 << 20)
+    """Processes that split every layer of the models; need not be what they were trained with."""
+    pipeline: int = Field(default=1, ge=1, le=1 << 20)
+    """Processes, or groups of `tensor` of them, that hold the models' layers in turn."""
     ece_bins: int = Field(default=15, ge=1, le=1000)
     """Bins of equal width of the expected calibration error and the reliability diagram."""
     draft_lengths: tuple[Annotated[int, Field(ge=1)], ...] = (2, 4, 8)

@@ -12,8 +12,9 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from distill_pretrain.contracts import LogitsEngine
+from distill_pretrain.contracts import IGNORED_LABEL, LogitsEngine
 from distill_pretrain.errors import ConfigError
+from distill_pretrain.eval.chunks import logits_chunks, row_slices, together
 
 
 class TextTokenizer(Protocol):
@@ -122,14 +123,32 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
         tokens = torch.full((len(pairs), max(map(len, whole)) - 1), self.eot_token_id)
         for row, ids in zip(tokens, whole, strict=True):
             row[: len(ids) - 1] = torch.tensor(ids[:-1])
-        with torch.no_grad():
-            logits = self._engine.logits(tokens.to(self._engine.device))
-        results = []
-        for row, ids, (_, continuation) in zip(logits, whole, pairs, strict=True):
+        wanted = torch.full_like(tokens, IGNORED_LABEL)
+        for row, ids, (_, continuation) in zip(wanted, whole, pairs, strict=True):
             kept = continuation[-(len(ids) - 1) :]
-            span = slice(len(ids) - 1 - len(kept), len(ids) - 1)
-            logprobs = torch.log_softmax(row[span].float(), -1)
-            wanted = torch.tensor(kept, device=logprobs.device)
-            total = logprobs.gather(-1, wanted[:, None]).double().sum()
-            results.append((float(total), bool((logprobs.argmax(-1) == wanted).all())))
-        return results
+            row[len(ids) - 1 - len(kept) : len(ids) - 1] = torch.tensor(kept)
+        device = self._engine.device
+        with torch.no_grad():
+            logprobs, hits = _scored(self._engine, tokens.to(device), wanted.to(device))
+        return list(zip(logprobs.sum(1).tolist(), hits.all(1).tolist(), strict=True))
+
+
+def _scored(
+    engine: LogitsEngine, tokens: torch.Tensor, wanted: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability float64[B, L] of each wanted id, and bool[B, L], whether it is the likeliest.
+
+    Where none is wanted (`wanted` int64[B, L] is negative) they are 0 and True.
+    """
+    labels = wanted.flatten()
+    logprobs = torch.zeros_like(labels, dtype=torch.float64)
+    hits = torch.ones_like(labels, dtype=torch.bool)
+    for first, (logits,) in together([logits_chunks(engine, tokens)]):
+        for rows in row_slices(*logits.shape):
+            places = first + rows.start + torch.nonzero(labels[first:][rows] >= 0).flatten()
+            if len(places):
+                some = torch.log_softmax(logits[places - first].float(), -1)
+                logprobs[places] = some.gather(-1, labels[places, None]).squeeze(-1).double()
+                hits[places] = some.argmax(-1) == labels[places]
+        del logits
+    return logprobs.view(tokens.shape), hits.view(tokens.shape)

@@ -1,13 +1,12 @@
 """Held-out figures from logits: per-position terms, their sums per sequence, and the scores made of them.
 
-Shapes: B sequences of a micro-batch, L positions, T positions with a label, V vocabulary, S sequences scored,
+Shapes: B sequences of a micro-batch, L positions, T positions with a label, of some, V vocabulary, S sequences scored,
 K stored entries of a position, M calibration bins, F columns of `columns(draft_lengths)`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -36,8 +35,6 @@ FIELDS = (
 POSITIONS_OF = {"cross_entropy_cache": "cache_positions"}
 """The column that counts what a field is a mean over, where it is not `positions`."""
 
-_CHUNK_ELEMENTS = 1 << 24
-
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreSettings:
@@ -60,96 +57,102 @@ class ScoreSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherRows:
-    """The teacher at the labelled positions of a micro-batch, computed once for all students.
+    """The teacher at some positions, computed once for all students.
 
     Attributes:
         logprobs: float32[T, V].
+        probs: float32[T, V].
         top1: int64[T].
         entropy: float64[T], nats.
     """
 
     logprobs: torch.Tensor
+    probs: torch.Tensor
     top1: torch.Tensor
     entropy: torch.Tensor
 
     @classmethod
-    def of(cls, logits: torch.Tensor, labels: torch.Tensor) -> TeacherRows:
-        """Take the rows that have a label: logits float32[B, L, V] of the teacher, labels int64[B, L] (< 0: none)."""
-        logprobs = torch.log_softmax(logits[labels >= 0].float(), dim=-1)
-        entropy = logprobs.new_empty(len(logprobs), dtype=torch.float64)
-        for rows in _chunks(logprobs):
-            part = logprobs[rows]
-            entropy[rows] = -(part.exp() * part).sum(-1, dtype=torch.float64)
-        return cls(logprobs=logprobs, top1=logprobs.argmax(-1), entropy=entropy)
+    def of(cls, logits: torch.Tensor) -> TeacherRows:
+        """Compute them of the teacher's logits [T, V]."""
+        logprobs = torch.log_softmax(logits.float(), dim=-1)
+        probs = logprobs.exp()
+        return cls(
+            logprobs=logprobs,
+            probs=probs,
+            top1=logprobs.argmax(-1),
+            entropy=-(probs * logprobs).sum(-1, dtype=torch.float64),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchSums:
-    """Sums over the labelled positions of a micro-batch.
+class PositionTerms:
+    """What positions contribute to a model's scores.
 
     Attributes:
-        sequences: float64[B, F], of each sequence.
+        terms: float64[T, FIELDS].
         bins: float64[M, 3], of all of them; see `calibration.bin_sums`.
     """
 
-    sequences: torch.Tensor
+    terms: torch.Tensor
     bins: torch.Tensor
 
 
-def batch_sums(
+def position_terms(
     logits: torch.Tensor,
     labels: torch.Tensor,
     teacher: TeacherRows | None = None,
     cached: SparseTargets | None = None,
     *,
-    settings: ScoreSettings,
-) -> BatchSums:
-    """Compute what a micro-batch contributes to a model's scores.
+    ece_bins: int,
+) -> PositionTerms:
+    """Compute what labelled positions contribute; several fp32 copies of the logits exist meanwhile.
 
     Log-softmax in float32, sums in float64; KL(teacher || student) = sum_v t_v (log t_v - log p_v) over the
-    whole vocabulary. A state over S sequences is these rows; states of ranks that scored different sequences
-    add up, and a sequence's row does not depend on the rows beside it.
+    whole vocabulary. A position's terms do not depend on the rows beside it.
 
     Args:
-        logits: float32[B, L, V].
-        labels: int64[B, L]; negative labels (-100) are ignored.
+        logits: [T, V].
+        labels: int64[T], no negative ones.
         teacher: the teacher at the same positions; without it what compares with it is zero.
-        cached: stored targets [B, L, K] of the same positions; without them what compares with them is zero.
-        settings: bins and draft lengths.
+        cached: stored targets [T, K] of the same positions; without them what compares with them is zero.
+        ece_bins: M.
     """
-    batch, length, _ = logits.shape
-    assert labels.shape == (batch, length), (labels.shape, logits.shape)
-    valid = labels >= 0
-    kept, kept_labels = logits[valid], labels[valid]
-    stored = None
-    if cached is not None:
-        stored = SparseTargets(ids=cached.ids[valid], probs=cached.probs[valid].double())
-    terms = torch.zeros(len(kept), len(FIELDS), dtype=torch.float64, device=logits.device)
-    bins = terms.new_zeros(settings.ece_bins, 3)
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    terms = torch.zeros(len(labels), len(FIELDS), dtype=torch.float64, device=logits.device)
+    top1 = logprobs.argmax(-1)
+    best = logprobs.gather(-1, top1[:, None]).squeeze(-1)
+    hits = top1 == labels
     terms[:, 0] = 1.0
-    for rows in _chunks(kept):
-        logprobs = torch.log_softmax(kept[rows].float(), dim=-1)
-        top1 = logprobs.argmax(-1)
-        best = logprobs.gather(-1, top1[:, None]).squeeze(-1)
-        hits = top1 == kept_labels[rows]
-        bins += bin_sums(best.exp(), hits, settings.ece_bins)
-        terms[rows, 1] = -logprobs.gather(-1, kept_labels[rows, None]).squeeze(-1).double()
-        terms[rows, 2] = hits.double()
-        if stored is not None:
-            terms[rows, 7:10] = _cache_terms(logprobs, stored.ids[rows], stored.probs[rows])
-        if teacher is not None:
-            reference = teacher.logprobs[rows]
-            probs = reference.exp()
-            terms[rows, 3] = (probs * (reference - logprobs)).sum(-1, dtype=torch.float64)
-            terms[rows, 4] = (top1 == teacher.top1[rows]).double()
-            terms[rows, 5] = teacher.entropy[rows]
-            terms[rows, 6] = acceptance_rates(probs, logprobs.exp_())
-    per_position = terms.new_zeros(batch, length, len(FIELDS))
-    per_position[valid] = terms
-    parts = [per_position.sum(1)]
-    known = valid if teacher is not None else torch.zeros_like(valid)
-    parts += [accepted_drafts(per_position[..., 6], known, k) for k in settings.draft_lengths]
-    return BatchSums(sequences=torch.cat(parts, dim=1), bins=bins)
+    terms[:, 1] = -logprobs.gather(-1, labels[:, None]).squeeze(-1).double()
+    terms[:, 2] = hits.double()
+    if cached is not None:
+        terms[:, 7:10] = _cache_terms(logprobs, cached.ids, cached.probs.double())
+    if teacher is not None:
+        gaps = teacher.logprobs - logprobs
+        terms[:, 3] = gaps.mul_(teacher.probs).sum(-1, dtype=torch.float64)
+        terms[:, 4] = (top1 == teacher.top1).double()
+        terms[:, 5] = teacher.entropy
+        terms[:, 6] = acceptance_rates(teacher.probs, logprobs.exp_())
+    return PositionTerms(terms=terms, bins=bin_sums(best.exp(), hits, ece_bins))
+
+
+def sequence_sums(
+    terms: torch.Tensor, valid: torch.Tensor, *, settings: ScoreSettings, has_teacher: bool
+) -> torch.Tensor:
+    """Add up the terms of every sequence, float64[B, F].
+
+    A state over S sequences is these rows; states of ranks that scored different sequences add up.
+
+    Args:
+        terms: float64[B, L, FIELDS], zero where there is no label.
+        valid: bool[B, L], positions with a label.
+        settings: draft lengths.
+        has_teacher: whether there is an acceptance rate.
+    """
+    known = valid if has_teacher else torch.zeros_like(valid)
+    rates = terms[..., FIELDS.index("acceptance")]
+    drafts = [accepted_drafts(rates, known, k) for k in settings.draft_lengths]
+    return torch.cat([terms.sum(1), *drafts], dim=1)
 
 
 def _cache_terms(logprobs: torch.Tensor, ids: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
@@ -158,12 +161,6 @@ def _cache_terms(logprobs: torch.Tensor, ids: torch.Tensor, probs: torch.Tensor)
     chosen = logprobs.gather(-1, ids.clamp(min=0)).double()  # padding has probability 0
     cross = -(probs * chosen).sum(-1)
     return torch.stack((present, cross, -torch.xlogy(probs, probs).sum(-1)), dim=1)
-
-
-def finite_sequences(logits: torch.Tensor) -> torch.Tensor:
-    """Tell of each sequence, bool[B], whether every logit of it, float32[B, L, V], is finite."""
-    flat = logits.flatten(1)
-    return torch.isfinite(flat.amax(1)) & torch.isfinite(flat.amin(1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,10 +299,3 @@ def _ratio_error(totals: npt.NDArray[np.float64], sizes: npt.NDArray[np.float64]
     residuals = totals[used] - ratio * sizes[used]
     variance = count / (count - 1) * math.fsum(residuals**2)
     return math.sqrt(variance) / math.fsum(sizes)
-
-
-def _chunks(rows: torch.Tensor) -> Iterator[slice]:
-    """Slices over [T, V] that bound the size of temporaries."""
-    step = max(1, _CHUNK_ELEMENTS // max(1, rows.shape[-1]))
-    for start in range(0, len(rows), step):
-        yield slice(start, start + step)

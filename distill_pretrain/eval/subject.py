@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 
 from distill_pretrain.cache.reader import CacheReader
-from distill_pretrain.contracts import LogitsEngine
+from distill_pretrain.contracts import LogitsEngine, Replica, TeacherEngine
 from distill_pretrain.data.sources import SequenceData
+from distill_pretrain.eval.chunks import replica_of
 from distill_pretrain.eval.heldout import TEACHER, HeldOutPlan, evaluate
 from distill_pretrain.eval.metrics import ModelScores, ScoreSettings
 from distill_pretrain.processes.env import launch_rank, launch_world_size
@@ -21,7 +22,7 @@ from distill_pretrain.processes.process import local_device
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """The models of an evaluation and the held-out text they are scored on; every process of the job has all of them.
+    """The models of an evaluation and the held-out text they are scored on; every process has all, or its part of them.
 
     Attributes:
         held_out: the text.
@@ -37,12 +38,12 @@ class Subject:
     num_sequences: int
     engines: Mapping[str, LogitsEngine]
     paths: Mapping[str, Path]
-    teacher: LogitsEngine | None
+    teacher: LogitsEngine | TeacherEngine | None
     cache: CacheReader | None
     settings: ScoreSettings
 
     @property
-    def models(self) -> dict[str, LogitsEngine]:
+    def models(self) -> dict[str, LogitsEngine | TeacherEngine]:
         """Every model by its name, the teacher last."""
         return (
             dict(self.engines) if self.teacher is None else {**self.engines, TEACHER: self.teacher}
@@ -70,9 +71,22 @@ class Subject:
         }
 
     @property
+    def replica(self) -> Replica:
+        """The processes that score the same sequences: those that hold the models, or the teacher, together."""
+        for engine in self.models.values():
+            found = replica_of(engine)
+            if found.group is not None:
+                return found
+        return Replica(leader=launch_rank(), number=launch_rank(), count=launch_world_size())
+
+    @property
     def share(self) -> int:
-        """The number of sequences that a process scores; some processes may have one less."""
-        return share_of(self.num_sequences)
+        """The number of the text's sequences that a process scores; see `share_of`."""
+        return self.share_of(self.num_sequences)
+
+    def share_of(self, num_sequences: int) -> int:
+        """Return the number of so many sequences that a process scores; some processes may have one less."""
+        return -(-num_sequences // self.replica.count)
 
     def on(self, other: SequenceData, num_sequences: int) -> Subject:
         """Return the same models over the first sequences of another text, without a cache."""
@@ -119,16 +133,10 @@ class Subject:
             settings=self.settings,
             num_sequences=num_sequences,
             micro_batch_size=micro_batch_size,
-            rank=launch_rank(),
-            world_size=launch_world_size(),
+            replica=self.replica,
             all_reduce_sum=_all_reduce_sum,
             progress=progress,
         )
-
-
-def share_of(num_sequences: int) -> int:
-    """Return how many of the sequences a process scores at most."""
-    return -(-num_sequences // launch_world_size())
 
 
 def cache_identity(cache: CacheReader) -> dict[str, Any]:

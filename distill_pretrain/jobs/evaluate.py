@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from distill_pretrain.config import dump_recipe, require
 from distill_pretrain.errors import ConfigError
 from distill_pretrain.jobs.console import progress, say
+from distill_pretrain.jobs.evaluate_layout import check_layout, teacher_before, whole_teacher
 from distill_pretrain.jobs.recipe import Recipe
 from distill_pretrain.processes.env import launch_rank, launch_world_size
-from distill_pretrain.teacher.loading import apart, load_teacher
+from distill_pretrain.teacher.loading import apart, load_replica
 
 if TYPE_CHECKING:
+    from distill_pretrain.contracts import LogitsEngine, TeacherEngine
     from distill_pretrain.data.config import DataConfig
     from distill_pretrain.data.sources import SequenceData
     from distill_pretrain.eval.config import EvalConfig
@@ -46,7 +48,8 @@ def evaluate_models(recipe: Recipe) -> EvalResults:
             remedy="`distill-pretrain tokenize` writes one, held_out, beside train",
         )
     models = _models(recipe.eval, recipe.teacher)
-    _check_extras(recipe.eval, has_teacher=recipe.teacher is not None)
+    check_layout(recipe.eval, recipe.teacher)
+    _check_extras(recipe.eval, recipe.teacher)
     from distill_pretrain.data.sources import open_sequences
     from distill_pretrain.processes.process import process_group, set_cpu_threads
 
@@ -59,17 +62,19 @@ def evaluate_models(recipe: Recipe) -> EvalResults:
         from distill_pretrain.mcore.model.config import ParallelConfig
         from distill_pretrain.mcore.runtime.parallel import model_parallel
 
+        layout = ParallelConfig(tensor=recipe.eval.tensor, pipeline=recipe.eval.pipeline)
         output = recipe.eval.output
-        with (
-            job_owning(
-                owner_beside(output), what=output, remedy="wait for it, or set another eval.output"
-            ),
-            model_parallel(ParallelConfig(), seed=0),
+        with job_owning(
+            owner_beside(output), what=output, remedy="wait for it, or set another eval.output"
         ):
-            subject = _opened(recipe.data, recipe.eval, recipe.teacher, models, held_out)
-            return _evaluate(
-                subject, other, recipe.data, recipe.eval, lambda path: dump_recipe(recipe, path)
-            )
+            before = teacher_before(recipe.data, recipe.eval, recipe.teacher, held_out)
+            with model_parallel(layout, seed=0):
+                subject = _opened(
+                    recipe.data, recipe.eval, recipe.teacher, models, held_out, before
+                )
+                return _evaluate(
+                    subject, other, recipe.data, recipe.eval, lambda path: dump_recipe(recipe, path)
+                )
 
 
 def _models(config: EvalConfig, teacher: TeacherConfig | None) -> dict[str, Path]:
@@ -89,10 +94,10 @@ def _models(config: EvalConfig, teacher: TeacherConfig | None) -> dict[str, Path
     return models
 
 
-def _check_extras(config: EvalConfig, *, has_teacher: bool) -> None:
+def _check_extras(config: EvalConfig, teacher: TeacherConfig | None) -> None:
     """Raise before anything is scored if gradients or tasks could not be computed."""
     if config.gradients is not None:
-        if not has_teacher:
+        if teacher is None:
             raise ConfigError(
                 "the gradients are compared with those of the teacher's whole distribution",
                 where="eval.gradients",
@@ -107,6 +112,13 @@ def _check_extras(config: EvalConfig, *, has_teacher: bool) -> None:
                 remedy="run `distill-pretrain eval` without torchrun",
             )
     if config.tasks:
+        if config.tensor * config.pipeline > 1 or (teacher is not None and teacher.is_split):
+            raise ConfigError(
+                "tasks are run by one process, which must hold every model whole",
+                where="eval.tasks",
+                found="eval.tensor, eval.pipeline or the teacher's layout above 1",
+                remedy="run them in an evaluation of their own, with whole models",
+            )
         from distill_pretrain.eval.tasks import require_harness
 
         require_harness()
@@ -145,8 +157,9 @@ def _opened(
     reference: TeacherConfig | None,
     models: dict[str, Path],
     held_out: SequenceData,
+    teacher: LogitsEngine | TeacherEngine | None,
 ) -> Subject:
-    """Open all that is scored; a file that does not fit is refused here."""
+    """Open all that is scored, the teacher if it is not open; a file that does not fit is refused here."""
     from distill_pretrain.data.sources import open_cache_of
     from distill_pretrain.eval.heldout import TEACHER
     from distill_pretrain.eval.metrics import ScoreSettings
@@ -164,9 +177,10 @@ def _opened(
             key="eval.cache",
             corpus_key="data.held_out_tokens",
         )
-    teacher = None
-    if reference is not None:
-        teacher = load_teacher(reference, held_out, data.held_out_tokens)
+    if reference is not None and reference.is_split:
+        teacher = load_replica(reference, held_out, data.held_out_tokens)
+    elif reference is not None and teacher is None:
+        teacher = whole_teacher(data, reference, held_out)
     engines = {
         name: apart(
             open_engine(
@@ -176,6 +190,9 @@ def _opened(
                 vocab_size=held_out.vocab_size,
                 seq_len=held_out.plan.seq_len,
                 tokenizer_digests=held_out.tokenizer_digests,
+                tensor=config.tensor,
+                pipeline=config.pipeline,
+                head_chunk_tokens=config.head_chunk_tokens,
             ),
             held_out,
         )
@@ -223,7 +240,7 @@ def _evaluate(
         subject, data, config, before=None if earlier is None else earlier.gradients
     )
     if found is None:
-        with progress(subject.share, "scoring", unit="sequences per process") as bar:
+        with progress(subject.share, "scoring", unit="sequences per copy of the models") as bar:
             scores = subject.scores(micro_batch_size=config.micro_batch_size, progress=bar.advance)
         found = EvalResults.of(scores, inputs=inputs, software=installed_versions(), date=today())
     found = replace(
@@ -268,11 +285,10 @@ def _copying(
         return None
     from distill_pretrain.corpus.tokens_record import TokensRecord
     from distill_pretrain.eval.copying import copying_figures
-    from distill_pretrain.eval.subject import share_of
 
     assert data.held_out_tokens
     record = TokensRecord.beside(data.held_out_tokens)
-    total = 2 * share_of(config.copying.num_sequences)
+    total = 2 * subject.share_of(config.copying.num_sequences)
     with progress(total, "copying", unit="sequences per process") as bar:
         return copying_figures(
             subject,
@@ -295,10 +311,10 @@ def _on_request(
     if config.gradients is not None:
         from distill_pretrain.eval.gradient_figures import gradient_figures
 
-        assert subject.teacher is not None
+        teacher = cast("LogitsEngine", subject.teacher)  # whole, in the job's only process
         with progress(max(config.gradients.num_batches), "gradients", unit="micro-batches") as bar:
             gradients = gradient_figures(
-                data, config.gradients, subject.teacher, before, progress=bar.advance
+                data, config.gradients, teacher, before, progress=bar.advance
             )
     if config.tasks:
         from distill_pretrain.eval.tasks import task_figures
@@ -307,7 +323,7 @@ def _on_request(
         tasks = task_figures(
             config,
             data.held_out_tokens,
-            subject.models,
+            cast("dict[str, LogitsEngine]", subject.models),  # whole: see `_check_extras`
             max_length=subject.held_out.plan.seq_len,
         )
     return gradients, tasks

@@ -80,7 +80,8 @@ class TeacherConfig(Section):
     allow_pickle: bool = False
     """Read pickled weights, pytorch_model*.bin (hf); a folder that has no others is refused otherwise."""
     head_chunk_tokens: int = Field(default=1024, ge=1, le=1 << 40)
-    """Positions whose logits exist at once in a capture; part of the cache's identity (it moves float rounding)."""
+    """Positions whose logits exist at once in a capture or an evaluation; part of the cache's identity (it moves float
+    rounding)."""
 
     @model_validator(mode="after")
     def _only_what_the_engine_has(self) -> TeacherConfig:
@@ -100,6 +101,11 @@ class TeacherConfig(Section):
     def trust(self) -> Trust:
         """What of the model's folder may run on this machine."""
         return Trust(remote_code=self.trust_remote_code, pickle=self.allow_pickle)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether a copy is in parts: over several processes, or stored so over a single one."""
+        return self.processes > 1 or self.kind == "deepspeed"
 
     @property
     def processes(self) -> int:

@@ -15,13 +15,16 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-def load_teacher(teacher: TeacherConfig, sequences: SequenceData, tokens: Path) -> LogitsEngine:
-    """Load the section's model, refused where it does not know the corpus's ids.
+def load_teacher(
+    teacher: TeacherConfig, sequences: SequenceData, tokens: Path, *, head_chunk_tokens: int = 1024
+) -> LogitsEngine:
+    """Load the section's model, whole, refused where it does not know the corpus's ids.
 
     Args:
         teacher: the section.
         sequences: what it will score.
         tokens: prefix of their .bin/.idx.
+        head_chunk_tokens: positions whose logits exist at once, where they are asked for by chunks.
 
     Raises:
         TokenizerMismatch: another tokenizer or vocabulary than the corpus's.
@@ -39,15 +42,16 @@ def load_teacher(teacher: TeacherConfig, sequences: SequenceData, tokens: Path) 
         seq_len=sequences.plan.seq_len,
         tokenizer_digests=sequences.tokenizer_digests,
         trust=teacher.trust,
+        head_chunk_tokens=head_chunk_tokens,
     )
     _name_padding(teacher, sequences)
     return apart(engine, sequences)
 
 
 def load_replica(teacher: TeacherConfig, sequences: SequenceData, tokens: Path) -> TeacherEngine:
-    """Load this rank's share of a teacher for a capture; several processes may hold one teacher together.
+    """Load this rank's share of a teacher for a capture or an evaluation.
 
-    It needs the groups of `teacher.engines.teacher_groups`.
+    Several processes may hold one teacher together. It needs the groups of `teacher.engines.teacher_groups`.
     """
     from distill_pretrain.teacher.engines import open_teacher_engine
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
-from distill_pretrain.contracts import RaggedTargets
+from distill_pretrain.contracts import LogitsChunk, RaggedTargets
 
 VOCAB = 37
 SEQ_LEN = 12
@@ -15,16 +17,26 @@ NUM_DRAWS = 20
 
 
 class TableEngine:
-    """Bigram logits: row `token` of a fixed table; optionally NaN in some sequences."""
+    """Bigram logits: row `token` of a fixed table; optionally NaN in some sequences, or chunk by chunk."""
 
     device = torch.device("cpu")
 
-    def __init__(self, seed: int, *, vocab_size: int = VOCAB, nan_at: int | None = None) -> None:
+    def __init__(
+        self,
+        seed: int,
+        *,
+        vocab_size: int = VOCAB,
+        nan_at: int | None = None,
+        chunk_tokens: int | None = None,
+    ) -> None:
         rng = np.random.default_rng(seed)
         self.vocab_size = vocab_size
         self.table = (3 * rng.standard_normal((vocab_size, vocab_size))).astype(np.float32)
         self.nan_at = nan_at
         self.calls = 0
+        self.has_chunks = chunk_tokens is not None
+        self.chunk_tokens = chunk_tokens
+        self.most_alive = 0
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -36,6 +48,20 @@ class TableEngine:
         if self.nan_at is not None:
             result[tokens[:, 0] == self.nan_at, 1, 2] = float("nan")
         return result
+
+    def chunks(self, tokens: torch.Tensor) -> Iterator[LogitsChunk]:
+        """The same rows; notes how many chunks are there at once."""
+        self.calls += 1
+        made: list[weakref.ref[torch.Tensor]] = []
+        flat = tokens.flatten()
+        for first in range(0, len(flat), self.chunk_tokens or 0):
+            logits = torch.from_numpy(self.table)[flat[first : first + self.chunk_tokens]]
+            made.append(weakref.ref(logits))
+            self.most_alive = max(self.most_alive, sum(ref() is not None for ref in made))
+            chunk = LogitsChunk(first=first, first_id=0, logits=logits)
+            del logits
+            yield chunk
+            del chunk
 
     def probs(self, token: int) -> np.ndarray:
         """float64[V]."""

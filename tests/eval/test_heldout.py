@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import math
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from fake_models import (
+    SEQ_LEN,
+    VOCAB,
     DrawnCache,
     RandomPlan,
     TableEngine,
@@ -14,7 +17,9 @@ from fake_models import (
     cache_reference,
     dense_reference,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from distill_pretrain.contracts import Replica
 from distill_pretrain.errors import (
     CacheMismatch,
     ConfigError,
@@ -22,9 +27,9 @@ from distill_pretrain.errors import (
     TokenDataError,
     TokenizerMismatch,
 )
-from distill_pretrain.eval import metrics
+from distill_pretrain.eval import chunks
 from distill_pretrain.eval.heldout import evaluate
-from distill_pretrain.eval.metrics import ModelScores, PairedDifference, ScoreSettings, batch_sums
+from distill_pretrain.eval.metrics import ModelScores, PairedDifference, ScoreSettings
 
 FIGURES = (
     "num_positions",
@@ -55,9 +60,8 @@ def evaluate_in_ranks(world_size: int, **arguments: object) -> list[dict[str, Mo
             barrier.wait(20)
 
         try:
-            results[rank] = evaluate(
-                rank=rank, world_size=world_size, all_reduce_sum=all_reduce_sum, **arguments
-            )
+            replica = Replica(number=rank, count=world_size)
+            results[rank] = evaluate(replica=replica, all_reduce_sum=all_reduce_sum, **arguments)
         except Exception as error:
             results[rank] = error
 
@@ -160,7 +164,7 @@ def test_world_size_and_micro_batch_size_change_nothing(monkeypatch: pytest.Monk
     cache = DrawnCache(plan, TableEngine(9))
     reference = evaluate(engines(), TableEngine(9), plan, cache=cache, micro_batch_size=1)
     assert sum(count > 0 for count in reference["a"].reliability["positions"]) > 8
-    monkeypatch.setattr(metrics, "_CHUNK_ELEMENTS", 5 * 37)
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 5 * 37)
     for world_size, micro_batch_size in ((1, 4), (3, 1), (3, 2), (12, 4)):
         ranks = evaluate_in_ranks(
             world_size,
@@ -175,10 +179,33 @@ def test_world_size_and_micro_batch_size_change_nothing(monkeypatch: pytest.Monk
                 assert scores[name].as_dict() == reference[name].as_dict()
 
 
-def test_the_teacher_runs_once_per_micro_batch() -> None:
-    teacher = TableEngine(9)
-    evaluate(engines(), teacher, RandomPlan(11), micro_batch_size=4)
+def test_models_by_chunks_of_any_sizes_score_as_whole_logits_do() -> None:
+    """And of each model one chunk exists at a time; a micro-batch is one pass of the teacher for all models."""
+    plan = RandomPlan()
+    cache = DrawnCache(plan, TableEngine(9))
+    whole = evaluate(engines(), TableEngine(9), plan, cache=cache, micro_batch_size=4)
+    models = {"a": TableEngine(1, chunk_tokens=7), "b": TableEngine(2)}
+    teacher = TableEngine(9, chunk_tokens=13)
+    with LargestTensor() as seen:
+        scores = evaluate(models, teacher, plan, cache=cache, micro_batch_size=4)
+    for name in whole:
+        assert scores[name].as_dict() == whole[name].as_dict(), name
+    assert teacher.most_alive == models["a"].most_alive == 1
     assert teacher.calls == 3
+    assert 13 * VOCAB <= seen.most <= VOCAB * VOCAB < 4 * SEQ_LEN * VOCAB
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the most elements of any tensor over the vocabulary, the bigram table itself among them."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor) and VOCAB in tensor.shape:
+                self.most = max(self.most, tensor.numel())
+        return result
 
 
 def test_num_sequences_takes_the_first_ones() -> None:
@@ -228,24 +255,6 @@ def test_a_corpus_of_padding_is_refused() -> None:
     plan.labels[:] = -100
     with pytest.raises(TokenDataError):
         evaluate(engines(), None, plan)
-
-
-def test_states_of_split_batches_add_up() -> None:
-    plan = RandomPlan()
-    tokens, labels = (torch.from_numpy(x).long() for x in plan.read(np.arange(11)))
-    logits = TableEngine(1).logits(tokens)
-    settings = ScoreSettings()
-    found = batch_sums(logits, labels, settings=settings)
-    parts = [
-        batch_sums(logits[rows], labels[rows], settings=settings)
-        for rows in (slice(0, 4), slice(4, 11))
-    ]
-    whole = found.sequences
-    assert torch.equal(whole, torch.cat([part.sequences for part in parts]))
-    assert torch.equal(found.bins, parts[0].bins + parts[1].bins)
-    assert found.bins[:, 0].sum() == whole[:, 0].sum()
-    assert whole.dtype == torch.float64
-    assert whole[-1, 0] == int((plan.labels[-1] >= 0).sum())
 
 
 def test_paired_difference_is_of_the_same_positions() -> None:

@@ -7,6 +7,7 @@ from distill_pretrain.jobs.plan.cache import StoredTargets, samplers_part
 from distill_pretrain.jobs.plan.capture import capture_part, teacher_speed
 from distill_pretrain.jobs.plan.corpus import corpus_of, corpus_part
 from distill_pretrain.jobs.plan.disk import disk_part
+from distill_pretrain.jobs.plan.evaluation import evaluation_part
 from distill_pretrain.jobs.plan.student import (
     memory_part,
     online_teacher_bytes,
@@ -58,4 +59,6 @@ def plan_report(recipe: Recipe) -> PlanReport:
             report.parts.append(
                 break_even_part(recipe, job, recipe.teacher, stored, speed, capture_hours)
             )
+    if recipe.eval:
+        report.parts.append(evaluation_part(recipe, corpus, settings))
     return report

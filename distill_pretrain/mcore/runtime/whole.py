@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from distill_pretrain.contracts import LogitsEngine
+from distill_pretrain.contracts import LogitsChunk, LogitsEngine
 from distill_pretrain.mcore.model.config import ParallelConfig
 from distill_pretrain.mcore.runtime.parallel import model_parallel
 
@@ -44,6 +44,19 @@ class WholeEngine:
         """Compute next-token logits, float32[B, L, V], for tokens int64[B, L]."""
         with _using(self._groups):
             return self._engine.logits(tokens)
+
+    def chunks(self, tokens: torch.Tensor) -> Iterator[LogitsChunk]:
+        """See `TeacherEngine`; of an engine that has them."""
+        engine: Any = self._engine
+        chunks = engine.chunks(tokens)
+        while True:
+            # Not around the `yield`: the other model works between two chunks.
+            with _using(self._groups):
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
+            yield chunk
+            del chunk
 
 
 def _groups_in_use() -> dict[str, Any]:

@@ -21,8 +21,11 @@ def open_engine(
     seq_len: int,
     tokenizer_digests: tuple[str, ...] = (),
     trust: Trust = NO_TRUST,
+    tensor: int = 1,
+    pipeline: int = 1,
+    head_chunk_tokens: int = 1024,
 ) -> LogitsEngine:
-    """Load a model for scoring, whole in this process.
+    """Load a model for scoring, whole in this process, or this process's part of one.
 
     Args:
         kind: "megatron" (a checkpoint of this project, or a Hugging Face folder that it can convert) or "hf" (any
@@ -33,13 +36,16 @@ def open_engine(
         seq_len: L of the sequences to score.
         tokenizer_digests: of the corpus; compared where the model knows its own.
         trust: what of a folder of kind "hf" may run.
+        tensor: processes that split every layer of a megatron engine; `logits` is for whole ones.
+        pipeline: processes, or groups of `tensor` of them, that hold its layers in turn.
+        head_chunk_tokens: positions of a chunk, where the engine makes chunks.
 
     Raises:
         TeacherError, CheckpointError: the model cannot be loaded.
         TokenizerMismatch: the model's vocabulary or tokenizer is not the corpus's.
         ConfigError: an engine that splits the model.
 
-    A megatron engine needs the process groups of `mcore.parallel.model_parallel`.
+    A megatron engine needs the process groups of `mcore.parallel.model_parallel`, of its layout.
     """
     if kind == "megatron":
         from distill_pretrain.teacher.engines.megatron import MegatronEngine
@@ -50,10 +56,13 @@ def open_engine(
             vocab_size=vocab_size,
             seq_len=seq_len,
             tokenizer_digests=tokenizer_digests,
+            tensor=tensor,
+            pipeline=pipeline,
+            head_chunk_tokens=head_chunk_tokens,
         )
     if kind == "deepspeed":
         raise ConfigError(
-            "the teacher is held by several processes only while a cache is captured",
+            "the teacher is held by several processes only while a cache is captured, or models are evaluated",
             where="teacher.kind",
             found=kind,
             expected="hf or megatron, whole in each process",
@@ -61,7 +70,14 @@ def open_engine(
         )
     from distill_pretrain.teacher.engines.hf import HFEngine
 
-    return HFEngine(path, dtype, vocab_size=vocab_size, seq_len=seq_len, trust=trust)
+    return HFEngine(
+        path,
+        dtype,
+        vocab_size=vocab_size,
+        seq_len=seq_len,
+        head_chunk_tokens=head_chunk_tokens,
+        trust=trust,
+    )
 
 
 @contextmanager
@@ -73,7 +89,7 @@ def teacher_groups(teacher: TeacherConfig) -> Iterator[None]:
     Raises:
         LayoutError: the processes cannot be shared out among copies of the teacher.
     """
-    _require_processes(teacher)
+    require_processes(teacher)
     if teacher.kind != "megatron":
         yield
         return
@@ -172,7 +188,8 @@ def check_model_folder(teacher: TeacherConfig, *, vocab_size: int, seq_len: int)
     require_known_head(path, model)
 
 
-def _require_processes(teacher: TeacherConfig) -> None:
+def require_processes(teacher: TeacherConfig) -> None:
+    """Raise LayoutError where the job's processes cannot be shared out among copies of a teacher."""
     world, each = launch_world_size(), teacher.processes
     if world % each:
         raise LayoutError(

@@ -36,11 +36,11 @@ class DocumentsApart:
     def __init__(self, engine: Any, document_end: int) -> None:
         if getattr(engine, "replica", Replica()).group is not None:
             raise ConfigError(
-                "a teacher that several processes hold together does not keep documents apart",
-                where="data.documents, teacher",
-                found="separate, and teacher.tensor, pipeline, fsdp or zero above 1",
-                expected="teacher.kind hf or megatron, whole in each process",
-                remedy="hold the teacher in one process, or set data.documents=joined",
+                "a model that several processes hold together does not keep documents apart",
+                where="data.documents, teacher, eval",
+                found="separate, and tensor, pipeline, fsdp or zero above 1",
+                expected="kind hf or megatron, whole in each process",
+                remedy="hold the model in one process, or set data.documents=joined",
             )
         self.engine = engine
         self._document_end = document_end
@@ -59,6 +59,11 @@ class DocumentsApart:
         identity: dict[str, Any] = self.engine.identity
         return identity
 
+    @property
+    def has_chunks(self) -> bool:
+        """Whether the engine inside has them."""
+        return bool(getattr(self.engine, "has_chunks", hasattr(self.engine, "chunks")))
+
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """See `LogitsEngine`."""
         engine: LogitsEngine = self.engine
@@ -74,6 +79,7 @@ class DocumentsApart:
             before = row * tokens.size(1) + start
             for chunk in engine.chunks(tokens[row : row + 1, start:stop]):
                 yield replace(chunk, first=before + chunk.first)
+                del chunk  # before the next is made
 
     def _pieces(self, tokens: torch.Tensor) -> list[list[int]]:
         pieces: list[list[int]] = pieces_of(tokens.cpu().numpy(), self._document_end).tolist()

@@ -65,16 +65,20 @@ class ChunkedHead:
         """Yield the logits of hidden states [..., H] in the weight's type, chunk by chunk."""
         rows = hidden.reshape(-1, hidden.size(-1))
         for first in range(0, len(rows), self._chunk_tokens):
-            some = rows[first : first + self._chunk_tokens].to(self._weight.dtype)
-            # Some matrix libraries refuse an empty product.
-            logits = (
-                F.linear(some, self._weight, self._bias)
-                if len(self._weight)
-                else some.new_empty(len(some), 0)
+            # Not kept here: a caller who lets go of a chunk has none while the next is made.
+            yield LogitsChunk(
+                first=first,
+                first_id=self.first_id,
+                logits=self._logits(rows[first : first + self._chunk_tokens]),
             )
-            if self._finish is not None:
-                logits = self._finish(logits)
-            yield LogitsChunk(first=first, first_id=self.first_id, logits=logits)
+
+    def _logits(self, rows: torch.Tensor) -> torch.Tensor:
+        some = rows.to(self._weight.dtype)
+        # Some matrix libraries refuse an empty product.
+        if not len(self._weight):
+            return some.new_empty(len(some), 0)
+        logits = F.linear(some, self._weight, self._bias)
+        return logits if self._finish is None else self._finish(logits)
 
 
 def head_rows(total: int, number: int, count: int) -> slice:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from distill_pretrain.contracts import LogitsChunk, Replica
+from distill_pretrain.errors import TeacherError
 from distill_pretrain.processes.env import launch_rank, launch_world_size
 from distill_pretrain.processes.process import local_device, on_first_rank
 from distill_pretrain.teacher.config import NO_TRUST, Trust
@@ -96,13 +98,25 @@ class HFEngine:
         output = self._model(input_ids=tokens, use_cache=False)
         return output.logits[..., : self.vocab_size].float()
 
+    @cached_property
+    def has_chunks(self) -> bool:
+        """Whether `chunks` can be called: the LM head can be applied to a part of the positions."""
+        try:
+            self._require_chunks()
+        except TeacherError:
+            return False
+        return True
+
+    def _require_chunks(self) -> None:
+        require_known_head(self._path, meta_model(self._path, self._config, self._trust))
+        require_plain_head(self._path, self._model.get_output_embeddings().weight)
+
     def chunks(self, tokens: torch.Tensor) -> Iterator[LogitsChunk]:
         """See `TeacherEngine`."""
         # Only capture needs a head that can be applied to a part of the positions.
         if self._head is None:
-            require_known_head(self._path, meta_model(self._path, self._config, self._trust))
+            self._require_chunks()
             linear = self._model.get_output_embeddings()
-            require_plain_head(self._path, linear.weight)
             self._head = ChunkedHead(
                 linear.weight.detach(),
                 linear.bias,
