@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import distill_pretrain.eval.tasks
 import distill_pretrain.mcore.runtime.parallel
 import distill_pretrain.teacher.engines
 from distill_pretrain.cli.main import main
+from distill_pretrain.contracts import LogitsChunk
 from distill_pretrain.corpus.sequence_plan import SequencePlan
 from distill_pretrain.corpus.token_index import TokenIndex
 from distill_pretrain.eval import gradient_figures
@@ -39,6 +41,9 @@ class ScaledTable:
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.table[tokens]
+
+    def chunks(self, tokens: torch.Tensor) -> Iterator[LogitsChunk]:
+        yield LogitsChunk(first=0, first_id=0, logits=self.logits(tokens).flatten(0, 1))
 
 
 @pytest.fixture
