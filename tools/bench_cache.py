@@ -29,8 +29,9 @@ from distill_pretrain.cache.codec.registry import BlockCodec
 from distill_pretrain.cache.plan import CachePlan
 from distill_pretrain.config import load_recipe, require
 from distill_pretrain.contracts import RaggedTargets
-from distill_pretrain.data.batches import BatchSource, StudentBatches
+from distill_pretrain.data.batches import BatchSource, StudentBatches, pad_targets
 from distill_pretrain.data.order import VisitOrder
+from distill_pretrain.data.ragged import PackedTargets
 from distill_pretrain.data.sources import SequenceData, open_cache, open_sequences
 from distill_pretrain.files.storage import open_storage
 from distill_pretrain.jobs.recipe import Recipe
@@ -68,7 +69,7 @@ def speed(tokens: int, action: Callable[[], object]) -> dict[str, float]:
 def reading_speeds(
     data: SequenceData, cache: CacheReader, sequences: int, batch: int
 ) -> dict[str, dict[str, float]]:
-    """Of tokens and labels alone, with targets, and with targets padded to micro-batches."""
+    """Of tokens and labels alone, with targets, as micro-batches for the device, and with these padded on this CPU."""
     order = VisitOrder(data.num_sequences, seed=ORDER_SEED)
     numbers = order[np.arange(sequences, dtype=np.int64)]
     source = BatchSource(plan=data.plan, cache=cache, num_sequences=data.num_sequences)
@@ -93,6 +94,17 @@ def reading_speeds(
             for number, row in zip(chosen.tolist(), tokens, strict=True):
                 cache.read(number, row)
 
+    def packed() -> None:
+        for step in range(sequences // batch):
+            batches.host_batches(step, with_targets=True)
+
+    def padded_on_host() -> None:
+        for start in range(0, sequences, batch):
+            chosen = numbers[start : start + batch]
+            tokens, _ = data.plan.read(chosen)
+            parts = [cache.read(n, row) for n, row in zip(chosen.tolist(), tokens, strict=True)]
+            pad_targets(parts, rows=batch)
+
     def as_trained() -> None:
         for step in range(sequences // batch):
             batches.step_batches(step, with_targets=True)
@@ -101,7 +113,31 @@ def reading_speeds(
     return {
         "tokens and labels": speed(tokens, tokens_only),
         "tokens, labels and targets, every check": speed(tokens, with_targets),
-        "the same as padded micro-batches": speed(tokens, as_trained),
+        "the same, packed for the device (what the loader does)": speed(tokens, packed),
+        "the same, padded on the host (what it did before)": speed(tokens, padded_on_host),
+        "packed, and padded by the device, which is this core": speed(tokens, as_trained),
+    }
+
+
+def transfers(data: SequenceData, cache: CacheReader, sequences: int, batch: int) -> dict[str, Any]:
+    """Bytes per token of targets to the device: packed, as rectangles, and of entries alone."""
+    order = VisitOrder(data.num_sequences, seed=ORDER_SEED)
+    numbers = order[np.arange(sequences, dtype=np.int64)]
+    packed = rectangles = information = 0
+    for start in range(0, sequences, batch):
+        chosen = numbers[start : start + batch]
+        tokens, _ = data.plan.read(chosen)
+        parts = [cache.read(n, row) for n, row in zip(chosen.tolist(), tokens, strict=True)]
+        targets = PackedTargets.of(parts, rows=batch)
+        packed += sum(tensor.nbytes for tensor in targets.tensors)
+        rectangles += sum(array.nbytes for array in pad_targets(parts, rows=batch))
+        value = 1 if cache.plan.kind == "counts" else 4
+        information += len(targets.ids) * (4 + value) + targets.entries_per_token.numel()
+    positions = sequences * data.plan.seq_len
+    return {
+        "packed": packed / positions,
+        "rectangles": rectangles / positions,
+        "information": information / positions,
     }
 
 
@@ -279,6 +315,13 @@ def markdown(report: dict[str, Any]) -> str:
     for name, size in sizes.items():
         if size is not None:
             lines.append(f"| {name} | {size:,.2f} | {size / base:.2f} |")
+    sent = report["to_device"]
+    lines += [
+        "",
+        f"Targets to the device, bytes per token: {sent['packed']:.1f} packed, {sent['rectangles']:.1f} as rectangles, "
+        f"{sent['information']:.1f} in entries (an id of 4 bytes and a value, a byte per position); "
+        f"{sent['packed'] / sent['information']:.2f} of it.",
+    ]
     shape = f"V = {report['vocab_size']:,}, N = {report['num_draws']}, sampler {report['sampler']}"
     return "\n".join([f"{shape}, {entries:.2f} entries per token.", "", *lines])
 
@@ -318,6 +361,7 @@ def measure(recipe: Recipe, sequences: int, batch: int) -> dict[str, Any]:
         "sequences": sequences,
         "micro_batch_size": batch,
         "reading": reading_speeds(data, cache, sequences, batch),
+        "to_device": transfers(data, cache, sequences, batch),
         "array_record": record,
         "codecs": codec_figures(cache.plan, targets),
         "bytes_per_token": bytes_per_token(recipe.data.cache, cache, targets),

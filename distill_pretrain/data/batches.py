@@ -20,11 +20,11 @@ from distill_pretrain.contracts import (
     IGNORED_LABEL,
     NO_ENTRY,
     RaggedTargets,
-    SparseTargets,
     TokenBatch,
 )
 from distill_pretrain.corpus.sequence_plan import pieces_of
 from distill_pretrain.data.blend import BlendOrder
+from distill_pretrain.data.ragged import PackedTargets
 from distill_pretrain.data.retry import read_with_retries
 from distill_pretrain.processes.context import context_spans
 from distill_pretrain.processes.watchdog import alive
@@ -85,16 +85,14 @@ class HostBatch:
     Attributes:
         tokens: int32[B, P].
         labels: int32[B, P], -100 where there is none.
-        target_ids: int32[B, P, K], padded with -1; None without targets.
-        target_probs: fp32[B, P, K], zero where padded; None without targets.
+        targets: packed; None without targets.
         pieces: of separate documents, see `TokenBatch`.
         weights: float32[B, P], see `TokenBatch`.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
-    target_ids: torch.Tensor | None
-    target_probs: torch.Tensor | None
+    targets: PackedTargets | None
     pieces: torch.Tensor | None = None
     weights: torch.Tensor | None = None
 
@@ -103,27 +101,22 @@ class HostBatch:
         return HostBatch(
             tokens=self.tokens.pin_memory(),
             labels=self.labels.pin_memory(),
-            target_ids=None if self.target_ids is None else self.target_ids.pin_memory(),
-            target_probs=None if self.target_probs is None else self.target_probs.pin_memory(),
+            targets=None if self.targets is None else self.targets.pinned(),
             pieces=self.pieces,
             weights=None if self.weights is None else self.weights.pin_memory(),
         )
 
     def to(self, device: torch.device) -> TokenBatch:
-        """Return the batch as a model takes it; ids are widened to int64 on the device."""
+        """Return the batch as a model takes it; ids are widened to int64, and targets padded, on the device."""
 
         def moved(x: torch.Tensor) -> torch.Tensor:
             return x.to(device, non_blocking=True)
 
-        targets = None
-        if self.target_ids is not None and self.target_probs is not None:
-            targets = SparseTargets(
-                ids=moved(self.target_ids).long(), probs=moved(self.target_probs)
-            )
+        labels = moved(self.labels).long()
         return TokenBatch(
             tokens=moved(self.tokens).long(),
-            labels=moved(self.labels).long(),
-            targets=targets,
+            labels=labels,
+            targets=None if self.targets is None else self.targets.to(device, labels),
             pieces=self.pieces,
             weights=None if self.weights is None else moved(self.weights),
         )
@@ -285,16 +278,10 @@ class StudentBatches:
                 ]
                 alive()
         alive()
-        ids = probs = None
-        tokens_here, labels_here = tokens[:, self.positions], labels[:, self.positions]
-        if parts:
-            ids, probs = pad_targets(parts, rows=len(sequences))
-            drop_targets(ids, probs, labels_here)
         return HostBatch(
-            tokens=torch.from_numpy(tokens_here),
-            labels=torch.from_numpy(labels_here),
-            target_ids=None if ids is None else torch.from_numpy(ids),
-            target_probs=None if probs is None else torch.from_numpy(probs),
+            tokens=torch.from_numpy(tokens[:, self.positions]),
+            labels=torch.from_numpy(labels[:, self.positions]),
+            targets=PackedTargets.of(parts, rows=len(sequences)) if parts else None,
             pieces=self._pieces(sources, tokens),
             weights=self._weights(sources, sequences),
         )

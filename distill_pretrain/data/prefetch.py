@@ -16,7 +16,7 @@ class PrefetchedBatches:
     """The batches of consecutive steps, the next ones prepared while the model works on the current one.
 
     Use it in a `with` block: leaving it ends the thread, after the step it is reading, whatever happened. The thread
-    reads, decodes, pads and pins; `micro_batches` starts copies to the device, in stream order. Results are those of
+    reads, decodes, packs and pins; `micro_batches` starts copies to the device, in stream order. Results are those of
     `StudentBatches.host_batches`. Meanwhile nobody else may use the batches: caches serve one thread.
 
     Args:

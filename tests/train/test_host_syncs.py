@@ -62,9 +62,12 @@ class Waits(TorchDispatchMode):
         by_mask = func is torch.ops.aten.index.Tensor and any(
             index is not None and index.dtype == torch.bool for index in args[1]
         )
+        # A size that is told need not be read.
+        sized = func is torch.ops.aten.repeat_interleave.Tensor and "output_size" in (kwargs or {})
         # Adam's step counts are in host memory wherever the weights are.
         in_optimizer = any("/torch/optim/" in f.filename for f in traceback.extract_stack())
-        if (func in OPS_THAT_WAIT or by_mask) and not (in_optimizer or isinstance(args[0], OnHost)):
+        waits = (func in OPS_THAT_WAIT or by_mask) and not sized
+        if waits and not (in_optimizer or isinstance(args[0], OnHost)):
             self.add()
         return func(*args, **(kwargs or {}))
 
