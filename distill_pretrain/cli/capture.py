@@ -11,7 +11,7 @@ HELP = """
 Runs the teacher over the training sequences and stores, for every position, a sparse sample of its next-token
 distribution. Students then train from this cache at the cost of plain cross-entropy.
 
-Reads   data.tokens (.bin/.idx), teacher.path
+Reads   data.tokens (.bin/.idx), teacher.path, and those of teacher.mixture where targets are of several teachers' mean
 Writes  capture.output_dir: codec-*.bin, plan.json, extent.json, s-*.dpt, manifest.json (last);
         with capture.sets the same in capture.output_dir/NAME for every set, all from one pass of the teacher;
         in the (first) cache .telemetry/HOST-PID-TIME.jsonl: speed, queue, entropy, hit rate, time left

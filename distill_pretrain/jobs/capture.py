@@ -68,12 +68,13 @@ def capture_caches(recipe: Recipe) -> dict[Path, Manifest]:
         read = columns_reader(capture.sampling_impl, engine.device, engine.replica)
         group = ReplicaGroup(TimedTeacher(engine, stopwatch), sequences, read=read)
         if group.replica.number == 0:
-            _warn_of_missing_bos(
-                recipe.teacher.path,
-                group,
-                next(iter(plans.values())),
-                partial(ReplicaGroup, engine, read=read),
-            )
+            for member in recipe.teacher.members:
+                _warn_of_missing_bos(
+                    member.path,
+                    group,
+                    next(iter(plans.values())),
+                    partial(ReplicaGroup, engine, read=read),
+                )
         # The first replica makes the tables of new caches, which the others then find.
         writers = first_replica_first(group, lambda: _join(plans, capture, group))
         if launch_rank() == 0:

@@ -106,23 +106,26 @@ def _say_teacher(
         f"{layout}, {teacher.processes} processes to a copy" if layout else "one process to a copy"
     )
     copies = world // teacher.processes
-    print(f"teacher   {teacher.kind} {teacher.path}, {teacher.dtype}; {held}")
+    for member in teacher.members:
+        share = f", weight {member.weight:g}" if teacher.mixture else ""
+        print(f"teacher   {member.kind} {member.path}, {member.dtype}{share}; {held}")
     print(f"replicas  {copies} in {world} {'process' if world == 1 else 'processes'}")
     if world < 1 or world % teacher.processes:
         problems.append(
             f"{world} processes cannot be shared out among copies of {teacher.processes} "
             "(teacher.tensor, pipeline, fsdp, zero); start a multiple"
         )
-    try:
-        require_own_tokenizer(teacher.path, tokens)
-        require_plausible_width(teacher.path, sequences.vocab_size)
-        config_file = teacher.path / "config.json"
-        if teacher.kind != "megatron" or config_file.is_file():
-            _check_folder(teacher, config_file, sequences, problems)
-        else:
-            _check_checkpoint(teacher, sequences, problems)
-    except DistillPretrainError as error:
-        problems.append(str(error))
+    for member in teacher.members:
+        try:
+            require_own_tokenizer(member.path, tokens)
+            require_plausible_width(member.path, sequences.vocab_size)
+            config_file = member.path / "config.json"
+            if member.kind != "megatron" or config_file.is_file():
+                _check_folder(member, config_file, sequences, problems)
+            else:
+                _check_checkpoint(member, sequences, problems)
+        except DistillPretrainError as error:
+            problems.append(str(error))
 
 
 def _check_folder(

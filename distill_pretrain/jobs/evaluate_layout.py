@@ -58,7 +58,9 @@ def teacher_before(
 ) -> LogitsEngine | None:
     """Open a teacher of kind megatron that is whole beside models in parts: it needs process groups of its own."""
     is_split = config.tensor * config.pipeline > 1
-    if teacher is None or teacher.kind != "megatron" or teacher.is_split or not is_split:
+    if teacher is None or teacher.is_split or not is_split:
+        return None
+    if all(member.kind != "megatron" for member in teacher.members):
         return None
     from distill_pretrain.mcore.runtime.whole import WholeEngine
 

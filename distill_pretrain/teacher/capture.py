@@ -86,14 +86,15 @@ class CaptureWatch:
         self._progress(written.positions)
 
 
-def software_versions(engine_kind: str) -> dict[str, str]:
-    """Return the versions that can move a teacher's float rounding, and ours."""
+def software_versions(*engine_kinds: str) -> dict[str, str]:
+    """Return the versions that can move the float rounding of teachers of these kinds, and ours."""
     of_engine = {
         "megatron": ["megatron-core"],
         "hf": ["transformers"],
         "deepspeed": ["transformers", "deepspeed"],
     }
-    versions = {name: version(name) for name in ["torch", "numpy", *of_engine.get(engine_kind, [])]}
+    used = [name for kind in engine_kinds for name in of_engine.get(kind, [])]
+    versions = {name: version(name) for name in ["torch", "numpy", *used]}
     return {**versions, "distill-pretrain": __version__, "machine": platform.machine()}
 
 
@@ -117,10 +118,15 @@ def make_plans(
             block_tokens=capture.block_tokens,
             shard_sequences=capture.shard_sequences,
             codec=codec_number(capture.codec, targets.sampler),
-            software=software_versions(teacher_identity["kind"]),
+            software=software_versions(*_kinds(teacher_identity)),
         )
         for folder, targets in capture.targets.items()
     }
+
+
+def _kinds(teacher_identity: dict[str, Any]) -> list[str]:
+    """The engines of a teacher, or of those of a mixture."""
+    return [one["kind"] for one in teacher_identity.get("teachers", [teacher_identity])]
 
 
 def _described(targets: TargetSetConfig) -> dict[str, Any]:

@@ -55,6 +55,19 @@ _FOREIGN = {
 """Kind -> fields that mean nothing to it, and why."""
 
 
+class MixtureTeacher(Section):
+    """One more teacher, of the same tokenizer, whose distribution is averaged with the others'."""
+
+    path: Path
+    """Run folder, checkpoint folder or model folder."""
+    weight: float = Field(default=1.0, gt=0, le=1e9)
+    """Its share is weight / (teacher.weight + the weights of the mixture)."""
+    kind: Literal["megatron", "hf"] | None = None
+    """Null takes teacher.kind."""
+    dtype: Literal["fp32", "bf16"] | None = None
+    """Null takes teacher.dtype."""
+
+
 class TeacherConfig(Section):
     """Whose next-token distribution is cached."""
 
@@ -82,6 +95,11 @@ class TeacherConfig(Section):
     head_chunk_tokens: int = Field(default=1024, ge=1, le=1 << 40)
     """Positions whose logits exist at once in a capture or an evaluation; part of the cache's identity (it moves float
     rounding)."""
+    weight: float = Field(default=1.0, gt=0, le=1e9)
+    """Share of this teacher among those of `mixture` (any unit; only the ratios count)."""
+    mixture: tuple[MixtureTeacher, ...] = ()
+    """More teachers, a list of {path, weight, kind, dtype}: targets are of the weighted mean of all distributions. Each
+    teacher is whole in every process. For other weights on another corpus, capture that one with its own."""
 
     @model_validator(mode="after")
     def _only_what_the_engine_has(self) -> TeacherConfig:
@@ -91,6 +109,11 @@ class TeacherConfig(Section):
                 raise ValueError(
                     f"{name}={getattr(self, name)} given with kind={self.kind}; {reason}"
                 )
+        if self.mixture and (self.processes > 1 or self.kind == "deepspeed"):
+            raise ValueError(
+                f"mixture given with kind={self.kind} and {self.processes} processes to a copy; its teachers are whole "
+                "in each process, of kind hf or megatron"
+            )
         if self.tensor > 1 and self.fsdp > 1:
             raise ValueError(
                 f"tensor={self.tensor} and fsdp={self.fsdp} are both given; an hf teacher is split in one of these ways"
@@ -106,6 +129,25 @@ class TeacherConfig(Section):
     def is_split(self) -> bool:
         """Whether a copy is in parts: over several processes, or stored so over a single one."""
         return self.processes > 1 or self.kind == "deepspeed"
+
+    @property
+    def members(self) -> tuple[TeacherConfig, ...]:
+        """Every teacher of the mixture as a section of its own, this one first; this section where there is none."""
+        if not self.mixture:
+            return (self,)
+        alone = self.model_copy(update={"mixture": ()})
+        more = [
+            alone.model_copy(
+                update={
+                    "path": other.path,
+                    "weight": other.weight,
+                    "kind": other.kind or self.kind,
+                    "dtype": other.dtype or self.dtype,
+                }
+            )
+            for other in self.mixture
+        ]
+        return (alone, *more)
 
     @property
     def processes(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -32,20 +33,19 @@ def load_teacher(
     """
     from distill_pretrain.teacher.engines import open_engine
 
-    require_own_tokenizer(teacher.path, tokens)
-    require_plausible_width(teacher.path, sequences.vocab_size)
-    engine = open_engine(
-        teacher.kind,
-        teacher.path,
-        teacher.dtype,
-        vocab_size=sequences.vocab_size,
-        seq_len=sequences.plan.seq_len,
-        tokenizer_digests=sequences.tokenizer_digests,
-        trust=teacher.trust,
-        head_chunk_tokens=head_chunk_tokens,
-    )
-    _name_padding(teacher, sequences)
-    return apart(engine, sequences)
+    def open_one(member: TeacherConfig) -> LogitsEngine:
+        return open_engine(
+            member.kind,
+            member.path,
+            member.dtype,
+            vocab_size=sequences.vocab_size,
+            seq_len=sequences.plan.seq_len,
+            tokenizer_digests=sequences.tokenizer_digests,
+            trust=member.trust,
+            head_chunk_tokens=head_chunk_tokens,
+        )
+
+    return apart(_opened(teacher, sequences, tokens, open_one), sequences)
 
 
 def load_replica(teacher: TeacherConfig, sequences: SequenceData, tokens: Path) -> TeacherEngine:
@@ -55,19 +55,39 @@ def load_replica(teacher: TeacherConfig, sequences: SequenceData, tokens: Path) 
     """
     from distill_pretrain.teacher.engines import open_teacher_engine
 
-    require_own_tokenizer(teacher.path, tokens)
-    require_plausible_width(teacher.path, sequences.vocab_size)
-    engine = open_teacher_engine(
-        teacher,
-        vocab_size=sequences.vocab_size,
-        seq_len=sequences.plan.seq_len,
-        tokenizer_digests=sequences.tokenizer_digests,
-    )
-    _name_padding(teacher, sequences)
-    return apart(engine, sequences)
+    def open_one(member: TeacherConfig) -> TeacherEngine:
+        return open_teacher_engine(
+            member,
+            vocab_size=sequences.vocab_size,
+            seq_len=sequences.plan.seq_len,
+            tokenizer_digests=sequences.tokenizer_digests,
+        )
+
+    return apart(_opened(teacher, sequences, tokens, open_one), sequences)
 
 
 Engine = TypeVar("Engine")
+
+
+def _opened(
+    teacher: TeacherConfig,
+    sequences: SequenceData,
+    tokens: Path,
+    open_one: Callable[[TeacherConfig], Engine],
+) -> Engine:
+    """Open a teacher, or all those of a mixture as one; each must know the corpus's ids, and so each other's."""
+    engines = []
+    for member in teacher.members:
+        require_own_tokenizer(member.path, tokens)
+        require_plausible_width(member.path, sequences.vocab_size)
+        engines.append(open_one(member))
+        _name_padding(member, sequences)
+    if len(engines) == 1:
+        return engines[0]
+    from distill_pretrain.teacher.engines.mixture import MixtureEngine
+
+    weights = [member.weight for member in teacher.members]
+    return cast(Engine, MixtureEngine(engines, weights))
 
 
 def apart(engine: Engine, sequences: SequenceData) -> Engine:

@@ -98,6 +98,39 @@ def test_the_cache_says_what_the_teacher_says(job):
         assert targets.values.sum() == 20 * (labels[row] >= 0).sum()
 
 
+@pytest.mark.slow
+def test_a_cache_of_two_teachers_has_draws_from_the_mean_of_their_distributions(job, tmp_path):
+    import torch
+
+    from distill_pretrain.mcore.model.config import ParallelConfig
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
+    from distill_pretrain.processes.process import process_group
+    from distill_pretrain.teacher.engines import open_engine
+
+    other, folder = tmp_path / "other", tmp_path / "cache"
+    job.cli("train", f"train.output_dir={other}", "train.steps=12", "train.seed=5")
+    mixed = f"teacher.mixture=[{{path: {other}, weight: 3}}]"
+    job.run("capture", f"capture.output_dir={folder}", mixed, num_processes=2)
+    data = open_sequences(data_config(job))
+    cache = open_cache(folder, data)
+    assert [one["share"] for one in cache.plan.teacher["teachers"]] == [0.25, 0.75]
+    tokens, _ = data.plan.read(np.arange(8, 12))
+    probs = 0.0
+    with process_group(), model_parallel(ParallelConfig(), seed=0):
+        for share, path in ((0.25, job.teacher), (0.75, other)):
+            engine = open_engine(
+                "megatron", path, "fp32", vocab_size=data.vocab_size, seq_len=SEQ_LEN
+            )
+            logits = engine.logits(torch.from_numpy(tokens.astype(np.int64))).double()
+            probs = probs + share * torch.softmax(logits, -1).numpy()
+    for row, sequence in enumerate(range(8, 12)):
+        targets = cache.read(sequence, tokens[row])
+        position = np.repeat(np.arange(SEQ_LEN), targets.entries_per_token)
+        expected = 20 * probs[row, position, targets.ids]
+        assert (np.abs(targets.values - expected) < 1 + 1e-3).all()  # systematic: floor or ceil
+    assert main(["capture", str(job.recipe), f"capture.output_dir={folder}"]) == 2
+
+
 def rows(targets: RaggedTargets) -> list[dict[int, int]]:
     """Count by id of every position; the two caches have tables, and so an order of ids, of their own."""
     ends = np.cumsum(targets.entries_per_token)[:-1]

@@ -75,7 +75,7 @@ def show_estimators(
     _print(study, size, moved)
     if output:
         report = {
-            "software": software_versions(recipe.teacher.kind),
+            "software": software_versions(*{one.kind for one in recipe.teacher.members}),
             "teacher": identity,
             "tokens": sequences.index.fingerprint.as_dict(),
             **asdict(study),

@@ -21,6 +21,12 @@ from distill_pretrain.planning.figures import (
 from distill_pretrain.teacher.config import CaptureConfig, TeacherConfig
 
 
+def teacher_parameters(teacher: TeacherConfig) -> float | None:
+    """Return the parameters of a teacher, or of all those of a mixture together; None where any is unknown."""
+    known = [hf_parameters(member.path) for member in teacher.members]
+    return None if None in known else sum(filter(None, known))
+
+
 def teacher_speed(teacher: TeacherConfig, capture: CaptureConfig, settings: PlanConfig) -> Figure:
     """Return the positions per second of one replica of the teacher."""
     name, unit = "teacher replica", "tokens/s"
@@ -43,7 +49,7 @@ def teacher_speed(teacher: TeacherConfig, capture: CaptureConfig, settings: Plan
                 basis="measured",
                 how=f"median of {place}.telemetry",
             )
-    parameters = settings.teacher_parameters or hf_parameters(teacher.path)
+    parameters = settings.teacher_parameters or teacher_parameters(teacher)
     if parameters is None:
         return Figure(
             name=name,

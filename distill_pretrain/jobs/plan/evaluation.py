@@ -33,7 +33,8 @@ def evaluation_part(recipe: Recipe, corpus: Corpus, settings: PlanConfig) -> Par
         name: _student(path, recipe, corpus) for name, path in recipe.eval.models.items()
     }
     if recipe.teacher is not None:
-        models["teacher"] = _teacher(recipe.teacher, corpus)
+        for number, member in enumerate(recipe.teacher.members):
+            models[f"teacher {number + 1}" if number else "teacher"] = _teacher(member, corpus)
     unknown = [name for name, model in models.items() if model is None]
     title = "Memory of a process of eval"
     if unknown:

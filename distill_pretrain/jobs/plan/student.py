@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from distill_pretrain.errors import LayoutError
+from distill_pretrain.jobs.plan.capture import teacher_parameters
 from distill_pretrain.jobs.plan.corpus import Corpus
 from distill_pretrain.jobs.recipe import Recipe
 from distill_pretrain.mcore.model.config import ParallelConfig
 from distill_pretrain.mcore.model.layout import check_layout, replica_size
 from distill_pretrain.planning.config import PlanConfig
-from distill_pretrain.planning.costs import hf_parameters
 from distill_pretrain.planning.figures import Figure, Part, Table, quantity
 from distill_pretrain.planning.memory import (
     GLIBC_KEEPS,
@@ -103,7 +103,7 @@ def online_teacher_bytes(recipe: Recipe, corpus: Corpus) -> int | None:
     if recipe.objective.target != "teacher":
         return 0
     assert recipe.teacher and recipe.train
-    parameters = plan_settings(recipe).teacher_parameters or hf_parameters(recipe.teacher.path)
+    parameters = plan_settings(recipe).teacher_parameters or teacher_parameters(recipe.teacher)
     if parameters is None:
         return None
     positions = recipe.train.micro_batch_size * corpus.seq_len

@@ -90,7 +90,7 @@ def teacher_groups(teacher: TeacherConfig) -> Iterator[None]:
         LayoutError: the processes cannot be shared out among copies of the teacher.
     """
     require_processes(teacher)
-    if teacher.kind != "megatron":
+    if all(member.kind != "megatron" for member in teacher.members):
         yield
         return
     from distill_pretrain.mcore.model.config import ParallelConfig
@@ -108,7 +108,7 @@ def open_teacher_engine(
     seq_len: int,
     tokenizer_digests: tuple[str, ...] = (),
 ) -> TeacherEngine:
-    """Load this rank's share of a teacher for capture; inside `teacher_groups`, on every rank of the job.
+    """Load this rank's share of one teacher for capture; inside `teacher_groups`, on every rank of the job.
 
     Args:
         teacher: the section.
