@@ -105,7 +105,10 @@ def sparse_kd_loss(
             `temperature`: tau of softmax(logits / tau) and of the targets in the KL; 1.
             `temperature_squared`: multiply the KL by tau^2; True.
             `residual`: where mass that a row's probabilities lack goes: "drop" (the default), "renormalise", "label",
-            "ghost" or "uniform".
+            "ghost", "uniform" or "decoupled".
+            `divergence`: with residual "ghost" also "reverse_kl" and "jensen_shannon", over the given ids and one
+            bucket of all others; "forward_kl".
+            `tail_weight`: with residual "decoupled", weight of the term that tells the given ids from all others; 1.
             `smoothing`: a in [0, 1); targets become (1 - a) t + a / V; 0.
             `z_loss`: weight of (log sum exp logits)^2; 0.
             `token_weighting`: "teacher_confidence" multiplies a position's KL by its largest probability; "none".

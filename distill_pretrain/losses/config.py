@@ -8,10 +8,15 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from distill_pretrain.config import Section
-from distill_pretrain.kernels.sparse_kd.settings import LossSettings, Residual, TokenWeighting
+from distill_pretrain.kernels.sparse_kd.settings import (
+    Divergence,
+    LossSettings,
+    Residual,
+    TokenWeighting,
+)
 from distill_pretrain.losses.schedule import Schedule, Scheduled, WithDecay, extremes, value_at
 
-Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
+Positions = Literal["all", "student_entropy", "teacher_entropy"]
 
 MOST_WEIGHT = 1e9
 """Of a term of the loss: squares of gradients must stay within fp32."""
@@ -35,19 +40,31 @@ class ObjectiveConfig(Section):
     target: Literal["cache", "teacher"] = "cache"
     """`cache`: sparse targets of data.cache; `teacher`: section `teacher` runs in the job, over all ids (FullKD)."""
     divergence: Divergence = "forward_kl"
-    """KL(teacher || student), KL(student || teacher) or Jensen-Shannon; the last two only with target: teacher."""
+    """KL(teacher || student), KL(student || teacher) or Jensen-Shannon; the last two need target: teacher, or a
+    truncated cache (topk, topp) and residual: ghost, to compare its kept ids and one bucket of all others."""
     temperature: Scheduled = 1.0
     """tau of softmax(z / tau); cached t^(1/tau) keeps its mass (biased for sampled t). As ce_weight."""
     temperature_squared: bool = True
     """Multiply the distillation term by tau^2, so that its gradient keeps its size (Hinton et al. 2015)."""
     residual: Residual = "drop"
-    """Where a cached target's missing mass goes: nowhere, kept ids, true token, bucket of other ids, all ids evenly."""
+    """Where a cached target's missing mass goes: nowhere, kept ids, true token, bucket of other ids, all ids evenly.
+    decoupled: a bucket too, but kept ids are compared among themselves, which temperature is for (topk, topp)."""
+    tail_weight: float = Field(default=1.0, ge=0, le=MOST_WEIGHT)
+    """With residual: decoupled, weight of the term that tells kept ids from all others; 1 at temperature 1 is ghost."""
     smoothing: Scheduled = 0.0
     """a in [0, 1): targets become (1 - a) t + a / vocabulary size. As ce_weight."""
     z_loss: float = Field(default=0.0, ge=0, le=MOST_WEIGHT)
     """Weight of (log sum exp z)^2 at every position with a label; reported as `z`."""
     token_weighting: TokenWeighting = "none"
     """`teacher_confidence`: a token's distillation term is multiplied by its target's largest probability."""
+
+    positions: Positions = "all"
+    """Where the teacher is learnt from: everywhere, at the share of a sequence where the student's entropy is largest,
+    or where the teacher's is above a threshold. Elsewhere the cross-entropy takes that term's place, with kd_weight."""
+    position_share: float = Field(default=0.2, gt=0, le=1)
+    """With positions: student_entropy, the share of a sequence's positions."""
+    entropy_threshold: float = Field(default=0.5, ge=0)
+    """With positions: teacher_entropy, in nats."""
 
     kernel: Literal["auto", "reference", "cuda"] = "auto"
     """`auto`: CUDA kernels where they run; `reference`: plain PyTorch; `cuda`: kernels or an error. The same loss."""
@@ -67,6 +84,9 @@ class ObjectiveConfig(Section):
             temperature_squared=self.temperature_squared,
             residual=self.residual,
             z_loss=self.z_loss,
+            # With the teacher in the job all ids are compared, by `dense_kd`.
+            divergence=self.divergence if self.target == "cache" else "forward_kl",
+            tail_weight=self.tail_weight,
             token_weighting=self.token_weighting,
         )
 
@@ -120,11 +140,54 @@ class ObjectiveConfig(Section):
         if self.target == "teacher":
             self._check_for_teacher()
         elif self.divergence != "forward_kl":
-            raise ValueError(
-                f"divergence: {self.divergence} needs target: teacher; a cache has no probabilities outside the "
-                "kept ids, and a sample gives no unbiased estimate of this divergence"
-            )
+            self._check_for_bucket()
+        if self.positions != "all":
+            self._check_for_positions()
+        if self.tail_weight != 1.0 and self.residual != "decoupled":
+            raise ValueError("tail_weight is for residual: decoupled")
         return self
+
+    @property
+    def needs_truncated(self) -> bool:
+        """Whether sampled targets are out of the question: what is learnt depends on which ids are kept."""
+        return self.target == "cache" and (
+            self._needs_bucket or self.positions == "teacher_entropy"
+        )
+
+    @property
+    def _needs_bucket(self) -> bool:
+        """Whether kept ids of a cache are compared beside one bucket of all others."""
+        is_other = self.residual == "decoupled" or self.divergence != "forward_kl"
+        return self.target == "cache" and is_other
+
+    def _check_for_positions(self) -> None:
+        if self.peak_kd_weight == 0:
+            raise ValueError(
+                f"positions: {self.positions} with kd_weight: 0: there is nothing to choose"
+            )
+        if extremes(self.temperature) != (1.0, 1.0) or extremes(self.smoothing)[1] > 0:
+            raise ValueError(
+                f"positions: {self.positions} needs temperature 1 and no smoothing: elsewhere the label is the target, "
+                "and its cross-entropy has neither"
+            )
+        if self._needs_bucket:
+            raise ValueError(
+                f"positions: {self.positions} from a cache is for divergence: forward_kl and another residual than "
+                "decoupled: elsewhere the label is the target, and only of that KL is the cross-entropy a case"
+            )
+
+    def _check_for_bucket(self) -> None:
+        if self.residual != "ghost":
+            raise ValueError(
+                f"divergence: {self.divergence} needs target: teacher, or residual: ghost and a truncated cache, of "
+                "which kept ids and one bucket of all others are compared; a sample gives no unbiased estimate of this "
+                "divergence"
+            )
+        if extremes(self.temperature) != (1.0, 1.0):
+            raise ValueError(
+                f"divergence: {self.divergence} from a cache has temperature 1: what a bucket of other ids has at "
+                "another one is not known"
+            )
 
     def _check_for_teacher(self) -> None:
         if self.peak_kd_weight == 0:

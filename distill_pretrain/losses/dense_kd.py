@@ -15,9 +15,11 @@ import torch.distributed as dist
 
 from distill_pretrain.contracts import LogitsEngine, TokenBatch
 from distill_pretrain.errors import ConfigError, LossInputError
-from distill_pretrain.kernels.sparse_kd.settings import TERMS, LossSettings
+from distill_pretrain.kernels.sparse_kd.divergences import DIVERGENCES
+from distill_pretrain.kernels.sparse_kd.settings import TERMS, Divergence, LossSettings
 from distill_pretrain.losses.checks import require_columns, require_labels
-from distill_pretrain.losses.config import Divergence, ObjectiveConfig
+from distill_pretrain.losses.config import ObjectiveConfig
+from distill_pretrain.losses.positions import Selection, row_entropies
 from distill_pretrain.losses.terms import Objective, column_slice, sequence_first
 
 CHUNK_ELEMENTS = 1 << 22
@@ -46,6 +48,7 @@ class _DenseKD(torch.autograd.Function):
         settings: LossSettings,
         vocab_size: int,
         tensor_group: dist.ProcessGroup | None,
+        selection: Selection | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         columns = column_slice(logits, vocab_size, tensor_group)
         num_columns = columns.stop - columns.start
@@ -55,6 +58,13 @@ class _DenseKD(torch.autograd.Function):
         for sequence in range(logits.size(1)):
             teacher = teacher_logits(sequence)
             _require_teacher_shape(teacher, logits.size(0), vocab_size)
+            chosen = labels[:, sequence] >= 0
+            if selection is not None:
+                if selection.by == "teacher_entropy":
+                    found = row_entropies(teacher[:, :vocab_size], None)
+                else:
+                    found = row_entropies(logits[:, sequence, :num_columns], tensor_group)
+                chosen = selection.chosen(found.unsqueeze(-1), chosen.unsqueeze(-1)).squeeze(-1)
             teacher = teacher[:, columns]
             for first in range(0, logits.size(0), rows):
                 span = slice(first, first + rows)
@@ -62,6 +72,7 @@ class _DenseKD(torch.autograd.Function):
                     logits[span, sequence, :num_columns].float(),
                     teacher[span].float(),
                     labels[span, sequence],
+                    chosen[span],
                     first_column=columns.start,
                     vocab_size=vocab_size,
                     settings=settings,
@@ -79,7 +90,7 @@ class _DenseKD(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         # In place: autograd's version counter refuses a second backward.
-        return (grad.mul_(grad_loss.unsqueeze(-1)).to(ctx.logits_dtype), *[None] * 6)
+        return (grad.mul_(grad_loss.unsqueeze(-1)).to(ctx.logits_dtype), *[None] * 7)
 
 
 class _Chunk:
@@ -94,6 +105,7 @@ class _Chunk:
         student: torch.Tensor,
         teacher: torch.Tensor,
         labels: torch.Tensor,
+        chosen: torch.Tensor,
         *,
         first_column: int,
         vocab_size: int,
@@ -105,6 +117,10 @@ class _Chunk:
         self.labels = labels
         tau, share = settings.temperature, settings.smoothing
         self.has_label = labels >= 0
+        self.chosen = chosen
+        # Where the teacher is not learnt from, the label is in its place.
+        at_label = torch.where(chosen, settings.ce_weight, settings.ce_weight + settings.kd_weight)
+        self.ce_weight = torch.where(self.has_label, at_label, 0.0)
         column = labels - first_column
         self.owned = self.has_label & (column >= 0) & (column < student.size(-1))
         self.column = column.masked_fill(~self.owned, 0).unsqueeze(-1)
@@ -138,25 +154,24 @@ class _Chunk:
             scale = (
                 scale / teacher_plain_sum
             )  # the largest probability of softmax(x) is exp(0) / sum
-        self.scale = torch.where(self.has_label, scale, 0.0)
+        self.scale = torch.where(chosen, scale, 0.0)
 
     def gradient(self, divergence: Divergence) -> torch.Tensor:
         """Return the gradient of the loss by this rank's real columns, fp32[R, n]."""
-        values, slope = _DIVERGENCES[divergence](self.log_q, self.log_t, self._row_sum)
-        values = torch.where(self.has_label, values, 0.0)
+        values, slope = DIVERGENCES[divergence](self.log_q, self.log_t, self._row_sum)
+        values = torch.where(self.chosen, values, 0.0)
         settings = self.settings
         log_sum = self.sum_exp.log()
         ce = torch.where(self.has_label, log_sum - self.picked, 0.0)
         lse = torch.where(self.has_label, log_sum + self.maxima, 0.0)
-        loss = settings.ce_weight * ce + self.scale * values + settings.z_loss * lse.square()
+        loss = self.ce_weight * ce + self.scale * values + settings.z_loss * lse.square()
         self.terms = torch.stack((loss, ce, values, lse.square()))
 
-        at_label = self.has_label.float() * settings.ce_weight
-        at_one = (at_label + 2.0 * settings.z_loss * lse) / self.sum_exp
+        at_one = (self.ce_weight + 2.0 * settings.z_loss * lse) / self.sum_exp
         grad = self.shifted.exp().mul_(at_one.unsqueeze(-1))
         grad += slope.mul_((self.scale / settings.temperature).unsqueeze(-1))
         if grad.size(-1):
-            at_column = torch.where(self.owned, -at_label, 0.0).unsqueeze(-1)
+            at_column = torch.where(self.owned, -self.ce_weight, 0.0).unsqueeze(-1)
             grad.scatter_add_(-1, self.column, at_column)
         # 0 * inf of a row that takes no part.
         return torch.where(self.has_label.unsqueeze(-1), grad, 0.0)
@@ -185,50 +200,6 @@ def _row_max(rows: torch.Tensor) -> torch.Tensor:
     if rows.size(-1) == 0:
         return rows.new_full(rows.shape[:1], float("-inf"))
     return rows.amax(-1)
-
-
-# With u = z / tau, d log q_i / du_j = [i = j] - q_j. A sum over i of q_i f_i thus has the derivative
-# q_j (f_j - sum_i q_i f_i) by the q in front, and what f brings: below sum_i q_i df_i / du_j is 0 or cancels.
-RowSum = Callable[[torch.Tensor], torch.Tensor]
-
-
-def _forward_kl(
-    log_q: torch.Tensor, log_t: torch.Tensor, row_sum: RowSum
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return D = sum t (log t - log q) and dD/du = q - t, u = z / tau."""
-    t = log_t.exp()
-    values = row_sum(torch.where(t > 0, t * (log_t - log_q), 0.0))
-    return values, log_q.exp() - t
-
-
-def _reverse_kl(
-    log_q: torch.Tensor, log_t: torch.Tensor, row_sum: RowSum
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return D = sum q (log q - log t) and dD/du = q (log q - log t - D), u = z / tau."""
-    q = log_q.exp()
-    terms = torch.where(q > 0, q * (log_q - log_t), 0.0)
-    values = row_sum(terms)
-    return values, terms - q * values.unsqueeze(-1)
-
-
-def _jensen_shannon(
-    log_q: torch.Tensor, log_t: torch.Tensor, row_sum: RowSum
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return D = (KL(t || m) + KL(q || m)) / 2, m = (q + t) / 2, and dD/du = q (log q - log m - KL(q || m)) / 2."""
-    log_m = torch.logaddexp(log_q, log_t) - math.log(2.0)
-    q, t = log_q.exp(), log_t.exp()
-    from_student = torch.where(q > 0, q * (log_q - log_m), 0.0)
-    from_teacher = torch.where(t > 0, t * (log_t - log_m), 0.0)
-    of_student = row_sum(from_student)
-    values = 0.5 * (of_student + row_sum(from_teacher))
-    return values, 0.5 * (from_student - q * of_student.unsqueeze(-1))
-
-
-_DIVERGENCES = {
-    "forward_kl": _forward_kl,
-    "reverse_kl": _reverse_kl,
-    "jensen_shannon": _jensen_shannon,
-}
 
 
 def dense_kd_loss(
@@ -264,12 +235,12 @@ def dense_kd_loss(
         LossInputError: logits, labels or the teacher's logits have the wrong shape, or a label is outside the
             vocabulary. That is read here, which waits for a GPU; unchecked, the label's loss is NaN.
     """
-    if divergence not in _DIVERGENCES:
+    if divergence not in DIVERGENCES:
         raise ConfigError(
             "the loss has no such setting",
             where="divergence",
             found=divergence,
-            expected=", ".join(_DIVERGENCES),
+            expected=", ".join(DIVERGENCES),
         )
     if logits.ndim != 3 or labels.shape != logits.shape[:2]:
         raise LossInputError(
@@ -293,12 +264,13 @@ def _dense_kd_loss(
     settings: LossSettings,
     vocab_size: int,
     tensor_group: dist.ProcessGroup | None,
+    selection: Selection | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute `dense_kd_loss` of checked arguments."""
+    """Compute `dense_kd_loss` of checked arguments, at the positions of `selection`, the label's elsewhere."""
     loss: torch.Tensor
     terms: torch.Tensor
     loss, terms = _DenseKD.apply(  # type: ignore[no-untyped-call]
-        logits, labels, teacher_logits, divergence, settings, vocab_size, tensor_group
+        logits, labels, teacher_logits, divergence, settings, vocab_size, tensor_group, selection
     )
     return loss, terms.detach()
 
@@ -328,6 +300,7 @@ class TeacherObjective(Objective):
         )
         assert teacher.vocab_size == vocab_size, (teacher.vocab_size, vocab_size)
         self.teacher = teacher
+        self.selection = Selection.of(config)
 
     def __call__(self, logits: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
         """Sums of the terms over the tokens of one micro-batch; see `Objective`."""
@@ -339,6 +312,8 @@ class TeacherObjective(Objective):
             self.settings,
             self.vocab_size,
             self.tensor_group,
+            # An evaluation compares all positions.
+            self.selection if torch.is_grad_enabled() else None,
         )
         weights = None if batch.weights is None else sequence_first(batch.weights)
         return self.summed(loss.flatten(), terms.flatten(1), weights)

@@ -10,19 +10,25 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from distill_pretrain.contracts import SparseTargets, TokenBatch
+from distill_pretrain.contracts import NO_ENTRY, SparseTargets, TokenBatch
 from distill_pretrain.errors import ConfigError, LossInputError
 from distill_pretrain.kernels.chunked_head.op import chunked_head
 from distill_pretrain.kernels.cuda.backend import Implementation
 from distill_pretrain.kernels.sparse_kd import reference
 from distill_pretrain.kernels.sparse_kd.loss import Loss
 from distill_pretrain.kernels.sparse_kd.op import sparse_kd
-from distill_pretrain.kernels.sparse_kd.settings import LossSettings
+from distill_pretrain.kernels.sparse_kd.settings import TERMS, LossSettings
 from distill_pretrain.kernels.sparse_kd.targets import confidence, prepare_targets
 from distill_pretrain.losses.backend import LossBackend, choose_backend
 from distill_pretrain.losses.checks import require_columns, require_labels, require_targets
 from distill_pretrain.losses.config import ObjectiveConfig
-from distill_pretrain.losses.terms import Objective, sequence_first
+from distill_pretrain.losses.positions import (
+    Selection,
+    row_entropies,
+    target_entropies,
+    with_labels_elsewhere,
+)
+from distill_pretrain.losses.terms import Objective, column_slice, sequence_first
 from distill_pretrain.processes.process import local_device
 
 
@@ -129,6 +135,7 @@ def prepare_loss(
         kd_scale=scale,
         vocab_size=vocab_size,
         settings=settings,
+        form="forward_kl" if prepared is None else settings.form,
         group=group,
         backend=backend.fitting(num_entries=num_entries, num_columns=num_columns),
     )
@@ -162,13 +169,17 @@ class DistillationObjective(Objective):
             config, vocab_size=vocab_size, tensor_group=tensor_group, decay_left=decay_left
         )
         self.backend = choose_backend(config.kernel, local_device(), tensor_group)
+        self.selection = Selection.of(config)
         self.chunk_tokens = chunk_tokens
         self.takes_hidden = chunk_tokens is not None
 
     def __call__(self, logits: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
         """Sums of the terms over the tokens of one micro-batch; see `Objective`."""
-        loss = self._loss(batch, num_columns=logits.size(-1))
-        return self.summed(*sparse_kd(logits.flatten(0, 1), loss), _weights(batch))
+        rows = logits.flatten(0, 1)
+        targets, chosen = self._chosen(batch, lambda: self._entropies(rows))
+        loss = self._loss(batch, targets, num_columns=logits.size(-1))
+        losses, terms = sparse_kd(rows, loss)
+        return self.summed(losses, _kl_where(terms, chosen), _weights(batch))
 
     def from_hidden(
         self, hidden: torch.Tensor, weight: torch.Tensor, *, batch: TokenBatch
@@ -178,23 +189,60 @@ class DistillationObjective(Objective):
         The gradient by the hidden states is this rank's part of the sum over `tensor_group`.
         """
         assert self.chunk_tokens is not None
-        loss = self._loss(batch, num_columns=weight.size(0))
+        rows = hidden.flatten(0, 1)
+
+        def entropies() -> torch.Tensor:
+            # The LM head makes these logits once more for the loss: all of them at once are what it never holds.
+            parts = torch.split(rows, self.chunk_tokens or len(rows))
+            return torch.cat([self._entropies(part @ weight.t()) for part in parts])
+
+        targets, chosen = self._chosen(batch, entropies)
+        loss = self._loss(batch, targets, num_columns=weight.size(0))
         weights = _weights(batch)
         summed, terms = chunked_head(
-            hidden.flatten(0, 1),
+            rows,
             weight,
             loss,
             chunk_tokens=self.chunk_tokens,
             row_weights=weights,
         )
-        return self.summed(summed, terms, weights)
+        return self.summed(summed, _kl_where(terms, chosen), weights)
 
-    def _loss(self, batch: TokenBatch, *, num_columns: int) -> Loss:
+    def _chosen(
+        self, batch: TokenBatch, entropies: Callable[[], torch.Tensor]
+    ) -> tuple[SparseTargets | None, torch.Tensor | None]:
+        """The targets [T, K] of a batch, and bool[T] of the positions that learn from them; None for all.
+
+        `entropies` gives the student's, fp32[T]. An evaluation, which has no gradient, compares all positions.
+        """
         targets = batch.targets
-        if targets is not None:
-            targets = SparseTargets(
-                ids=sequence_first(targets.ids), probs=sequence_first(targets.probs)
-            )
+        if targets is None:
+            return None, None
+        targets = SparseTargets(
+            ids=sequence_first(targets.ids), probs=sequence_first(targets.probs)
+        )
+        if self.selection is None or not torch.is_grad_enabled():
+            return targets, None
+        if not targets.ids.size(
+            -1
+        ):  # no position has any: all learn their label, which needs a place
+            ids = targets.ids.new_full((len(targets.ids), 1), NO_ENTRY)
+            targets = SparseTargets(ids=ids, probs=targets.probs.new_zeros(ids.shape))
+        labels = sequence_first(batch.labels)
+        with torch.no_grad():
+            by_student = self.selection.by == "student_entropy"
+            found = entropies() if by_student else target_entropies(targets)
+            candidates = (labels >= 0) & (targets.probs.sum(-1) > 0)
+            shape = batch.labels.t().shape
+            chosen = self.selection.chosen(found.view(shape), candidates.view(shape)).flatten()
+        return with_labels_elsewhere(targets, labels, chosen), chosen
+
+    def _entropies(self, logits: torch.Tensor) -> torch.Tensor:
+        """The student's entropies, fp32[T], of this rank's columns [T, V_pad / tp]."""
+        columns = column_slice(logits, self.vocab_size, self.tensor_group)
+        return row_entropies(logits[:, : columns.stop - columns.start], self.tensor_group)
+
+    def _loss(self, batch: TokenBatch, targets: SparseTargets | None, *, num_columns: int) -> Loss:
         return prepare_loss(
             sequence_first(batch.labels),
             targets,
@@ -204,6 +252,18 @@ class DistillationObjective(Objective):
             tensor_group=self.tensor_group,
             backend=self.backend,
         )
+
+
+def _kl_where(terms: torch.Tensor, chosen: torch.Tensor | None) -> torch.Tensor:
+    """Terms fp32[3, T] with the KL of chosen positions alone: elsewhere it is the cross-entropy's."""
+    if chosen is None:
+        return terms
+    return torch.stack(
+        [
+            term * chosen if name == "kl" else term
+            for name, term in zip(TERMS, terms.unbind(0), strict=True)
+        ]
+    )
 
 
 def _weights(batch: TokenBatch) -> torch.Tensor | None:

@@ -56,6 +56,7 @@ from distill_pretrain.train.exports import RunExports
 from distill_pretrain.train.metrics import EventLog
 from distill_pretrain.train.preflight import (
     check_kernels,
+    check_positions,
     check_targets,
     check_teacher,
     ignored_caches,
@@ -190,6 +191,7 @@ def train_student(
         optimizer=optimizer,
         online_teacher=open_teacher is not None,
     )
+    check_positions(objective, parallel)
     require_backend(optimizer)
     require_schedule(optimizer, train.steps)
     require_spec(model)

@@ -15,11 +15,12 @@ from distill_pretrain.data.canary import run_canary
 from distill_pretrain.data.config import DataConfig
 from distill_pretrain.data.kept_mass import KeptShare
 from distill_pretrain.data.sources import SequenceData, TrainingSource
-from distill_pretrain.errors import TeacherError
+from distill_pretrain.errors import ConfigError, TeacherError
 from distill_pretrain.losses.backend import LossBackend, choose_backend
 from distill_pretrain.losses.config import ObjectiveConfig
 from distill_pretrain.losses.schedule import extremes
 from distill_pretrain.losses.sparse_kd import require_entries_fit
+from distill_pretrain.mcore.model.config import ParallelConfig
 from distill_pretrain.processes.process import local_device, on_first_rank
 from distill_pretrain.train.config import TrainConfig
 
@@ -27,6 +28,7 @@ _log = logging.getLogger(__name__)
 
 _REST = {
     "label": "the rest goes to the true next token",
+    "decoupled": "of the rest a student learns the sum alone, not its ids",
     "ghost": "of the rest a student learns the sum alone, not its ids",
     "uniform": "the rest is spread evenly over all ids",
 }
@@ -61,6 +63,22 @@ def check_kernels(objective: ObjectiveConfig) -> None:
         choose_backend("cuda", local_device(), dist.group.WORLD)
 
 
+def check_positions(objective: ObjectiveConfig, parallel: ParallelConfig) -> None:
+    """Refuse a share of each sequence's positions where ranks hold parts of a sequence.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if objective.positions == "student_entropy" and parallel.context > 1:
+        raise ConfigError(
+            "a share of a sequence's positions is chosen where all of the sequence is",
+            where="objective.positions: student_entropy",
+            found=f"parallel.context {parallel.context}",
+            expected="parallel.context 1",
+            remedy="set parallel.context=1, or objective.positions=all",
+        )
+
+
 def check_targets(sources: Sequence[TrainingSource], objective: ObjectiveConfig) -> None:
     """Run the canary on every cache, and say what its targets keep; rank 0 reads, every rank learns of an error.
 
@@ -73,6 +91,7 @@ def check_targets(sources: Sequence[TrainingSource], objective: ObjectiveConfig)
         for source in sources:
             if source.cache is not None:
                 _check_entries(source.cache, objective, where=source.config.cache)
+                _check_sampler(source.cache, objective, where=source.config.cache)
                 _check_fit(source, source.cache, objective)
 
     on_first_rank(check)
@@ -85,6 +104,28 @@ def _check_entries(cache: CacheReader, objective: ObjectiveConfig, *, where: obj
         # The label may become an entry of its own.
         most += objective.residual == "label"
         LossBackend(name="cuda", is_insisted=True).fitting(num_entries=most, num_columns=1)
+
+
+def _check_sampler(cache: CacheReader, objective: ObjectiveConfig, *, where: object) -> None:
+    if cache.plan.kind != "counts" or not objective.needs_truncated:
+        return
+    if objective.positions == "teacher_entropy":
+        raise ConfigError(
+            "the teacher's entropy is not known from samples: positions chosen by a sample's would learn from chosen "
+            "samples, which are biased",
+            where=f"objective.positions; {where}",
+            found=f"teacher_entropy; capture.sampler {cache.plan.sampler['name']}",
+            expected="a cache of topk or topp, or objective.target=teacher",
+            remedy="set objective.positions=student_entropy, which does not look at the sample",
+        )
+    raise ConfigError(
+        "the objective is for truncated targets, and these were sampled: which ids a sample keeps is chance, and "
+        "no estimate made of them is unbiased",
+        where=f"objective.divergence, objective.residual; {where}",
+        found=f"{objective.divergence}, {objective.residual}; capture.sampler {cache.plan.sampler['name']}",
+        expected="forward_kl and another residual, or a cache of topk or topp",
+        remedy="set objective.divergence=forward_kl objective.residual=drop, which samples estimate without bias",
+    )
 
 
 def _check_fit(

@@ -111,12 +111,19 @@ def test_a_cell_with_other_changes_to_the_loss_is_not_its_familys():
     ]
 
 
+DECOUPLED = {"kd_weight": 1.0, "residual": "decoupled"}
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
         ({"compare": {"cells": {"kd": {"set": "topk-33"}}}}, "topk-33.*topk-3, systematic-9"),
         ({"compare": {"cells": {"kd": {"objective": {"kd_wieght": 1}}}}}, "cells.kd.*kd_weight"),
         ({"compare": {"cells": {"kd": {"objective": {"ce_weight": -1}}}}}, "cells.kd.*ce_weight"),
+        (
+            {"compare": {"cells": {"kd": {"set": "systematic-9", "objective": DECOUPLED}}}},
+            "cells.kd.objective.*systematic-9: systematic",
+        ),
         ({"compare": {"fixes_at": "systematic-9"}}, "fixes_at.*topk-3"),
         ({"compare": {"teacher": {"evil": {}}}}, "compare.teacher.*evil"),
         ({"compare": {"eval": {"num_sequence": 3}}}, "compare.eval.*num_sequences"),

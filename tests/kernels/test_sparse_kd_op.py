@@ -23,6 +23,8 @@ SETTINGS = {
     "plain": {},
     "ghost": {"residual": "ghost", "smoothing": 0.1, "temperature": 2.0},
     "uniform": {"residual": "uniform", "z_loss": 0.01, "token_weighting": "teacher_confidence"},
+    "decoupled": {"residual": "decoupled", "tail_weight": 0.5, "temperature": 2.0},
+    "reverse_kl": {"residual": "ghost", "divergence": "reverse_kl"},
     "labels alone": {"kd_weight": 0.0},
 }
 
@@ -54,7 +56,7 @@ def arguments(logits, loss):
     )
     return (
         *(logits, loss.labels, *parts, loss.kd_scale, loss.vocab_size),
-        *(loss.settings.numbers, loss.group, loss.backend),
+        *(loss.settings.numbers, loss.form, loss.group, loss.backend),
     )
 
 

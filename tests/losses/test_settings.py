@@ -18,7 +18,11 @@ DEFAULT = LossSettings(ce_weight=1.0, kd_weight=1.0)
 def another(name):
     """A value that is not the default's."""
     value = getattr(DEFAULT, name)
-    words = {"residual": "ghost", "token_weighting": "teacher_confidence"}
+    words = {
+        "residual": "label",
+        "token_weighting": "teacher_confidence",
+        "divergence": "reverse_kl",
+    }
     if isinstance(value, bool):
         return not value
     return words[name] if isinstance(value, str) else (value + 0.25) / 2
@@ -30,14 +34,17 @@ def test_every_setting_is_a_keyword_of_the_public_functions():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_setting_is_a_key_of_the_recipe_and_arrives(name):
-    config = ObjectiveConfig(**{"ce_weight": 1.0, "kd_weight": 1.0, name: another(name)})
-    found = config.at(7)
+    # Some settings mean something beside another one alone.
+    beside = {"divergence": {"residual": "ghost"}, "tail_weight": {"residual": "decoupled"}}
+    given = {"ce_weight": 1.0, "kd_weight": 1.0, **beside.get(name, {}), name: another(name)}
+    found = ObjectiveConfig(**given).at(7)
     assert getattr(found, name) == another(name) != getattr(DEFAULT, name)
-    assert [n for n in NAMES if getattr(found, n) != getattr(DEFAULT, n)] == [name]
+    differing = [n for n in NAMES if getattr(found, n) != getattr(DEFAULT, n)]
+    assert sorted(differing) == sorted([name, *beside.get(name, {})])
 
 
-def test_every_number_passes_through_the_operations_of_torch():
-    numbers = [name for name in NAMES if type(getattr(DEFAULT, name)) is float]
+def test_every_number_and_switch_passes_through_the_operations_of_torch():
+    numbers = [name for name in NAMES if type(getattr(DEFAULT, name)) in (float, bool)]
     settings = LossSettings(**{name: another(name) for name in numbers})
     passed = LossSettings.of_numbers(settings.numbers)
     assert {name: getattr(passed, name) for name in numbers} == {

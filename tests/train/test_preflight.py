@@ -13,8 +13,14 @@ from distill_pretrain.data.config import DataConfig
 from distill_pretrain.data.kept_mass import KeptShare
 from distill_pretrain.errors import ConfigError, TeacherError
 from distill_pretrain.losses.config import ObjectiveConfig
+from distill_pretrain.mcore.model.config import ParallelConfig
 from distill_pretrain.train.config import TrainConfig
-from distill_pretrain.train.preflight import check_targets, check_teacher, ignored_caches
+from distill_pretrain.train.preflight import (
+    check_positions,
+    check_targets,
+    check_teacher,
+    ignored_caches,
+)
 from tests.data.test_canary import SEQ_LEN, VOCAB, Sampled, Text
 from tests.support.notices import noted
 
@@ -81,6 +87,7 @@ def test_what_a_cut_off_cache_keeps_is_said_at_the_start_and_below_nine_tenths_i
         ("label", "goes to the true next token"),
         ("ghost", "the sum alone"),
         ("uniform", "evenly over all ids"),
+        ("decoupled", "the sum alone"),
     ],
 )
 def test_what_becomes_of_the_rest_is_said(residual, words):
@@ -103,6 +110,31 @@ def test_kernels_that_are_insisted_on_must_take_every_token():
         said("topk", 513, kernel="cuda")
     with pytest.raises(ConfigError, match=r"objective\.kernel: cuda; found: 513 target entries"):
         said("topk", 512, kernel="cuda", residual="label")
+
+
+BUCKET = {"residual": "ghost", "divergence": "jensen_shannon"}
+
+
+@pytest.mark.parametrize("objective", [{"residual": "decoupled"}, BUCKET])
+def test_losses_over_kept_ids_refuse_samples(objective):
+    assert said("topk", 60, **objective)
+    with pytest.raises(ConfigError, match="sampled: which ids a sample keeps is chance"):
+        said("systematic", 20, **objective)
+
+
+def test_positions_are_not_chosen_by_the_entropy_of_a_sample():
+    assert said("topk", 60, positions="teacher_entropy")
+    assert said("systematic", 20, positions="student_entropy") == []
+    with pytest.raises(ConfigError, match=r"systematic; .*objective\.positions=student_entropy"):
+        said("systematic", 20, positions="teacher_entropy")
+
+
+def test_a_share_of_a_sequence_needs_whole_sequences():
+    chosen = ObjectiveConfig(kd_weight=1.0, positions="student_entropy")
+    check_positions(chosen, ParallelConfig(tensor=2))
+    check_positions(ObjectiveConfig(), ParallelConfig(context=2))
+    with pytest.raises(ConfigError, match=r"parallel\.context 2"):
+        check_positions(chosen, ParallelConfig(context=2))
 
 
 class Teacher:

@@ -88,6 +88,7 @@ class ComparisonPlan:
         plan._check_names()
         # Made once, here, so that a refused setting shows before any work.
         _ = plan.runs, plan.evaluations, plan.teacher
+        plan._check_targets()
         return plan
 
     @property
@@ -224,6 +225,18 @@ class ComparisonPlan:
                 "train": {"seed": seed, "output_dir": str(folder)},
             },
         )
+
+    def _check_targets(self) -> None:
+        assert self.recipe.capture
+        for run in self.runs:
+            kept = (self.recipe.capture.sets or {}).get(self.cells[run.cell].set or "")
+            if kept and kept.sampler not in TRUNCATED and run.recipe.objective.needs_truncated:
+                raise ConfigError(
+                    "the objective of a cell is for truncated targets, and its set is sampled",
+                    where=f"compare.cells.{run.cell}.objective",
+                    found=f"{self.cells[run.cell].set}: {kept.sampler}",
+                    expected=f"a set of {' or '.join(sorted(TRUNCATED))}",
+                )
 
     def _check_names(self) -> None:
         assert self.recipe.capture

@@ -56,6 +56,7 @@ def _chunked_head(
     kd_scale: torch.Tensor | None,
     vocab_size: int,
     numbers: typing.Sequence[float],
+    form: str,
     group: str | None,
     backend: str,
     row_weights: torch.Tensor | None,
@@ -64,7 +65,7 @@ def _chunked_head(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     loss = unflattened(
         *(labels, ids, probs, floor, bucket, kd_scale),
-        *(vocab_size, numbers, group, backend),
+        *(vocab_size, numbers, form, group, backend),
     )
     losses, terms, grad_hidden, grad_weight = head_and_loss(
         hidden,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from distill_pretrain.kernels.cuda.backend import Backend
-from distill_pretrain.kernels.sparse_kd.settings import LossSettings
+from distill_pretrain.kernels.sparse_kd.settings import Form, LossSettings
 from distill_pretrain.kernels.sparse_kd.targets import RowTargets
 
 
@@ -25,6 +25,7 @@ class Loss:
         vocab_size: V.
         settings: the rest; what they say of targets is in `targets` and `kd_scale` already.
         group: name of the process group over which the columns are split in rank order; None for whole rows.
+        form: how student and targets are compared; all but "forward_kl" need targets with a bucket.
         backend: what computes it, forward and backward; the same on all ranks of the group, whose collectives depend
             on it.
     """
@@ -36,6 +37,12 @@ class Loss:
     settings: LossSettings
     group: str | None
     backend: Backend
+    form: Form = "forward_kl"
+
+    @property
+    def row_temperature(self) -> float:
+        """The temperature at which whole rows are read; over kept ids and a bucket only kept ids have another."""
+        return self.settings.temperature if self.form == "forward_kl" else 1.0
 
     @property
     def num_entries(self) -> int:

@@ -13,7 +13,7 @@ import torch
 from distill_pretrain.kernels.cuda.backend import Backend
 from distill_pretrain.kernels.sparse_kd import stages
 from distill_pretrain.kernels.sparse_kd.loss import Loss
-from distill_pretrain.kernels.sparse_kd.settings import TERMS, LossSettings
+from distill_pretrain.kernels.sparse_kd.settings import TERMS, Form, LossSettings
 from distill_pretrain.kernels.sparse_kd.targets import RowTargets
 
 _NUM_TENSORS = 7
@@ -63,12 +63,13 @@ def _sparse_kd(
     kd_scale: torch.Tensor | None,
     vocab_size: int,
     numbers: typing.Sequence[float],
+    form: str,
     group: str | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     loss = unflattened(
         *(labels, ids, probs, floor, bucket, kd_scale),
-        *(vocab_size, numbers, group, backend),
+        *(vocab_size, numbers, form, group, backend),
     )
     losses, terms, saved = stages.forward(logits, loss)
     return losses, terms, *saved
@@ -104,12 +105,13 @@ def _sparse_kd_gradient_(
     grad_losses: torch.Tensor,
     vocab_size: int,
     numbers: typing.Sequence[float],
+    form: str,
     group: str | None,
     backend: str,
 ) -> None:
     loss = unflattened(
         *(labels, ids, probs, floor, bucket, kd_scale),
-        *(vocab_size, numbers, group, backend),
+        *(vocab_size, numbers, form, group, backend),
     )
     # The backend of the forward pass came with the settings: it alone knows what it saved.
     saved = stages.SAVED[loss.backend](saved_of_rows, saved_of_picks, saved_of_targets)
@@ -134,6 +136,7 @@ def flattened(loss: Loss) -> tuple[Argument, ...]:
         loss.kd_scale,
         loss.vocab_size,
         loss.settings.numbers,
+        loss.form,
         loss.group,
         loss.backend,
     )
@@ -148,6 +151,7 @@ def unflattened(
     kd_scale: torch.Tensor | None,
     vocab_size: int,
     numbers: typing.Sequence[float],
+    form: str,
     group: str | None,
     backend: str,
 ) -> Loss:
@@ -162,6 +166,7 @@ def unflattened(
         kd_scale=kd_scale,
         vocab_size=vocab_size,
         settings=LossSettings.of_numbers(numbers),
+        form=cast(Form, form),
         group=group,
         backend=cast(Backend, backend),
     )

@@ -82,7 +82,7 @@ class Problem:
         """Whether the kernels that know temperature, floor and bucket are needed."""
         targets = self.loss.targets
         with_targets = targets is not None and not (targets.floor is None is targets.bucket)
-        return self.loss.settings.temperature != 1.0 or with_targets
+        return self.loss.row_temperature != 1.0 or with_targets
 
     @property
     def has_bucket(self) -> bool:
@@ -90,8 +90,8 @@ class Problem:
         return self.loss.targets is not None and self.loss.targets.bucket is not None
 
 
-_SETTINGS = ("ce_weight", "z_loss", "temperature")
-"""Those of the loss's settings that the kernels read, in the order of `Arguments`."""
+_SETTINGS = ("ce_weight", "z_loss")
+"""Those of the loss's settings that the kernels read as they are, in the order of `Arguments`."""
 
 
 class Arguments(ctypes.Structure):
@@ -113,7 +113,7 @@ class Arguments(ctypes.Structure):
                 *("ids_are_wide", "vectors_per_block"),
             )
         ),
-        *((name, ctypes.c_float) for name in _SETTINGS),
+        *((name, ctypes.c_float) for name in (*_SETTINGS, "temperature")),
     ]
 
     num_ranks: int
@@ -135,6 +135,7 @@ class Arguments(ctypes.Structure):
             rank=problem.rank,
             vocab_size=loss.vocab_size,
             **{name: getattr(loss.settings, name) for name in _SETTINGS},
+            temperature=loss.row_temperature,
         )
         arguments._point("logits", logits)
         arguments._point("labels", loss.labels.contiguous())

@@ -266,6 +266,29 @@ def row_scalars(
     )
 
 
+def coarse_scalars(
+    sums: torch.Tensor, outside: torch.Tensor, lse: torch.Tensor, loss: Loss
+) -> RowScalars:
+    """Return the coefficients of a loss over kept ids and a bucket, whose slopes stand in the place of `probs`.
+
+    Args:
+        sums: packed, over all ranks.
+        outside: fp32[T], slope of the loss by the log of the sum outside.
+        lse: fp32[T], 0 without a label.
+        loss: of the rows.
+    """
+    at_label = (loss.labels >= 0).float() * loss.settings.ce_weight
+    return RowScalars(
+        at_one=at_label + 2.0 * loss.settings.z_loss * lse,
+        # Of exp(s) / sum outside; `gradient_` divides by the sum of the row.
+        at_tau=outside * sums[:, 1] / sums[:, 2].clamp(min=1.0),
+        at_tau_kept=torch.zeros_like(at_label),
+        floor=None,
+        at_label=at_label,
+        at_target=-torch.ones_like(at_label),
+    )
+
+
 def gradient_(
     logits: torch.Tensor,
     maxima: torch.Tensor,

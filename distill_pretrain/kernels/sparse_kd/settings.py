@@ -12,7 +12,10 @@ from typing import Literal, TypedDict, get_args
 
 from distill_pretrain.errors import ConfigError
 
-Residual = Literal["drop", "renormalise", "label", "ghost", "uniform"]
+Residual = Literal["drop", "renormalise", "label", "ghost", "uniform", "decoupled"]
+Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
+Form = Literal["forward_kl", "decoupled", "reverse_kl", "jensen_shannon"]
+"""How student and target are compared: by KL as the kernels finish it, or over kept ids and one bucket (`coarse`)."""
 TokenWeighting = Literal["none", "teacher_confidence"]
 
 TERMS = {"ce": "ce_weight", "kl": "kd_weight", "z": "z_loss"}
@@ -36,6 +39,9 @@ class LossSettings:
         residual: where the mass that a sparse target lacks goes.
         smoothing: a in [0, 1); targets become (1 - a) t + a / V.
         z_loss: weight of (log sum exp z)^2 where there is a label.
+        divergence: what is minimised; other ones than "forward_kl" compare the kept ids and one bucket of all others,
+            so with residual "ghost" at temperature 1, and only targets that were cut off, not sampled.
+        tail_weight: with residual "decoupled", weight of the term that tells kept ids from all others.
         token_weighting: "teacher_confidence" multiplies a position's divergence by its target's largest probability.
 
     Raises:
@@ -49,6 +55,8 @@ class LossSettings:
     residual: Residual = "drop"
     smoothing: float = 0.0
     z_loss: float = 0.0
+    divergence: Divergence = "forward_kl"
+    tail_weight: float = 1.0
     token_weighting: TokenWeighting = "none"
 
     def __post_init__(self) -> None:
@@ -56,6 +64,13 @@ class LossSettings:
             self._require(name, "at least 0", getattr(self, name) >= 0)
         self._require("temperature", "more than 0", self.temperature > 0)
         self._require("smoothing", "at least 0 and less than 1", 0 <= self.smoothing < 1)
+        self._require("tail_weight", "at least 0", self.tail_weight >= 0)
+        divergences = get_args(Divergence)
+        self._require("divergence", ", ".join(divergences), self.divergence in divergences)
+        if self.divergence != "forward_kl":
+            of = f" with divergence {self.divergence}"
+            self._require("residual", f"ghost{of}", self.residual == "ghost")
+            self._require("temperature", f"1{of}", self.temperature == 1.0)
         residuals, weightings = get_args(Residual), get_args(TokenWeighting)
         self._require("residual", ", ".join(residuals), self.residual in residuals)
         self._require(
@@ -70,9 +85,14 @@ class LossSettings:
             )
 
     @property
+    def form(self) -> Form:
+        """How student and target are compared."""
+        return "decoupled" if self.residual == "decoupled" else self.divergence
+
+    @property
     def numbers(self) -> list[float]:
-        """The settings that are numbers, in the order of the fields, as operations of torch take them."""
-        return [getattr(self, name) for name in _NUMBERS]
+        """The settings that are numbers or switches, in the order of the fields, as operations of torch take them."""
+        return [float(getattr(self, name)) for name in _NUMBERS]
 
     @classmethod
     def of_numbers(cls, numbers: Sequence[float]) -> LossSettings:
@@ -80,7 +100,8 @@ class LossSettings:
 
         The others, which tell how targets are prepared, are the defaults.
         """
-        return cls(**dict(zip(_NUMBERS, numbers, strict=True)))  # type: ignore[arg-type]
+        given = zip(_NUMBERS, numbers, strict=True)
+        return cls(**{name: _NUMBERS[name](value) for name, value in given})  # type: ignore[arg-type]
 
     @property
     def kd_scale(self) -> float:
@@ -88,7 +109,10 @@ class LossSettings:
         return self.kd_weight * (self.temperature**2 if self.temperature_squared else 1.0)
 
 
-_NUMBERS = tuple(field.name for field in fields(LossSettings) if field.type == "float")
+_TYPES: dict[object, type[float] | type[bool]] = {"float": float, "bool": bool}
+_NUMBERS = {
+    field.name: _TYPES[field.type] for field in fields(LossSettings) if field.type in _TYPES
+}
 
 
 class LossKeywords(TypedDict, total=False):
@@ -101,4 +125,6 @@ class LossKeywords(TypedDict, total=False):
     residual: Residual
     smoothing: float
     z_loss: float
+    divergence: Divergence
+    tail_weight: float
     token_weighting: TokenWeighting

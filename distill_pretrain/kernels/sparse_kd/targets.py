@@ -58,6 +58,9 @@ def prepare_targets(
         vocab_size: V.
     """
     temperature, residual, smoothing = settings.temperature, settings.residual, settings.smoothing
+    if residual == "decoupled":
+        # The temperature is that of the kept ids among themselves, which `coarse` applies.
+        temperature, residual = 1.0, "ghost"
     ids, probs = targets.ids, targets.probs
     mass = probs.sum(-1)
     if temperature != 1.0:
