@@ -259,7 +259,7 @@ class CheckpointStore:
         files = known | hash_files(temporary, names, durable=True)
         on_first_rank(publish)
 
-    def find(self, identity: dict[str, Any]) -> Checkpoint | None:
+    def find(self, identity: dict[str, Any], *, reads_files: bool = True) -> Checkpoint | None:
         """Find the newest sound checkpoint, if it belongs to this run; None where there is none yet.
 
         Every file is compared with its hash. A damaged checkpoint is set aside under another name, and the one
@@ -267,13 +267,14 @@ class CheckpointStore:
 
         Args:
             identity: what the checkpoint must share with this run.
+            reads_files: whether files but the record are compared; not where nobody will read them.
 
         Raises:
             CheckpointError: it belongs to another run, or every checkpoint is damaged.
         """
         while True:
             newest = on_first_rank(lambda: self._newest_readable(identity))
-            damage = newest.damage() if newest is not None else None
+            damage = newest.damage() if newest is not None and reads_files else None
             if newest is None or damage is None:
                 return newest
             on_first_rank(partial(self._set_aside, newest.folder, damage))

@@ -23,10 +23,13 @@ _log = logging.getLogger(__name__)
 
 
 def require_training(recipe: Recipe) -> None:
-    """Raise ConfigError where sections that training needs are missing, or weights go with a decay that is none."""
+    """Raise ConfigError where sections that training needs are missing, or ask for what there is not."""
     from_teacher = recipe.train is not None and recipe.train.start_from == FROM_TEACHER
     needs_teacher = recipe.objective.target == "teacher" or from_teacher
     require(recipe, "train", "data", "model", "train", *(["teacher"] if needs_teacher else []))
+    from distill_pretrain.mcore.model.layout import require_algorithm
+
+    require_algorithm(recipe.optimizer)
     if recipe.objective.with_decay and recipe.optimizer.decay_style == "constant":
         raise ConfigError(
             "a setting goes with the decay of the rate, and the rate does not decay",
@@ -79,19 +82,23 @@ def _train_phases(recipe: Recipe, callbacks: Sequence[Callback]) -> bool:
         _save(phase.recipe)
 
     with process_group():
-        removed = on_first_rank(lambda: _removed_phases(phases))
+        kept, removed = on_first_rank(lambda: _phases_behind(phases))
         for phase in phases:
             if phase.name in removed:
                 continue
             _log.info(f"== phase {phase.name}")
             with released_groups():
-                if _train_one(phase.recipe, callbacks, partial(save, phase)):
+                if _train_one(
+                    phase.recipe, callbacks, partial(save, phase), is_behind=phase.name in kept
+                ):
                     return True
     return False
 
 
-def _removed_phases(phases: Sequence[Phase]) -> frozenset[str]:
-    """Return the phases behind which another has begun, and whose checkpoints are gone: they are not trained again.
+def _phases_behind(phases: Sequence[Phase]) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the phases behind which another has begun: those with checkpoints, and those whose checkpoints are gone.
+
+    Neither are trained again.
 
     Raises:
         CheckpointError: a phase is to be longer or shorter than it was when the next one began.
@@ -114,14 +121,19 @@ def _removed_phases(phases: Sequence[Phase]) -> frozenset[str]:
                 expected=f"{last}, of its train.steps",
                 remedy="restore its train.steps, or set another train.output_dir",
             )
-    removed = zip(phases[:begun], newest, strict=False)
-    return frozenset(phase.name for phase, found in removed if not found)
+    behind = list(zip(phases[:begun], newest, strict=False))
+    kept = frozenset(phase.name for phase, found in behind if found)
+    return kept, frozenset(phase.name for phase, found in behind if not found)
 
 
 def _train_one(
-    recipe: Recipe, callbacks: Sequence[Callback], save_recipe: Callable[[], None]
+    recipe: Recipe,
+    callbacks: Sequence[Callback],
+    save_recipe: Callable[[], None],
+    *,
+    is_behind: bool = False,
 ) -> bool:
-    """Train the model of a recipe without phases; see `train_model`."""
+    """Train the model of a recipe without phases; see `train_model` and, for `is_behind`, `train_student`."""
     assert recipe.data and recipe.model and recipe.train
     from distill_pretrain.train.job import train_student
 
@@ -139,5 +151,6 @@ def _train_one(
         save_recipe=save_recipe,
         open_teacher=open_teacher if recipe.objective.target == "teacher" else None,
         start=start_of(recipe),
+        is_behind=is_behind,
         callbacks=callbacks,
     )

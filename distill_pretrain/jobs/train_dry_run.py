@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distill_pretrain.data.config import DataConfig
-from distill_pretrain.errors import ConfigError, LayoutError
+from distill_pretrain.errors import ConfigError, LayoutError, TokenDataError
 from distill_pretrain.jobs.console import say
 from distill_pretrain.jobs.phases import phases_of
 from distill_pretrain.jobs.plan.corpus import Corpus, corpus_of
@@ -28,6 +29,10 @@ from distill_pretrain.planning.memory import StudentJob, fullest_rank
 from distill_pretrain.planning.parameters import num_parameters, rank_shapes
 from distill_pretrain.processes.env import launch_world_size
 from distill_pretrain.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from distill_pretrain.corpus.sequence_plan import SequencePlan
+    from distill_pretrain.data.sources import SequenceData
 
 
 def dry_run(recipe: Recipe, world_size: int | None) -> None:
@@ -54,15 +59,52 @@ def dry_run(recipe: Recipe, world_size: int | None) -> None:
     if world_size is None and launch_world_size() == 1:
         world_size = plan_settings(recipe).gpus
     processes = world_size or launch_world_size()
-    corpus = corpus_of(recipe)
+    opened = _Opened()
+    corpus = corpus_of(recipe, opened.plan)
     job = student_job(recipe, corpus, world_size=processes)
     require_schedule(recipe.optimizer, recipe.train.steps)
     _require_caches(recipe)
     say(f"dry run: {recipe.train.output_dir}, {processes} processes")
-    for name, text in _facts(recipe, corpus, job):
+    for name, text in _facts(recipe, corpus, job, opened):
         say(f"  {name:<22}{text}")
     _require_room(recipe, corpus, job)
     say("nothing was loaded or written")
+
+
+class _Opened:
+    """The corpora of a dry run, each opened and planned once, however often it is asked for."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[object, ...], SequenceData] = {}
+
+    def sequences(self, data: DataConfig) -> SequenceData:
+        """Call `open_sequences` of data.tokens, unless that has been done with the same settings."""
+        from distill_pretrain.data.sources import open_sequences
+
+        key = tuple(getattr(data, name) for name in _OF_SEQUENCES)
+        if key not in self._found:
+            self._found[key] = open_sequences(data)
+        return self._found[key]
+
+    def plan(self, data: DataConfig) -> SequencePlan | None:
+        """Return the sequences of data.tokens; None where they are not here, or not what they should be."""
+        if not _index(data).is_file():
+            return None
+        try:
+            return self.sequences(data).plan
+        except TokenDataError:  # said once the rest has been checked
+            return None
+
+
+_OF_SEQUENCES = (
+    *("tokens", "vocab_size", "num_sequences"),
+    *("seq_len", "seed", "documents", "packing"),
+)
+"""Keys of the section data that decide what `open_sequences` returns."""
+
+
+def _index(data: DataConfig) -> Path:
+    return data.tokens.with_name(f"{data.tokens.name}.idx")
 
 
 def _require_caches(recipe: Recipe) -> None:
@@ -73,7 +115,9 @@ def _require_caches(recipe: Recipe) -> None:
     require_caches(recipe.data, 0.0 if online else recipe.objective.peak_kd_weight)
 
 
-def _facts(recipe: Recipe, corpus: Corpus, job: StudentJob) -> Iterator[tuple[str, str]]:
+def _facts(
+    recipe: Recipe, corpus: Corpus, job: StudentJob, opened: _Opened
+) -> Iterator[tuple[str, str]]:
     assert recipe.data and recipe.train
     train = recipe.train
     yield "layout", f"{layout_text(job)}, data parallel {job.data_parallel}"
@@ -97,8 +141,8 @@ def _facts(recipe: Recipe, corpus: Corpus, job: StudentJob) -> Iterator[tuple[st
     memory = fullest_rank(job)
     for figure in memory_figures(job, memory):
         yield figure.name, f"{figure.shown} ({figure.basis})"
-    yield from _start(recipe)
-    yield from _data(recipe)
+    yield from _start(recipe, opened)
+    yield from _data(recipe, opened)
 
 
 def _share(job: StudentJob, stage: int) -> int:
@@ -118,7 +162,7 @@ def _sequences(recipe: Recipe, corpus: Corpus) -> Iterator[int]:
         yield source.num_sequences or 0
 
 
-def _data(recipe: Recipe) -> Iterator[tuple[str, str]]:
+def _data(recipe: Recipe, opened: _Opened) -> Iterator[tuple[str, str]]:
     """Corpora and caches: opened and compared where they are there."""
     assert recipe.data
     from distill_pretrain.train.preflight import ignored_caches
@@ -127,17 +171,16 @@ def _data(recipe: Recipe) -> Iterator[tuple[str, str]]:
     assert recipe.train
     for ignored in ignored_caches(recipe.data, recipe.objective, recipe.train):
         yield "cache", ignored
-    yield from _held_out(recipe.data, recipe.train)
+    yield from _held_out(recipe.data, recipe.train, opened)
     for source in recipe.data.sources:
-        index = source.tokens.with_name(f"{source.tokens.name}.idx")
-        if not index.is_file():
+        if not _index(source).is_file():
             yield "corpus", f"{source.tokens}: not here, not checked"
             if uses_cache:
                 yield "cache", f"{source.cache}: not checked, for want of its corpus"
             continue
-        from distill_pretrain.data.sources import open_cache, open_sequences
+        from distill_pretrain.data.sources import open_cache
 
-        sequences = open_sequences(source)
+        sequences = opened.sequences(source)
         yield (
             "corpus",
             f"{source.tokens}: {sequences.num_sequences:,} sequences, ids in range; {sequences.plan.shares}",
@@ -156,26 +199,22 @@ def _data(recipe: Recipe) -> Iterator[tuple[str, str]]:
         )
 
 
-def _start(recipe: Recipe) -> Iterator[tuple[str, str]]:
+def _start(recipe: Recipe, opened: _Opened) -> Iterator[tuple[str, str]]:
     """The weights of train.start_from: opened and compared where they and the corpus are there."""
     assert recipe.data
     folder = start_folder(recipe)
     if folder is None:
         return
-    index = recipe.data.tokens.with_name(f"{recipe.data.tokens.name}.idx")
-    absent = [path for path in (folder, index) if not path.exists()]
+    absent = [path for path in (folder, _index(recipe.data)) if not path.exists()]
     if absent:
         yield "starts from", f"{folder}: not checked, for want of {', '.join(map(str, absent))}"
         return
-    from distill_pretrain.data.sources import open_sequences
-
-    weights = open_start(recipe, open_sequences(recipe.data))
+    weights = open_start(recipe, opened.sequences(recipe.data))
     yield "starts from", f"{folder}: {weights.description}, of the student's architecture"
 
 
-def _held_out(data: DataConfig, train: TrainConfig) -> Iterator[tuple[str, str]]:
+def _held_out(data: DataConfig, train: TrainConfig, opened: _Opened) -> Iterator[tuple[str, str]]:
     """What is scored while training, opened and compared where it is there."""
-    from distill_pretrain.data.sources import open_sequences
     from distill_pretrain.train.evaluation import open_held_out, require_held_out
 
     require_held_out(data, train)
@@ -189,7 +228,7 @@ def _held_out(data: DataConfig, train: TrainConfig) -> Iterator[tuple[str, str]]
     if absent:
         yield "held out", f"not checked, for want of {', '.join(map(str, absent))}"
         return
-    with open_held_out(data, train, open_sequences(data)) as held_out:
+    with open_held_out(data, train, opened.sequences(data)) as held_out:
         assert held_out is not None
         yield (
             "held out",

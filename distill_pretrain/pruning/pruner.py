@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from distill_pretrain.contracts import IGNORED_LABEL
+from distill_pretrain.errors import ConfigError
 from distill_pretrain.mcore.model.config import ModelConfig
 from distill_pretrain.pruning.choice import Kept, choose, choose_layers
 from distill_pretrain.pruning.config import PruneConfig, TargetConfig
@@ -57,6 +59,9 @@ class Pruner:
         device: to compute on.
         told: called with what is being done, again and again.
 
+    Raises:
+        ConfigError: no token is part of the loss.
+
     Attributes:
         scores: of the source.
         shape: of the source.
@@ -78,10 +83,12 @@ class Pruner:
         self.shape = Shape.of(source.model)
         self._config, self._device, self._told = config, device, told
         self._reported, self._vocab_size = reported, vocab_size
+        self._sample = _first(scored, config.loss_sequences)
+        for batches in (self._sample, reported):
+            _require_labels(batches)
         self._model = load_model(source.folder, config.dtype, device)
         told("scores")
         self.scores: Scores = collect_scores(self._model, (tokens for tokens, _ in scored))
-        self._sample = _first(scored, config.loss_sequences)
         self._without: dict[tuple[int, ...], float] = {}
         self._measured: dict[tuple[Shape, str, bool], float] = {}
         self.loss = self._loss(self._model, reported)
@@ -161,6 +168,18 @@ class Pruner:
 
     def _loss(self, model: Any, batches: Sequence[Batch]) -> float:
         return mean_loss(model, batches, vocab_size=self._vocab_size)
+
+
+def _require_labels(batches: Sequence[Batch]) -> None:
+    """Raise ConfigError where the loss of batches would be a mean over nothing."""
+    if not any(bool((labels != IGNORED_LABEL).any()) for _, labels in batches):
+        raise ConfigError(
+            "no token of the sequences whose loss is measured is part of the loss: the corpus leaves all of them out",
+            where="prune.loss_sequences",
+            found=f"{sum(len(tokens) for tokens, _ in batches)} sequences without a label",
+            expected="at least one token with a label",
+            remedy="raise it (and prune.num_sequences), set another prune.seed, or name a corpus without loss weights",
+        )
 
 
 def _first(batches: Sequence[Batch], count: int) -> list[Batch]:

@@ -34,6 +34,7 @@ from distill_pretrain.mcore.model.config import ModelConfig, OptimizerConfig, Pa
 from distill_pretrain.mcore.model.flops import training_flops_per_token
 from distill_pretrain.mcore.model.layout import (
     check_layout,
+    require_algorithm,
     require_backend,
     require_fusion,
     require_implementation,
@@ -164,6 +165,7 @@ def train_student(
     save_recipe: Callable[[], None],
     open_teacher: OpenTeacher | None = None,
     start: Start | None = None,
+    is_behind: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> bool:
     """Train, or go on training, the model of a recipe; whether it was asked to stop before the last step.
@@ -178,6 +180,7 @@ def train_student(
         save_recipe: writes the resolved recipe into the run folder; called once, on rank 0.
         open_teacher: loads the teacher; given where objective.target=teacher, and called on every rank.
         start: of train.start_from.
+        is_behind: a phase from whose end another has begun: its recipe is compared, its weights are not read again.
         callbacks: of the user; see `train.callbacks`.
     """
     assert (open_teacher is not None) == (objective.target == "teacher")
@@ -192,6 +195,7 @@ def train_student(
         online_teacher=open_teacher is not None,
     )
     check_positions(objective, parallel)
+    require_algorithm(optimizer)
     require_backend(optimizer)
     require_schedule(optimizer, train.steps)
     require_spec(model)
@@ -226,7 +230,7 @@ def train_student(
         for ignored in ignored_caches(data, objective, train):
             _log.info(ignored)
         exports = RunExports(train, identity, data.tokens, zero_stage=optimizer.zero_stage)
-        newest = checkpoints.find(identity)
+        newest = checkpoints.find(identity, reads_files=not is_behind)
         if newest is not None and newest.step >= train.steps:
             _log.info(f"already trained: {newest.folder}")
             return False

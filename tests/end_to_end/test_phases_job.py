@@ -299,6 +299,25 @@ def test_what_has_been_done_stays_what_it_was(job, unbroken, tmp_path, capsys):
     assert not (run / "short" / "checkpoints").exists()
 
 
+def test_files_of_a_phase_that_is_behind_are_not_read_again_those_of_the_last_are(
+    job, unbroken, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    job.cli("train", *arguments(run))
+    capsys.readouterr()
+    for name in ("short", "decay"):
+        newest = find_checkpoint(run / name)
+        largest = max(newest.files, key=lambda file: (newest.folder / file).stat().st_size)
+        content = bytearray((newest.folder / largest).read_bytes())
+        content[len(content) // 2] ^= 1
+        (newest.folder / largest).write_bytes(content)
+    job.cli("train", *arguments(run))
+    found = capsys.readouterr().err
+    assert found.count("already trained") == 2 and "set aside as step-00000004.bad" in found
+    assert not list((run / "short" / "checkpoints").glob("*.bad"))
+    assert curves(run) == curves(unbroken)
+
+
 def test_phases_of_several_layouts_are_those_of_one_process(job, tmp_path):
     phases = changed(1, parallel={"tensor": 2}, train={"micro_batch_size": 4})
     phases[2] = {**phases[2], "parallel": {"tensor": 1, "pipeline": 2}}

@@ -16,10 +16,11 @@ import distill_pretrain
 from distill_pretrain.checkpoint.hf.config import read_hf_model
 from distill_pretrain.checkpoint.store import find_checkpoint
 from distill_pretrain.cli.main import main
+from distill_pretrain.corpus.token_writer import TokenIndexWriter
 from distill_pretrain.pruning import pruner
 from tests.support.hf_folders import write_llama9
 from tests.support.jobs import Job, run_cli
-from tests.support.small_corpus import SEQ_LEN, VOCAB_SIZE, write_small_corpus
+from tests.support.small_corpus import NUM_SEQUENCES, SEQ_LEN, VOCAB_SIZE, write_small_corpus
 
 pytest.importorskip("transformers")
 
@@ -193,6 +194,11 @@ def nothing(folder: Path) -> None:
     pass
 
 
+def mask_all(folder: Path) -> None:
+    with TokenIndexWriter(folder / "corpus", VOCAB_SIZE) as writer:
+        writer.add_document(list(range(SEQ_LEN)) * NUM_SEQUENCES, weight=0.0)
+
+
 BAD: dict[str, tuple[Callable[[Path], None], dict[str, Any], str]] = {
     "no folder": (lambda f: shutil.rmtree(f / "source"), {}, "not a Hugging Face model folder"),
     "truncated": (truncate, {}, "damaged or cut short"),
@@ -222,6 +228,7 @@ BAD: dict[str, tuple[Callable[[Path], None], dict[str, Any], str]] = {
     ),
     "too few": (nothing, {"targets": {"a": {"parameters": "2k"}}}, "no shape within the search"),
     "no target": (nothing, {"targets": None}, "there is nothing to prune to"),
+    "all masked": (mask_all, {}, "no token of the sequences.*8 sequences without a label"),
     "too long a sample": (nothing, {"num_sequences": 13}, "at most 12"),
     "other files": (
         lambda f: (f / "out/half").mkdir(parents=True) or (f / "out/half/x").touch(),

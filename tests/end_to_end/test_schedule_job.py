@@ -70,6 +70,18 @@ def test_a_decay_that_has_begun_ends_as_it_began(job, at_once, capsys):
         assert said in capsys.readouterr().err
 
 
+def test_muon_is_refused_by_name_before_the_first_phase(job, tmp_path, capsys):
+    late = [{"name": "one"}, {"name": "two", "optimizer": {"algorithm": "muon"}}]
+    for more in ("optimizer.algorithm=muon", f"phases={json.dumps(late)}"):
+        for dry in ((), ("--dry-run",)):
+            arguments = (f"train.output_dir={tmp_path / 'run'}", "train.steps=2", more)
+            assert main(["train", str(job.recipe), *arguments, *dry]) == 2
+            error = capsys.readouterr().err
+            assert "optimizer.algorithm" in error and "Emerging-Optimizers" in error
+            assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_schedules_that_cannot_be_are_refused(job, tmp_path, capsys):
     for more, said in (
         ((*WSD, "optimizer.wsd_decay_steps=7"), "the decay would begin before the warm-up"),

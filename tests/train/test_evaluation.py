@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from distill_pretrain.cli.main import main
+from distill_pretrain.corpus.sequence_plan import SequencePlan
 from distill_pretrain.mcore.model.config import ParallelConfig
 from distill_pretrain.processes.process import process_group, released_groups
 from distill_pretrain.train.config import TrainConfig
@@ -299,3 +300,17 @@ def test_a_held_out_cache_that_does_not_fit_is_named_by_its_key(
     assert main(command(tokens, tmp_path / "run", *settings, "data.seed=5")) == 2
     error = capsys.readouterr().err
     assert "not captured on data.held_out_tokens" in error and "data.held_out_cache" in error
+
+
+def test_a_dry_run_plans_each_corpus_once(tokens, tmp_path, monkeypatch):
+    planned = []
+    init = SequencePlan.__init__
+
+    def counted(self, index, **settings):
+        planned.append(index)
+        init(self, index, **settings)
+
+    monkeypatch.setattr(SequencePlan, "__init__", counted)
+    settings = ["train.eval_interval=2", "data.num_sequences=null", "--dry-run"]
+    assert main(command(tokens, tmp_path / "run", *settings)) == 0
+    assert len(planned) == 2  # the corpus and the held-out text

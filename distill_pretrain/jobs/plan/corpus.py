@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,15 +32,33 @@ class Corpus:
     shares: PlanShares | None = None
 
 
-def corpus_of(recipe: Recipe) -> Corpus:
+def plan_of(data: DataConfig) -> SequencePlan | None:
+    """Open the sequences of the corpus, of which no token is read; None where it is not here."""
+    from distill_pretrain.corpus.sequence_plan import SequencePlan
+    from distill_pretrain.corpus.token_index import TokenIndex
+
+    try:
+        index = TokenIndex.open(data.tokens)
+        return SequencePlan(index, seq_len=data.seq_len, seed=data.seed, packing=data.packing)
+    except TokenDataError:  # nor is a short one, or part of one, what the recipe is for
+        return None
+
+
+def corpus_of(
+    recipe: Recipe, open_plan: Callable[[DataConfig], SequencePlan | None] = plan_of
+) -> Corpus:
     """Take the corpus's sizes from the section data, or from tokens.json beside the corpus.
+
+    Args:
+        recipe: with data.
+        open_plan: gives the sequences of the corpus.
 
     Raises:
         ConfigError: neither says them.
     """
     assert recipe.data
     vocab_size, num_sequences = recipe.data.vocab_size, recipe.data.num_sequences
-    plan = _plan_of(recipe.data)
+    plan = open_plan(recipe.data)
     if vocab_size is None or num_sequences is None:
         from distill_pretrain.corpus.tokens_record import TokensRecord
 
@@ -67,18 +86,6 @@ def corpus_of(recipe: Recipe) -> Corpus:
         num_sequences=num_sequences,
         shares=None if plan is None else plan.shares,
     )
-
-
-def _plan_of(data: DataConfig) -> SequencePlan | None:
-    """Open the sequences of the corpus, of which no token is read; None where it is not here."""
-    from distill_pretrain.corpus.sequence_plan import SequencePlan
-    from distill_pretrain.corpus.token_index import TokenIndex
-
-    try:
-        index = TokenIndex.open(data.tokens)
-        return SequencePlan(index, seq_len=data.seq_len, seed=data.seed, packing=data.packing)
-    except TokenDataError:  # nor is a short one, or part of one, what the recipe is for
-        return None
 
 
 def corpus_part(corpus: Corpus) -> Part:

@@ -172,6 +172,8 @@ class ParallelConfig(Section):
 class OptimizerConfig(Section):
     """AdamW and its learning-rate schedule."""
 
+    algorithm: Literal["adam", "muon"] = "adam"
+    """AdamW; muon is refused, and the message says what of it is missing here."""
     lr: float = Field(default=3e-4, gt=0, le=1e6)
     """Peak learning rate."""
     min_lr: float = Field(default=0.0, ge=0)

@@ -58,6 +58,28 @@ def require_backend(optimizer: OptimizerConfig) -> None:
         )
 
 
+def require_algorithm(optimizer: OptimizerConfig) -> None:
+    """Raise ConfigError where `optimizer.algorithm: muon` is asked for: see docs/decisions/0022-muon.md."""
+    if optimizer.algorithm == "adam":
+        return
+    found = []
+    for package in ("megatron-core", "emerging-optimizers"):
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"no {package}")
+    raise ConfigError(
+        "megatron-core's Muon is not supported: its state is not shared out by the distributed optimizer, so that a "
+        "checkpoint could not be resumed under another layout or backend",
+        where="optimizer.algorithm",
+        found=f"muon, with {' and '.join(found)}",
+        expected="adam",
+        remedy="set optimizer.algorithm: adam. To try Muon in megatron-core's own training loop: Python 3.12, "
+        "megatron-core 0.19 and `pip install git+https://github.com/NVIDIA-NeMo/Emerging-Optimizers@v0.4.0` (what PyPI "
+        "has under that name is a placeholder)",
+    )
+
+
 def require_schedule(optimizer: OptimizerConfig, steps: int) -> None:
     """Raise ConfigError where a wsd decay would begin before the warm-up has ended.
 
