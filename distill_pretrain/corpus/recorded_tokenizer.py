@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from distill_pretrain.corpus.config import BosMode
 from distill_pretrain.corpus.tokenizers import Tokenizer, load_tokenizer, sha256_of_hf_folder
 from distill_pretrain.corpus.tokens_record import TokensRecord
 from distill_pretrain.errors import TokenizerMismatch
+
+if TYPE_CHECKING:
+    from distill_pretrain.corpus.config import BosMode
 
 
 def tokenizer_sha256(kind: str, path: Path) -> str:

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from distill_pretrain.corpus.config import BosMode
 from distill_pretrain.errors import ConfigError
 
 if TYPE_CHECKING:
+    from distill_pretrain.corpus.config import BosMode
     from distill_pretrain.corpus.token_index import TokenIndex
+    from distill_pretrain.corpus.token_names import TokenNames
     from distill_pretrain.corpus.tokenizers import Tokenizer
 
 FIRST_TOKENS = 16
@@ -97,7 +98,7 @@ def ends_of_documents(tokenizer: Tokenizer) -> str:
     return f"documents begin with {begins} and end with {shown(tokenizer, tokenizer.eod_id)}"
 
 
-def shown(tokenizer: Tokenizer, token_id: int) -> str:
+def shown(tokenizer: TokenNames, token_id: int) -> str:
     """Write a token as the vocabulary does, and its id."""
     return f"{tokenizer.id_to_piece(token_id)!r} (id {token_id})"
 

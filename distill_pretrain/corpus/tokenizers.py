@@ -9,14 +9,16 @@ import shutil
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from distill_pretrain.corpus.config import BosMode
 from distill_pretrain.corpus.loss_marks import Offsets, without_offsets
 from distill_pretrain.corpus.special_tokens import FoundTokens
 from distill_pretrain.errors import ConfigError, MissingDependency
+
+if TYPE_CHECKING:
+    from distill_pretrain.corpus.config import BosMode
 
 HF_FILES = (
     "added_tokens.json",

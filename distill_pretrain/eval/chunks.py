@@ -103,10 +103,17 @@ def _whole_rows(chunk: LogitsChunk, group: dist.ProcessGroup) -> Iterator[Logits
     for rows in row_slices(len(chunk.logits), size * most):
         sent = chunk.logits.new_zeros(rows.stop - rows.start, most)
         sent[:, : widths[dist.get_rank(group)]] = chunk.logits[rows]
-        parts = [torch.empty_like(sent) for _ in range(size)]
-        # As bytes: gloo knows no bf16.
-        dist.all_gather(
-            [part.view(torch.uint8) for part in parts], sent.view(torch.uint8), group=group
-        )
-        whole = [part[:, :width] for part, width in zip(parts, widths, strict=True)]
-        yield LogitsChunk(first=chunk.first + rows.start, first_id=0, logits=torch.cat(whole, 1))
+        # Nothing but the whole rows is kept while others are made of another model.
+        logits, sent = _side_by_side(sent, widths, group), sent.new_empty(0)
+        yield LogitsChunk(first=chunk.first + rows.start, first_id=0, logits=logits)
+        del logits
+
+
+def _side_by_side(
+    sent: torch.Tensor, widths: Sequence[int], group: dist.ProcessGroup
+) -> torch.Tensor:
+    """The first columns of every rank's [rows, most], `widths` of them, in the order of the ranks."""
+    parts = [torch.empty_like(sent) for _ in widths]
+    # As bytes: gloo knows no bf16.
+    dist.all_gather([part.view(torch.uint8) for part in parts], sent.view(torch.uint8), group=group)
+    return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], 1)

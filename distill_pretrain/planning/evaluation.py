@@ -89,14 +89,15 @@ def evaluation_memory(
     some = min(SLICE_ELEMENTS, rows * vocab_size)
     # Rows with a label, their log-probabilities, the teacher's two, and a difference.
     scoring = some * (max(numbers) + _FP32 * (4 if has_teacher else 1))
-    if any(model.is_split for model in models):
-        # The ranks' columns side by side, and joined.
-        scoring += 2 * some * max(numbers)
+    # Of a model in parts the ranks' columns of some rows are gathered, and whole rows kept.
+    split = [model.bytes_per_number for model in models if model.is_split]
+    gathering = 3 * some * max(split, default=0)
+    chunks = [min(positions, m.chunk_tokens) * m.columns * m.bytes_per_number for m in models]
     return EvaluationMemory(
         weights=round(sum(m.parameters * m.bytes_per_number for m in models)),
         hidden=hidden + positions * per_position,
-        logits=sum(min(positions, m.chunk_tokens) * m.columns * m.bytes_per_number for m in models),
-        temporaries=max([scoring, *(_layer(model, positions) for model in models)]),
+        logits=sum(chunks) + some * sum(split),
+        temporaries=max([scoring, gathering, *(_layer(model, positions) for model in models)]),
         whole_logits=sum(positions * vocab_size * size for size in numbers),
     )
 

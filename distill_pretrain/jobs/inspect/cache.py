@@ -5,28 +5,26 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import numpy.typing as npt
+import yaml
 
 from distill_pretrain.cache.codec.files import tables_name
 from distill_pretrain.cache.codec.registry import CODECS
 from distill_pretrain.cache.finished_shards import FinishedShards
 from distill_pretrain.cache.plan import CachePlan
 from distill_pretrain.cache.reader import load_plan_of_extent
-from distill_pretrain.config import load_recipe
 from distill_pretrain.contracts import RaggedTargets
 from distill_pretrain.corpus.sequence_plan import SequencePlan
 from distill_pretrain.corpus.token_index import TokenIndex
-from distill_pretrain.corpus.tokenizers import Tokenizer
+from distill_pretrain.corpus.token_names import TokenNames
 from distill_pretrain.corpus.tokens_record import document_end_of
 from distill_pretrain.data.config import DataConfig
 from distill_pretrain.errors import DistillPretrainError
 from distill_pretrain.files.storage import Storage, is_remote, open_storage
 from distill_pretrain.jobs.console import say
 from distill_pretrain.jobs.inspect.facts import fact, find_tokenizer, short
-from distill_pretrain.jobs.recipe import Recipe
 
 SAMPLED_BLOCKS = 64
 EXAMPLE_POSITION = 32
@@ -253,13 +251,19 @@ def _largest(targets: RaggedTargets, row: int) -> list[tuple[int, float]]:
 
 def _captured_data(storage: Storage) -> DataConfig | None:
     """The section `data` of the recipe that the capture left in the cache."""
-    with TemporaryDirectory() as scratch:
-        path = Path(scratch) / "recipe.yaml"
-        try:
-            path.write_bytes(storage.read(path.name))
-            return load_recipe(Recipe, path).data
-        except (FileNotFoundError, DistillPretrainError):
-            return None
+    try:
+        # The other sections, and the seconds that their classes take, are not needed.
+        sections = yaml.safe_load(storage.read("recipe.yaml"))
+        return DataConfig.model_validate(sections["data"])
+    except (
+        FileNotFoundError,
+        DistillPretrainError,
+        yaml.YAMLError,
+        ValueError,
+        LookupError,
+        TypeError,
+    ):
+        return None
 
 
 def _places(storage: Storage, data: DataConfig | None) -> list[Path]:
@@ -289,7 +293,7 @@ def _corpus_of(data: DataConfig | None, plan: CachePlan) -> SequencePlan | None:
     return corpus if corpus.plan_id == plan.sequence_plan_id else None
 
 
-def _token(tokenizer: Tokenizer | None, token_id: int) -> str:
+def _token(tokenizer: TokenNames | None, token_id: int) -> str:
     if token_id < 0:
         return "none"
     return f"{token_id:>7}  {tokenizer.id_to_piece(token_id)!r}" if tokenizer else f"{token_id:>7}"

@@ -9,7 +9,7 @@ from distill_pretrain.errors import DistillPretrainError
 from distill_pretrain.jobs.console import say
 
 if TYPE_CHECKING:
-    from distill_pretrain.corpus.tokenizers import Tokenizer
+    from distill_pretrain.corpus.token_names import TokenNames
 
 
 def fact(name: str, value: object) -> None:
@@ -17,9 +17,9 @@ def fact(name: str, value: object) -> None:
     say(f"  {name:<22}{value}")
 
 
-def find_tokenizer(places: list[Path], sha256: str | None) -> Tokenizer | None:
-    """Load the tokenizer of that hash, from the first of some folders with a tokens.json that names it."""
-    from distill_pretrain.corpus.recorded_tokenizer import load_recorded_tokenizer
+def find_tokenizer(places: list[Path], sha256: str | None) -> TokenNames | None:
+    """Open the tokenizer of that hash, from the first of some folders with a tokens.json that names it."""
+    from distill_pretrain.corpus.token_names import recorded_token_names
     from distill_pretrain.corpus.tokens_record import TokensRecord
 
     for place in places:
@@ -28,7 +28,7 @@ def find_tokenizer(places: list[Path], sha256: str | None) -> Tokenizer | None:
         try:
             folder = TokensRecord.load(place)
             if sha256 in folder.tokenizer_digests:
-                return load_recorded_tokenizer(place, folder)
+                return recorded_token_names(place, folder)
         except DistillPretrainError:
             continue
     return None

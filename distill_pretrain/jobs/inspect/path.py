@@ -11,7 +11,7 @@ from distill_pretrain.jobs.console import say
 from distill_pretrain.jobs.inspect.facts import fact, find_tokenizer, short
 
 if TYPE_CHECKING:
-    from distill_pretrain.corpus.tokenizers import Tokenizer
+    from distill_pretrain.corpus.token_names import TokenNames
 
 FIRST_TOKENS = 48
 
@@ -109,7 +109,7 @@ def _show_tokens(prefix: Path) -> None:
     fact("begins with", repr(tokenizer.decode(first)) if tokenizer else f"ids {first}")
 
 
-def _named(tokenizer: Tokenizer | None, token_id: int | None) -> str:
+def _named(tokenizer: TokenNames | None, token_id: int | None) -> str:
     from distill_pretrain.corpus.special_tokens import shown
 
     if token_id is None:
