@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_pretrain.checkpoint.hf.config import CONFIG, HFModel, read_hf_model
+from distill_pretrain.checkpoint.hf.family import shortest_pattern
 from distill_pretrain.checkpoint.hf.files import WeightFiles, bullets
 from distill_pretrain.checkpoint.hf.load import check_hf_weights, start_from_hf
 from distill_pretrain.checkpoint.identity import TrainedModel, start_in_words, trained_model
@@ -28,7 +29,7 @@ from distill_pretrain.checkpoint.store import CheckpointStore, find_checkpoint
 from distill_pretrain.data.sources import SequenceData
 from distill_pretrain.errors import CheckpointError, DistillPretrainError, TokenizerMismatch
 from distill_pretrain.files.atomic import canonical_json
-from distill_pretrain.mcore.init.deep import residual_scaling
+from distill_pretrain.mcore.init.deep import activation_of, residual_scaling
 from distill_pretrain.mcore.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -45,8 +46,20 @@ _FUNCTION = (
     "kv_channels",
     "rotary_base",
     "rope_scaling_factor",
+    "rope_linear_factor",
+    "windowed_rotary_base",
+    "yarn",
+    "attention_scale_width",
+    "embedding_scale",
+    "zero_centred_norms",
+    "attention_temperature",
+    "attention_temperature_positions",
+    "sliding_window",
     "qkv_bias",
     "qk_norm",
+    "qk_norm_whole",
+    "attention_output_bias",
+    "mlp_bias",
     "norm_epsilon",
     "norm_placement",
     "tie_embeddings",
@@ -203,7 +216,7 @@ def _require_architecture(folder: Path, found: ModelConfig, wanted: ModelConfig)
     source, recipe = _function(found), _function(wanted)
     problems = [
         f"model.{key}: {source[key]} in the source, {recipe[key]} in the recipe"
-        for key in _FUNCTION
+        for key in source
         if not _are_equal(source[key], recipe[key])
     ]
     scaling = residual_scaling(wanted)
@@ -233,6 +246,10 @@ def _function(model: ModelConfig) -> dict[str, Any]:
         **model.model_dump(include=set(_FUNCTION)),
         "num_query_groups": model.num_query_groups or heads,
         "kv_channels": model.kv_channels or model.hidden_size // heads,
+        "activation": activation_of(model)[1],
+        "attention_layers": shortest_pattern(
+            [model.attention_of(layer) for layer in range(model.num_layers)]
+        ),
     }
 
 

@@ -293,22 +293,38 @@ def _layer_bytes(job: StudentJob, recomputed: frozenset[str]) -> float:
         kept = (query if llama else mixed) + query
         kept += 2 * context * (query if repeated else key)
     elif repeated:
-        kept = 3 * query + (0 if llama and not model.qk_norm else mixed - query)
+        kept = 3 * query + (
+            0 if llama and not (model.qk_norm or model.qk_norm_whole) else mixed - query
+        )
     else:
         kept = mixed + (query + key if llama else 0)
-    attention = e * (hidden + kept + query) + softmax
-    if model.qk_norm:
+    attention = e * (hidden + kept + query) + softmax + _window_bytes(job, query)
+    if model.qk_norm or model.qk_norm_whole:
         attention += norm_bytes(job, query) + norm_bytes(job, key)
     inner = 0.0 if "mlp" in recomputed else (5 if llama else 2) * model.ffn_hidden_size / t
     feed_forward = e * (hidden + inner)
     dropout = 2 * e * hidden if model.dropout else 0.0
-    return 2 * norm_bytes(job, hidden) + attention + feed_forward + dropout
+    norms = 4 if model.norm_placement == "sandwich" else 2
+    return norms * norm_bytes(job, hidden) + attention + feed_forward + dropout
+
+
+def _window_bytes(job: StudentJob, query: float) -> float:
+    """Return what a layer with a window keeps besides, per position, on average over the layers.
+
+    A window of queries at a time makes an output, all of them joined again, and a mask of twice as many keys.
+    """
+    model, window = job.model, job.model.sliding_window
+    if window is None or window >= job.seq_len:
+        return 0.0
+    kinds = [model.attention_of(layer) for layer in range(model.num_layers)]
+    masks = 2 * window * (1 + job.bytes_per_activation) / job.micro_batch_size
+    return kinds.count("w") / len(kinds) * (job.bytes_per_activation * query + masks)
 
 
 def _head_bytes(job: StudentJob) -> int:
     """Final norm and the input of the LM head, per position."""
     hidden = job.model.hidden_size / job.sequence_split
-    norm = norm_bytes(job, hidden) if job.model.norm_placement == "pre" else 0.0
+    norm = norm_bytes(job, hidden) if job.model.norm_placement != "post" else 0.0
     return round(norm + job.bytes_per_activation * hidden)
 
 

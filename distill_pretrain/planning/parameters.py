@@ -42,8 +42,16 @@ def layer_shapes(model: ModelConfig, tensor: int) -> list[Shape]:
         shapes += [(hidden,), (qkv,), (inner,), (hidden,)]
     if model.qkv_bias:
         shapes.append((qkv,))
+    if model.norm_placement == "sandwich":
+        shapes += [*norm, *norm]
     if model.qk_norm:
         shapes += [(width,), (width,)]
+    if model.qk_norm_whole:
+        shapes += [(heads,), (groups * width // tensor,)]
+    if model.attention_output_bias:
+        shapes.append((hidden,))
+    if model.mlp_bias:
+        shapes += [(inner,), (hidden,)]
     return shapes
 
 
@@ -69,7 +77,7 @@ def rank_shapes(
         if model.arch == "gpt2":
             shapes.append((seq_len, model.hidden_size))
     if is_last:
-        if model.norm_placement == "pre":
+        if model.norm_placement != "post":
             shapes += [(model.hidden_size,)] * (1 if model.arch == "llama" else 2)
         # A tied head on a stage of its own has a copy of the embedding.
         if not (model.tie_embeddings and is_first):

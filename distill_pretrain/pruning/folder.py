@@ -22,6 +22,7 @@ from distill_pretrain.checkpoint.hf.files import (
     write_index,
 )
 from distill_pretrain.checkpoint.hf.load import check_hf_weights
+from distill_pretrain.checkpoint.hf.nested import text_part
 from distill_pretrain.checkpoint.hf.registry import families
 from distill_pretrain.checkpoint.hf.save import MAX_SHARD_BYTES
 from distill_pretrain.checkpoint.record import hash_files
@@ -69,7 +70,7 @@ class Source:
             raise unsupported(folder, found.family)
         return cls(
             folder=folder,
-            config=json.loads((folder / CONFIG).read_bytes()),
+            config=_own_config(folder),
             model=found.model,
             vocab_size=found.vocab_size,
             files=check_hf_weights(folder),
@@ -99,12 +100,25 @@ class Source:
                 config.pop(key, None)
             for key in ("model_type", "architectures", "sliding_window"):
                 config[key] = known[key]
-        if config.get("layer_types"):
-            config["layer_types"] = config["layer_types"][: model.num_layers]
+        own = families()[self.config["model_type"]].config(model, config["max_position_embeddings"])
+        for key in ("layer_types", "no_rope_layers"):
+            if key in own:
+                config[key] = own[key]
+            elif config.get(key):
+                config[key] = config[key][: model.num_layers]
         dtypes = {short: name for name, short in DTYPE_NAMES.items()}
         for key in {"dtype", "torch_dtype"} & set(config) or {"torch_dtype"}:
             config[key] = dtypes[self.dtype]
         return config
+
+
+def _own_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json; that of the text model alone, which is what becomes smaller, where it nests one."""
+    raw = json.loads((folder / CONFIG).read_bytes())
+    config = text_part(raw)
+    if config is raw:
+        return config
+    return {**config, "architectures": [families()[config["model_type"]].architecture]}
 
 
 def unsupported(where: Path, family: str) -> CheckpointError:

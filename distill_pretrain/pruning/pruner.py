@@ -110,8 +110,8 @@ class Pruner:
         if target.parameters is not None:
             found = self._search(name, target)
             shape = found.shape
-        model = with_shape(self.source.model, shape)
         kept = self._kept(shape, target)
+        model = with_shape(self.source.model, shape, kept.layers)
         tensors = self._cuts(model, kept)
         return PrunedModel(
             model=model,
@@ -127,8 +127,9 @@ class Pruner:
             key = (shape, target.layer_score, target.contiguous)
             if key not in self._measured:
                 self._told("shapes")
-                model = with_shape(self.source.model, shape)
-                tensors = self._cuts(model, self._kept(shape, target))
+                kept = self._kept(shape, target)
+                model = with_shape(self.source.model, shape, kept.layers)
+                tensors = self._cuts(model, kept)
                 self._measured[key] = self._loss(self._built(model, tensors), self._sample)
             return self._measured[key]
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from distill_pretrain.checkpoint.hf.family import shortest_pattern
 from distill_pretrain.checkpoint.hf.registry import correspondence
 from distill_pretrain.errors import ConfigError
 from distill_pretrain.mcore.model.config import ModelConfig
@@ -45,10 +46,21 @@ class Shape:
         return f"{self.num_layers} layers x {self.hidden_size}, ffn {self.ffn_hidden_size}, {heads}"
 
 
-def with_shape(model: ModelConfig, shape: Shape) -> ModelConfig:
-    """Return the architecture of a model in other sizes."""
+def with_shape(
+    model: ModelConfig, shape: Shape, layers: Sequence[int] | None = None
+) -> ModelConfig:
+    """Return the architecture of a model in other sizes.
+
+    Args:
+        model: the source's.
+        shape: other sizes.
+        layers: of the source that are kept, which keep their kind of attention; None takes the first ones.
+    """
     width = model.kv_channels or model.hidden_size // model.num_attention_heads
-    return model.model_copy(update={**vars(shape), "kv_channels": width})
+    kept = range(shape.num_layers) if layers is None else layers
+    kinds = shortest_pattern([model.attention_of(layer) for layer in kept])
+    update = {**vars(shape), "kv_channels": width, "attention_layers": kinds}
+    return model.model_copy(update=update)
 
 
 def num_parameters(model: ModelConfig, *, vocab_size: int) -> int:

@@ -32,6 +32,16 @@ CLASSES = ("gpt", "hybrid")
 STEPS = 3
 SCALED_ROPE = {**SMALL, "rotary_base": 1000000, "rope_scaling_factor": 8.0}
 
+OLMO3 = {
+    **SMALL,
+    "norm_placement": "reordered",
+    "qk_norm_whole": True,
+    "attention_layers": "wf",
+    "sliding_window": 7,
+    "yarn": {"factor": 4.0, "original_positions": 8, "full_layers_only": True},
+}
+SMOLLM3 = {**SMALL, "attention_layers": "fn", "mlp_bias": True, "attention_output_bias": True}
+
 ALONE: dict[str, dict[str, Any]] = {
     "llama": {"model": SMALL, "kd": True},
     "chunked head": {"model": SMALL, "kd": True, "chunk_tokens": 24},
@@ -42,6 +52,8 @@ ALONE: dict[str, dict[str, Any]] = {
     "completep": {"model": {**SMALL, "init": "completep", "base_hidden_size": 16}},
     "deepnorm": {"model": {**SMALL, "init": "deepnorm", "norm_placement": "post"}},
     "bf16": {"model": SMALL, "precision": "bf16"},
+    "olmo 3": {"model": OLMO3},
+    "smollm3": {"model": SMOLLM3},
 }
 TOGETHER: dict[str, dict[str, Any]] = {
     "tp2": {"model": DROPOUT, "parallel": {"tensor": 2}},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,12 @@ from distill_pretrain.mcore.init import moments
 from distill_pretrain.mcore.init.moments import Moments
 
 TOKENS, SETTINGS = 1 << 19, 16
-FUNCTIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+FUNCTIONS = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
 
 # Percent, at the median and the 90th percentile of the settings: forward variance, gradient variance.
 PUBLISHED = {
@@ -158,6 +164,7 @@ COMPONENTS: dict[str, Callable[[Sampler], Outcome]] = {
     "linear": linear,
     "relu": pointwise("relu"),
     "gelu": pointwise("gelu"),
+    "gelu_tanh": pointwise("gelu_tanh"),
     "layer_norm": layer_norm,
     "dropout": dropout,
     "softmax": softmax,

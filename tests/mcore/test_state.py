@@ -16,6 +16,8 @@ from tests.support.checkpoints import save_student
 from tests.support.distributed import run_distributed
 from tests.support.layouts import LLAMA, make_job, take_step
 
+# Its norms of queries and keys are shared out among tensor-parallel ranks.
+OLMO = {**LLAMA, "qk_norm_whole": True, "norm_placement": "reordered"}
 DROPOUT = {**LLAMA, "dropout": 0.2}
 
 
@@ -84,7 +86,7 @@ def resume_distributed_optimizer(folder: str) -> dict[str, Any]:
     tensor = ParallelConfig(distributed_optimizer=True, tensor=2)
     with process_group():
         with released_groups(), model_parallel(data, seed=1) as groups:
-            student, batches = make_job(LLAMA, data, groups, kd=True, steps=8)
+            student, batches = make_job(OLMO, data, groups, kd=True, steps=8)
             for step in (0, 1):
                 take_step(student, batches, step)
             save_student(student, Path(folder))
@@ -99,7 +101,7 @@ def resume_distributed_optimizer(folder: str) -> dict[str, Any]:
             ("tp2", tensor, of_context),
         ):
             with released_groups(), model_parallel(layout, seed=1) as groups:
-                student, batches = make_job(LLAMA, layout, groups, kd=True, steps=8)
+                student, batches = make_job(OLMO, layout, groups, kd=True, steps=8)
                 load_student(student, source)
                 if name == "cp2":
                     save_student(student, of_context)

@@ -64,6 +64,36 @@ CASES |= {
         "precision": "bf16",
     },
 }
+OLMO = {"norm_placement": "reordered", "qk_norm_whole": True, "attention_layers": "wf"}
+BIASED = {"qkv_bias": True, "attention_output_bias": True, "mlp_bias": True}
+CASES |= {
+    "olmo 3, tp": {
+        "model": {**LLAMA, **OLMO, "sliding_window": 16, "num_query_groups": 2},
+        "parallel": {"tensor": 2, "sequence_parallel": True},
+    },
+    "gemma 3": {
+        "model": {
+            **LLAMA,
+            "norm_placement": "sandwich",
+            "zero_centred_norms": True,
+            "qk_norm": True,
+            "attention_layers": "wf",
+            "sliding_window": 16,
+        },
+        "precision": "bf16",
+    },
+    "biases, attention temperature, yarn, layers without rope": {
+        "model": {
+            **LLAMA,
+            **BIASED,
+            "attention_layers": "fn",
+            "attention_temperature": 0.1,
+            "attention_temperature_positions": 8,
+            "yarn": {"factor": 4.0, "original_positions": 16},
+        },
+        "precision": "bf16",
+    },
+}
 CASES |= {
     "llama, chunked head, tp": {
         "model": LLAMA,

@@ -261,6 +261,14 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "gpt_oss": {**SIZES, **EXPERTS, "num_local_experts": 4},
     "granitemoe": {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3": {**SIZES, "head_dim": 8},
+    "qwen3_next": {
+        **SIZES,
+        **EXPERTS,
+        "shared_expert_intermediate_size": 16,
+        "num_hidden_layers": 4,
+        **{f"linear_num_{name}_heads": 2 for name in ("key", "value")},
+        **{f"linear_{name}_head_dim": 8 for name in ("key", "value")},
+    },
     "gemma2": {**SIZES, "head_dim": 8},
     "opt": {"vocab_size": 200, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2}
     | {"num_attention_heads": 4, "max_position_embeddings": 64, "word_embed_proj_dim": 32},

@@ -210,6 +210,34 @@ def test_a_head_is_tied_where_config_json_says_so_or_where_there_is_none(tmp_pat
         logits_of(tmp_path)
 
 
+def test_kind_megatron_reads_the_text_model_and_prune_writes_it_alone(tmp_path):
+    from distill_pretrain.mcore.model.config import ParallelConfig
+    from distill_pretrain.mcore.runtime.parallel import model_parallel
+    from distill_pretrain.pruning.folder import Source
+    from distill_pretrain.teacher.engines import open_engine
+
+    nested("mistral3").save_pretrained(tmp_path)
+    change_files(tmp_path, without_eyes)
+    expected = logits_of(tmp_path)
+    sizes = {"vocab_size": VOCAB_SIZE, "seq_len": SEQ_LEN}
+    for change in (dict, with_old_names):
+        change_files(tmp_path, change)
+        check_model_folder(TeacherConfig(kind="megatron", path=tmp_path), **sizes)
+        with process_group(), model_parallel(ParallelConfig(), seed=0):
+            engine = open_engine("megatron", tmp_path, "fp32", **sizes)
+            torch.testing.assert_close(engine.logits(given()), expected, rtol=0, atol=1e-5)
+    source = Source.open(tmp_path)
+    assert source.config["architectures"] == ["Ministral3ForCausalLM"]
+    assert source.config["model_type"] == "ministral3" and "vision_config" not in source.config
+    change_files(
+        tmp_path, lambda tensors: {n: t for n, t in tensors.items() if "layers.1.mlp" not in n}
+    )
+    with pytest.raises(
+        DistillPretrainError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is missing"
+    ):
+        check_model_folder(TeacherConfig(kind="megatron", path=tmp_path), **sizes)
+
+
 def split_logits(folder: str, kinds: list[str]) -> dict[str, list[Any]]:
     """This rank's columns of each folder's logits, of two ranks that hold the teacher together."""
     torch.set_num_threads(1)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_pretrain.checkpoint.hf.family import DTYPE_NAMES, dtype_of, general_problems
+from distill_pretrain.checkpoint.hf.nested import text_part
 from distill_pretrain.checkpoint.hf.registry import families, family_of, why_not
 from distill_pretrain.errors import CheckpointError
 from distill_pretrain.mcore.model.config import ModelConfig
@@ -35,12 +36,12 @@ class HFModel:
 
 
 def read_hf_model(path: Path) -> HFModel:
-    """Describe the model of a Hugging Face folder, from its config.json alone.
+    """Describe the (text) model of a Hugging Face folder, from its config.json alone.
 
     Raises:
         CheckpointError: no such folder, or a model that megatron-core cannot represent; lists every reason.
     """
-    raw = _read_json(path / CONFIG)
+    raw = text_part(_read_json(path / CONFIG))
     family = families().get(str(raw.get("model_type")))
     if family is None:
         problems = [why_not(raw.get("model_type")), *general_problems(raw)]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from distill_pretrain.checkpoint.hf.tensors import Correspondence
+from distill_pretrain.mcore.init.deep import activation_of
 from distill_pretrain.mcore.model.config import ModelConfig
 
 Raw = Mapping[str, Any]
@@ -14,14 +15,44 @@ Raw = Mapping[str, Any]
 
 DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
-PIECES = ("rope_scaling_factor", "qkv_bias", "qk_norm", "norm_placement")
-"""Keys of the section model that a family has or has not; a model without any has their defaults."""
+_KEYS = (
+    "activation",
+    "attention_output_bias",
+    "attention_scale_width",
+    "attention_temperature",
+    "embedding_scale",
+    "mlp_bias",
+    "qk_norm",
+    "qk_norm_whole",
+    "qkv_bias",
+    "rope_linear_factor",
+    "rope_scaling_factor",
+    "windowed_rotary_base",
+    "yarn",
+    "zero_centred_norms",
+)
+NO_ROPE, WINDOW = "attention_layers: n", "attention_layers: w"
+REORDERED, SANDWICH = "norm_placement: reordered", "norm_placement: sandwich"
 
 
 def pieces_of(model: ModelConfig) -> frozenset[str]:
-    """Return the keys in which a model differs from a plain one of its `arch`."""
+    """Return the keys, or `key: value`, in which a model differs from a plain one of its `arch`."""
     fields = ModelConfig.model_fields
-    return frozenset(name for name in PIECES if getattr(model, name) != fields[name].default)
+    found = {name for name in _KEYS if getattr(model, name) != fields[name].default}
+    if model.activation == activation_of(model.model_copy(update={"activation": None}))[1]:
+        found -= {"activation"}
+    found |= {f"attention_layers: {kind}" for kind in model.attention_kinds - {"f"}}
+    if model.norm_placement != "pre":
+        found.add(f"norm_placement: {model.norm_placement}")
+    return frozenset(found)
+
+
+def shortest_pattern(kinds: Sequence[str]) -> str:
+    """Return the shortest `model.attention_layers` that gives the layers these letters."""
+    for length in range(1, len(kinds)):
+        if all(kind == kinds[i % length] for i, kind in enumerate(kinds)):
+            return "".join(kinds[:length])
+    return "".join(kinds)
 
 
 def nothing_more(raw: Raw) -> list[str]:
@@ -42,7 +73,7 @@ class Family:
         section: config.json without problems -> the section model.
         config: (model, longest sequence) -> the keys of config.json that are not of every family.
         problems: what of a config.json cannot be computed, a line each.
-        always: pieces (`PIECES`) that every model of the family has.
+        always: pieces (`pieces_of`) that every model of the family has.
         options: pieces that it may have.
         cannot_write: why a model with these pieces is not one of its class; None where it is.
         prunes: whether `prune` takes it.

@@ -11,12 +11,13 @@ import math
 import os
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+from distill_pretrain.checkpoint.hf.nested import RENAMED, is_of_other_part, renamed
 from distill_pretrain.errors import CheckpointError
 from distill_pretrain.files.atomic import fsync_path, publish_bytes
 
@@ -40,14 +41,21 @@ class WeightFiles:
     Attributes:
         folder: where they are.
         files: tensor name -> file name.
+        stored: tensor name -> its name in the file, where that is another.
     """
 
     folder: Path
     files: dict[str, str]
+    stored: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(
-        cls, folder: Path, expected: Mapping[str, tuple[int, ...]], *, tied: tuple[str, str] | None
+        cls,
+        folder: Path,
+        expected: Mapping[str, tuple[int, ...]],
+        *,
+        tied: tuple[str, str] | None,
+        nested: bool = False,
     ) -> WeightFiles:
         """Find every tensor and compare names, shapes and dtypes with what the model needs; reads headers only.
 
@@ -55,6 +63,7 @@ class WeightFiles:
             folder: with model.safetensors, or model.safetensors.index.json and its files.
             expected: tensor name -> shape.
             tied: head and embedding of a tied model; the head may be stored too if it is the same.
+            nested: other models are beside the text model: their tensors are left out.
 
         Raises:
             CheckpointError: a file is missing or damaged, or tensors are missing, not of the model, or of another
@@ -62,15 +71,29 @@ class WeightFiles:
         """
         named = file_names(folder)
         found: dict[str, tuple[str, tuple[int, ...], str]] = {}
+        stored: dict[str, str] = {}
+        remedy = "download the folder again, or correct its config.json"
         for file in sorted(set(named.values()) if named else {SINGLE}):
-            for name, shape, dtype in header(folder / file):
-                found[name] = (file, shape, dtype)
+            for own_name, shape, dtype in header(folder / file):
+                if nested and is_of_other_part(own_name):
+                    continue
+                name = renamed(own_name, RENAMED) if nested else own_name
+                found[name], stored[name] = (file, shape, dtype), own_name
         files = {name: file for name, (file, _, _) in found.items()}
-        weights = cls(folder=folder, files=files)
+        weights = cls(folder=folder, files=files, stored=stored)
         extra = [n for n in files if n not in expected and not n.endswith(_COMPUTED)]
-        if tied is not None and tied[0] in extra and weights.same(*tied):
+        problems = []
+        if tied is not None and tied[0] in extra:
             extra.remove(tied[0])
-        problems = [f"{name} is missing" for name in expected if name not in found]
+            if not weights.same(*tied):
+                problems.append(f"{tied[0]} and {tied[1]} differ, though config.json ties them")
+                remedy = (
+                    "set tie_word_embeddings: false in config.json if the head is the model's own"
+                )
+        missing = [name for name in expected if name not in found]
+        problems += [f"{name} is missing" for name in missing]
+        if missing == ["lm_head.weight"] and tied is None:
+            remedy = "set tie_word_embeddings: true in config.json if the head is the embedding"
         problems += [f"{name} is not of this model" for name in extra]
         for name, shape in expected.items():
             _, found_shape, dtype = found.get(name, ("", shape, _READABLE[0]))
@@ -82,7 +105,7 @@ class WeightFiles:
             raise CheckpointError(
                 "the weights are not those of the model in config.json:\n" + bullets(problems),
                 where=folder,
-                remedy="download the folder again, or correct its config.json",
+                remedy=remedy,
             )
         return weights
 
@@ -90,7 +113,7 @@ class WeightFiles:
         """Read a part of a tensor, as stored; pages of the rest are not touched."""
         # Opened for each part: what a mapping has read stays in memory until the file is closed.
         with _safe_open(self.folder / self.files[name]) as file:
-            part: torch.Tensor = file.get_slice(name)[index]
+            part: torch.Tensor = file.get_slice(self.stored.get(name, name))[index]
             return part
 
     def same(self, name: str, other: str) -> bool:

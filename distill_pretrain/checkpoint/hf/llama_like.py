@@ -26,7 +26,7 @@ def llama_like(
     title: str,
     architecture: str,
     defaults: dict[str, Any],
-    keys: dict[str, Any],
+    keys: dict[str, Any] | Callable[[ModelConfig], dict[str, Any]],
     always: frozenset[str] = frozenset(),
     options: frozenset[str] = frozenset(),
     problems: Callable[[Raw], list[str]] = nothing_more,
@@ -34,6 +34,12 @@ def llama_like(
     cannot_write: Callable[[ModelConfig], str | None] = lambda model: None,
     tensors: type[Correspondence] = LlamaTensors,
     prunes: bool = True,
+    activations: tuple[str, ...] = ("silu", "swish"),
+    rotary: tuple[
+        Callable[[Raw], list[str]],
+        Callable[[Raw], dict[str, Any]],
+        Callable[[ModelConfig], dict[str, Any]],
+    ] = (rope_problems, rope_section, rope_config),
 ) -> Family:
     """Make a family of RMSNorm, gated feed-forward blocks and rotary embeddings.
 
@@ -42,31 +48,37 @@ def llama_like(
         title: see `Family`.
         architecture: see `Family`.
         defaults: what transformers takes for keys that a config.json does not have.
-        keys: of config.json, the same for all models of the family.
+        keys: of config.json, beside those that all of them have.
         always: see `Family`.
-        options: see `Family`; Llama 3's rotary scaling is one of all of them.
+        options: see `Family`; linear, Llama 3's and YaRN's scaling of rotary embeddings are options of all of them.
         problems: refusals beside those that all of them have; reads defaults too.
         section: keys of the section model beside those that all of them have.
         cannot_write: see `Family`.
         tensors: see `Family`.
         prunes: see `Family`.
+        activations: values of hidden_act that mean the family's activation.
+        rotary: refusals, keys of the section model and keys of config.json for rotary embeddings.
     """
 
     def whole(raw: Raw) -> dict[str, Any]:
         return {**defaults, **raw}
 
     def all_problems(raw: Raw) -> list[str]:
-        return [*_problems(whole(raw)), *problems(whole(raw)), *rope_problems(whole(raw))]
+        everything = whole(raw)
+        return [*_problems(everything, activations), *problems(everything), *rotary[0](everything)]
 
     def model(raw: Raw) -> ModelConfig:
-        return ModelConfig(**{**_section(whole(raw)), **section(whole(raw))})
+        everything = whole(raw)
+        return ModelConfig(**_section(everything), **rotary[1](everything), **section(everything))
 
     def config(model: ModelConfig, max_positions: int) -> dict[str, Any]:
         return {
             "architectures": [architecture],
             "model_type": model_type,
-            **keys,
             **_config(model, max_positions),
+            "hidden_act": activations[0],
+            **rotary[2](model),
+            **(keys(model) if callable(keys) else keys),
         }
 
     return Family(
@@ -79,25 +91,42 @@ def llama_like(
         config=config,
         problems=all_problems,
         always=always,
-        options=options | {"rope_scaling_factor"},
+        options=options | {"rope_linear_factor", "rope_scaling_factor", "yarn"},
         cannot_write=cannot_write,
         prunes=prunes,
     )
 
 
-def _problems(raw: Raw) -> list[str]:
+def _problems(raw: Raw, activations: tuple[str, ...]) -> list[str]:
     problems = general_problems(raw)
     problems += [f"{key} is missing" for key in _SIZES if raw.get(key) is None]
-    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
-        problems.append(f"hidden_act: {raw['hidden_act']} (silu is supported)")
-    if raw.get("attention_bias"):
-        problems.append("attention_bias: true puts a bias on o_proj")
-    if raw.get("mlp_bias"):
-        problems.append("mlp_bias: true puts biases on the feed-forward block")
-    other = sorted({str(kind) for kind in raw.get("layer_types") or []} - {"full_attention"})
-    if other:
-        problems.append(f"layer_types: {', '.join(other)}")
+    if raw.get("hidden_act", activations[0]) not in activations:
+        problems.append(f"hidden_act: {raw['hidden_act']} ({activations[0]} is supported)")
     return problems + _head_problems(raw)
+
+
+def only_full_layers(raw: Raw) -> list[str]:
+    """Refuse layers of other kinds than full attention."""
+    other = sorted({str(kind) for kind in raw.get("layer_types") or []} - {"full_attention"})
+    return [f"layer_types: {', '.join(other)}"] if other else []
+
+
+ATTENTION_BIASES = frozenset({"qkv_bias", "attention_output_bias"})
+
+
+def attention_biases(raw: Raw) -> dict[str, Any]:
+    """Return the keys of the section model for attention_bias, on all four projections."""
+    return dict.fromkeys(sorted(ATTENTION_BIASES), bool(raw.get("attention_bias")))
+
+
+def half_of_the_biases(model: ModelConfig) -> str | None:
+    """Say that biases of some projections alone cannot be written as attention_bias."""
+    if model.qkv_bias == model.attention_output_bias:
+        return None
+    return (
+        f"qkv_bias: {model.qkv_bias} and attention_output_bias: {model.attention_output_bias}; this family has both or "
+        "none"
+    )
 
 
 def _head_problems(raw: Raw) -> list[str]:
@@ -125,7 +154,7 @@ def used_window(raw: Raw) -> int | None:
 
 
 def window_from_layer(raw: Raw) -> list[str]:
-    """Refuse Qwen's windows: use_sliding_window, from max_window_layers on."""
+    """Refuse Qwen's windows: use_sliding_window, from max_window_layers on, or layer by layer."""
     window, layers = used_window(raw), raw.get("num_hidden_layers")
     first = raw.get("max_window_layers")
     if (
@@ -135,7 +164,7 @@ def window_from_layer(raw: Raw) -> list[str]:
         and (first or 0) < layers
     ):
         return [f"use_sliding_window: sliding_window: {window} is in use from layer {first} on"]
-    return []
+    return only_full_layers(raw)
 
 
 def _section(raw: Raw) -> dict[str, Any]:
@@ -148,7 +177,6 @@ def _section(raw: Raw) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_query_groups": raw.get("num_key_value_heads") or heads,
         "kv_channels": raw.get("head_dim") or int(raw["hidden_size"]) // heads,
-        **rope_section(raw),
         "norm_epsilon": raw.get("rms_norm_eps", 1e-6),
         "tie_embeddings": bool(raw.get("tie_word_embeddings", False)),
         "init_std": raw.get("initializer_range") or 0.02,
@@ -164,9 +192,7 @@ def _config(model: ModelConfig, max_positions: int) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": model.num_query_groups or heads,
         "head_dim": model.kv_channels or model.hidden_size // heads,
-        "hidden_act": "silu",
         "max_position_embeddings": max_positions,
         "rms_norm_eps": model.norm_epsilon,
-        **rope_config(model),
         "attention_dropout": 0.0,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from distill_pretrain.checkpoint.hf.config import read_hf_model
+from distill_pretrain.checkpoint.hf.config import CONFIG, read_hf_model
 from distill_pretrain.checkpoint.hf.files import WeightFiles
+from distill_pretrain.checkpoint.hf.nested import nests_text
 from distill_pretrain.checkpoint.hf.registry import correspondence
 from distill_pretrain.checkpoint.hf.tensors import Correspondence, Piece
 from distill_pretrain.errors import CheckpointError
@@ -54,7 +56,8 @@ def check_hf_weights(path: Path) -> WeightFiles:
     """
     names = _correspondence_of(path)
     tied = names.tied_tensors if names.model.tie_embeddings else None
-    return WeightFiles.open(path, names.shapes(), tied=tied)
+    nested = nests_text(json.loads((path / CONFIG).read_bytes()))
+    return WeightFiles.open(path, names.shapes(), tied=tied, nested=nested)
 
 
 def _correspondence_of(path: Path) -> Correspondence:

@@ -48,6 +48,7 @@ def family_of(model: ModelConfig) -> Family:
     if found:
         return max(found, key=lambda family: len(family.always))
     pieces = pieces_of(model)
+    keys = {piece.partition(":")[0] for piece in pieces}
     reasons = [
         reason
         for family in families().values()
@@ -56,10 +57,10 @@ def family_of(model: ModelConfig) -> Family:
     ]
     raise CheckpointError(
         f"no class of transformers computes this {model.arch} model",
-        where=", ".join(f"model.{name}" for name in ModelConfig.model_fields if name in pieces)
+        where=", ".join(f"model.{name}" for name in ModelConfig.model_fields if name in keys)
         or "section model",
         found="; ".join(reasons)
-        or ", ".join(f"{name}: {getattr(model, name)}" for name in sorted(pieces)),
+        or ", ".join(f"{name}: {getattr(model, name)}" for name in sorted(keys)),
         expected="the pieces of one family, such as "
         + "; ".join(
             f"{family.model_type} ({', '.join(sorted(family.always)) or 'none'})"

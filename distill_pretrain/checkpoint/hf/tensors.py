@@ -200,6 +200,7 @@ class LlamaTensors(Correspondence):
             "self_attention.linear_proj.weight": [
                 Piece(tensor=here + "self_attn.o_proj.weight", shape=(hidden, width), split=1)
             ],
+            **self._biases(here),
             "pre_mlp_layernorm.weight": whole(here + "post_attention_layernorm.weight", hidden),
             "mlp.linear_fc1.weight": [
                 Piece(
@@ -211,6 +212,21 @@ class LlamaTensors(Correspondence):
                 Piece(tensor=here + "mlp.down_proj.weight", shape=(hidden, ffn), split=1)
             ],
         }
+
+    def _biases(self, here: str) -> dict[str, list[Piece]]:
+        hidden, ffn = self.model.hidden_size, self.model.ffn_hidden_size
+        pieces: dict[str, list[Piece]] = {}
+        if self.model.attention_output_bias:
+            pieces["self_attention.linear_proj.bias"] = whole(
+                f"{here}self_attn.o_proj.bias", hidden
+            )
+        if self.model.mlp_bias:
+            pieces["mlp.linear_fc1.bias"] = [
+                Piece(tensor=f"{here}mlp.{name}.bias", shape=(ffn,), select=half(i), split=0)
+                for i, name in enumerate(("gate_proj", "up_proj"))
+            ]
+            pieces["mlp.linear_fc2.bias"] = whole(f"{here}mlp.down_proj.bias", hidden)
+        return pieces
 
     def _qkv(self, here: str, kind: str, *columns: int) -> list[Piece]:
         rows = {"q": self.heads, "k": self.groups, "v": self.groups}

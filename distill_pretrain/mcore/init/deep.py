@@ -299,7 +299,8 @@ def _completep(model: ModelConfig) -> Stds:
 
 def activation_of(model: ModelConfig) -> tuple[bool, str]:
     """Return whether the feed-forward block is gated, and its activation."""
-    return {"llama": (True, "silu"), "gpt2": (False, "gelu")}[model.arch]
+    gated, usual = {"llama": (True, "silu"), "gpt2": (False, "gelu")}[model.arch]
+    return gated, model.activation or usual
 
 
 _RULES = {

@@ -80,3 +80,56 @@ def _then(bda: BiasDropoutAdd, norm: torch.nn.Module) -> BiasDropoutAdd:
         return lambda branch, residual, dropout: norm(add(branch, residual, dropout))
 
     return with_mode
+
+
+class ReorderedLayer(DeepLayer):
+    """A layer whose norms follow the branches, before the sum: x + norm(F(x)), as in Olmo 2.
+
+    `submodules` carry the norms as those of `PostNormLayer` do.
+    """
+
+    input_layernorm: torch.nn.Module
+    pre_mlp_layernorm: torch.nn.Module
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.post_attention_layernorm = self.input_layernorm
+        self.post_mlp_layernorm = self.pre_mlp_layernorm
+        self.input_layernorm = torch.nn.Identity()
+        self.pre_mlp_layernorm = torch.nn.Identity()
+        self.self_attn_bda = _of_normed(self.self_attn_bda, self.post_attention_layernorm)
+        self.mlp_bda = _of_normed(self.mlp_bda, self.post_mlp_layernorm)
+
+
+class SandwichLayer(DeepLayer):
+    """A Pre-LN layer whose branches are normed once more before the sum, as in Gemma 3."""
+
+    input_layernorm: torch.nn.Module
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.post_attention_layernorm, self.post_mlp_layernorm = (
+            type(self.input_layernorm)(
+                config=self.config,
+                hidden_size=self.config.hidden_size,
+                eps=self.config.layernorm_epsilon,
+            )
+            for _ in range(2)
+        )
+        self.self_attn_bda = _of_normed(self.self_attn_bda, self.post_attention_layernorm)
+        self.mlp_bda = _of_normed(self.mlp_bda, self.post_mlp_layernorm)
+
+
+def _of_normed(bda: BiasDropoutAdd, norm: torch.nn.Module) -> BiasDropoutAdd:
+    def with_mode(
+        training: bool, fused: bool
+    ) -> Callable[[Any, torch.Tensor, float], torch.Tensor]:
+        add = bda(training, fused)
+
+        def of_normed(branch: Any, residual: torch.Tensor, dropout: float) -> torch.Tensor:
+            x, bias = branch
+            return add((norm(x if bias is None else x + bias), None), residual, dropout)
+
+        return of_normed
+
+    return with_mode

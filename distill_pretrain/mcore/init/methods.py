@@ -60,7 +60,8 @@ def initialize_weights(gpt: GPTModel, model: ModelConfig, *, vocab_size: int, se
     for name, parameter in gpt.named_parameters():
         if parameter.dim() < 2:
             if name == "decoder.final_layernorm.weight":
-                parameter.fill_(initial_stds(model).final_gain)
+                gain = initial_stds(model).final_gain
+                parameter.fill_(gain - 1 if model.zero_centred_norms else gain)
             continue
         whole_name = global_name(gpt, name)
         shape = list(parameter.shape)

@@ -201,6 +201,21 @@ def _gelu() -> Activation:
     )
 
 
+def _gelu_tanh() -> Activation:
+    """The approximation x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) of GELU, as `_silu`: by quadrature."""
+    root = math.sqrt(2 / math.pi)
+
+    def function(x: Array) -> Array:
+        result: Array = 0.5 * x * (1 + np.tanh(root * (x + 0.044715 * x**3)))
+        return result
+
+    def derivative(x: Array) -> Array:
+        tanh, inner = np.tanh(root * (x + 0.044715 * x**3)), root * (1 + 0.134145 * x**2)
+        return np.asarray(0.5 * (1 + tanh) + 0.5 * x * (1 - tanh**2) * inner)
+
+    return _by_quadrature(function, derivative)
+
+
 def _silu() -> Activation:
     """The activation x sigmoid(x), by Gauss-Hermite quadrature and Mehler's series: it has no closed form."""
 
@@ -212,6 +227,12 @@ def _silu() -> Activation:
         result: Array = gate * (1 + x * (1 - gate))
         return result
 
+    return _by_quadrature(function, derivative)
+
+
+def _by_quadrature(
+    function: Callable[[Array], Array], derivative: Callable[[Array], Array]
+) -> Activation:
     return Activation(
         mean=lambda v: expectation(function, v),
         second=lambda v: expectation(lambda x: function(x) ** 2, v),
@@ -258,7 +279,7 @@ def _normal_cdf(x: Array) -> Array:
     return 0.5 * (1 + np.array([math.erf(value / math.sqrt(2)) for value in np.ravel(x)]))
 
 
-_ACTIVATIONS = {"relu": _relu, "gelu": _gelu, "silu": _silu}
+_ACTIVATIONS = {"relu": _relu, "gelu": _gelu, "gelu_tanh": _gelu_tanh, "silu": _silu}
 
 
 @lru_cache

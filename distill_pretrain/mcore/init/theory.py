@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from distill_pretrain.errors import ConfigError
 from distill_pretrain.mcore.init.deep import activation_of, initial_stds, residual_scaling
 from distill_pretrain.mcore.init.moments import (
     Array,
@@ -24,7 +25,7 @@ from distill_pretrain.mcore.init.moments import (
     same_token_weight,
     shared_token_weight,
 )
-from distill_pretrain.mcore.model.config import ModelConfig
+from distill_pretrain.mcore.model.config import OF_BRANCHES, ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,33 @@ def predict(
         tokens: int64[B, T].
         labels: int64[B, T], negative where there is none.
         vocab_size: V.
+
+    Raises:
+        ConfigError: the signal of such a model is not derived.
     """
+    pieces = [
+        name
+        for name in (
+            "sliding_window",
+            "yarn",
+            "attention_temperature",
+            "attention_scale_width",
+            "qk_norm_whole",
+            "embedding_scale",
+            "zero_centred_norms",
+        )
+        if getattr(model, name)
+    ]
+    if model.norm_placement in OF_BRANCHES:
+        pieces.append(f"norm_placement: {model.norm_placement}")
+    if pieces:
+        raise ConfigError(
+            "the signal of fresh weights is not derived for this model",
+            where=", ".join(f"model.{name}" for name in pieces),
+            found=", ".join(f"{name}: {getattr(model, name.partition(':')[0])}" for name in pieces),
+            expected="full attention with plain rotary embeddings, and norms at the branches' inputs or after the sum",
+            remedy="leave these keys out for the prediction",
+        )
     return _Recursion(model, tokens, labels, vocab_size).run()
 
 

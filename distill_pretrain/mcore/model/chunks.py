@@ -6,12 +6,13 @@ Shapes: B sequences, L positions, V vocabulary; megatron-core's logits are seque
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from distill_pretrain.mcore.init.deep import residual_scaling
+from distill_pretrain.mcore.init.deep import activation_of, residual_scaling
 from distill_pretrain.mcore.init.methods import global_name, initialize_weights
 from distill_pretrain.mcore.model.config import ModelConfig, ParallelConfig
 from distill_pretrain.mcore.model.head import LossFunction, LossGivenIn
@@ -37,6 +38,7 @@ from distill_pretrain.mcore.runtime.core import (
 EXTRA_STATE = "_extra_state"
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
 class DistillGPT(LossGivenIn, GPTModel):
@@ -87,7 +89,7 @@ def transformer_config(
         "add_qkv_bias": model.qkv_bias,
         "qk_layernorm": model.qk_norm,
         "gated_linear_unit": llama,
-        "activation_func": F.silu if llama else F.gelu,
+        "activation_func": ACTIVATIONS[activation_of(model)[1]],
         "normalization": "RMSNorm" if llama else "LayerNorm",
         "layernorm_epsilon": model.norm_epsilon,
         "hidden_dropout": model.dropout,
@@ -119,6 +121,8 @@ def transformer_config(
         "apply_rope_fusion": False,
         "cross_entropy_loss_fusion": False,
     }
+    if model.attention_scale_width is not None:
+        settings["softmax_scale"] = model.attention_scale_width**-0.5
     if model.fp8 is not None:
         settings |= {"fp8": model.fp8, "fp8_recipe": model.fp8_recipe}
     config = TransformerConfig(**{**settings, **cpu_compat.transformer_overrides()})
@@ -175,7 +179,7 @@ def build_model_chunks(
         fuse_gradient_accumulation=fuse_gradient_accumulation,
     )
     layer_of = transformer_engine_layer if uses_transformer_engine(model) else local_layer
-    layer = layer_of(config, residual_scaling(model))
+    layer = layer_of(config, residual_scaling(model), model)
     of_layers = _of_layers(model)
     chunks: list[torch.nn.Module] = []
     for chunk in range(parallel.virtual_pipeline):
@@ -200,6 +204,8 @@ def build_model_chunks(
             vp_stage=vp_stage,
         )
         gpt.loss_function = loss_function
+        if model.embedding_scale is not None and gpt.pre_process:
+            gpt.embedding.register_forward_hook(partial(_scaled_embedding, model.embedding_scale))
         if config.recompute_granularity == "selective" and "mlp" in config.recompute_modules:
             for layer in gpt.decoder.layers:
                 layer.mlp.register_forward_hook(return_copied_bias)
@@ -211,6 +217,13 @@ def build_model_chunks(
             initialize_weights(gpt, model, vocab_size=vocab_size, seed=seed)
         chunks.append(Float16Module(config, gpt) if precision == "bf16" else gpt)
     return chunks
+
+
+def _scaled_embedding(
+    scale: float, module: torch.nn.Module, inputs: Any, output: torch.Tensor
+) -> torch.Tensor:
+    """Multiply the embedding's vectors by a factor of their own type, as transformers does: a hook."""
+    return output * torch.tensor(scale, dtype=output.dtype, device=output.device)
 
 
 def _of_layers(model: ModelConfig) -> Callable[..., Any]:

@@ -5,9 +5,35 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from distill_pretrain.config import Section
+
+
+class YarnConfig(Section):
+    """YaRN (arXiv 2309.00071): rotary embeddings for contexts longer than those of the first training."""
+
+    factor: float = Field(gt=0, le=1e6)
+    """So many times longer."""
+    original_positions: int = Field(ge=1, le=1 << 40)
+    """Longest sequence of the first training."""
+    beta_fast: float = Field(default=32.0, gt=0, le=1e6)
+    """Channels that turn more often than this over original_positions stay as they are."""
+    beta_slow: float = Field(default=1.0, gt=0, le=1e6)
+    """Channels that turn less often turn slower by `factor`."""
+    attention_factor: float | None = Field(default=None, gt=0, le=1e6)
+    """Factor on rotated queries and keys; null means 0.1 ln(factor) + 1."""
+    truncate: bool = True
+    """Whole channels at the two ends."""
+    full_layers_only: bool = False
+    """Layers within a window (attention_layers: w) keep plain rotary embeddings, as in Olmo 3."""
+
+    @property
+    def scale(self) -> float:
+        """Factor on rotated queries and keys."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return 1.0 if self.factor <= 1 else 0.1 * math.log(self.factor) + 1.0
 
 
 class ModelConfig(Section):
@@ -27,14 +53,38 @@ class ModelConfig(Section):
     """Key/value heads (GQA); null means one per query head."""
     kv_channels: int | None = Field(default=None, ge=1, le=1 << 20)
     """Width of a head; null means hidden_size / num_attention_heads."""
-    rotary_base: int = Field(default=10000, ge=1, le=1 << 62)
+    activation: Literal["silu", "gelu", "gelu_tanh"] | None = None
+    """Of the feed-forward block; null means silu (llama) or gelu (gpt2); gelu_tanh is that of OpenAI's GPT-2."""
+    rotary_base: int | float = Field(default=10000, ge=1, le=1 << 62)
     """RoPE base (llama)."""
     rope_scaling_factor: float | None = Field(default=None, gt=0, le=1e6)
     """Llama 3's RoPE scaling for contexts beyond 8192 positions by this factor (llama); null means none."""
+    rope_linear_factor: float | None = Field(default=None, gt=0, le=1e6)
+    """RoPE's angles are divided by this (llama); null means by nothing."""
+    windowed_rotary_base: int | float | None = Field(default=None, gt=1, le=1 << 62)
+    """RoPE base of layers within a window, which no scaling touches then (llama); null means as everywhere."""
+    yarn: YarnConfig | None = None
+    """YaRN's RoPE scaling (llama); null means none."""
+    attention_layers: str = Field(default="f", pattern="^[fwn]+$", max_length=1 << 14)
+    """A letter for each layer, repeated over all (llama): f full attention, w within a window, n full without RoPE."""
+    sliding_window: int | None = Field(default=None, ge=1, le=1 << 40)
+    """Positions that those layers w attend to, a token's own included."""
+    attention_temperature: float | None = Field(default=None, gt=0, le=1e6)
+    """Queries at position p are multiplied by 1 + this * ln(1 + floor(p / attention_temperature_positions)) (llama)."""
+    attention_temperature_positions: int | None = Field(default=None, ge=1, le=1 << 40)
+    """See attention_temperature."""
+    attention_scale_width: int | None = Field(default=None, ge=1, le=1 << 20)
+    """Products of queries and keys are divided by the root of this (llama); null means the width of a head."""
     qkv_bias: bool = False
     """Biases on the query, key and value projections, as in Qwen2 (llama)."""
     qk_norm: bool = False
     """RMSNorm over each head's query and key, as in Qwen3 (llama)."""
+    qk_norm_whole: bool = False
+    """RMSNorm over the queries, and the keys, of all heads together, as in Olmo 2 and 3 (llama)."""
+    attention_output_bias: bool = False
+    """Bias on the projection that writes attention to the stream (llama)."""
+    mlp_bias: bool = False
+    """Biases on the feed-forward block (llama)."""
     norm_epsilon: float = Field(default=1e-5, gt=0, le=1)
     """Epsilon of the norms."""
     tie_embeddings: bool = False
@@ -45,8 +95,13 @@ class ModelConfig(Section):
     """Weights, residual scaling: deepscale (arXiv 2403.09635), completep (2505.01618), deepnorm (post; 2203.00555)."""
     init_std: float = Field(default=0.02, gt=0, le=1e6)
     """Standard deviation of init: megatron; output projections use init_std / sqrt(2 num_layers)."""
-    norm_placement: Literal["pre", "post"] = "pre"
-    """`pre`: norms at the branches' inputs; `post` (experimental): after the sum, as in the first transformers."""
+    norm_placement: Literal["pre", "post", "reordered", "sandwich"] = "pre"
+    """`pre`: norms at the branches' inputs; `post` (experimental): after the sum, as in the first transformers;
+    `reordered`: of the branches' outputs, as in Olmo 2 and 3 (llama); `sandwich`: of both, as in Gemma 3 (llama)."""
+    zero_centred_norms: bool = False
+    """Norms multiply by 1 + their weight (llama)."""
+    embedding_scale: float | None = Field(default=None, gt=0, le=1e6)
+    """Factor on the embedding's vectors (llama)."""
     residual_k: float = Field(default=1.0, gt=0)
     """init: deepscale gives a branch the share beta^2 = residual_k / (2 num_layers) of the stream's variance."""
     base_num_layers: int = Field(default=1, ge=1, le=1 << 20)
@@ -64,19 +119,55 @@ class ModelConfig(Section):
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "delayed"
     """How fp8 chooses its scales, as Transformer Engine names it."""
 
+    @field_validator("rotary_base", "windowed_rotary_base")
+    @classmethod
+    def _whole_where_it_can_be(cls, value: int | float | None) -> int | float | None:
+        """Records of older versions have whole numbers, and 1e4 is one."""
+        return int(value) if value is not None and int(value) == value else value
+
+    def attention_of(self, layer: int) -> str:
+        """Return the kind of attention of a layer, counted from 0: a letter of attention_layers."""
+        return self.attention_layers[layer % len(self.attention_layers)]
+
+    @property
+    def attention_kinds(self) -> frozenset[str]:
+        """The kinds of attention of all layers."""
+        return frozenset(map(self.attention_of, range(self.num_layers)))
+
+    @property
+    def own_modules(self) -> list[str]:
+        """Keys that megatron-core's and Transformer Engine's layers do not have: they need modules of this project."""
+        fields = type(self).model_fields
+        return [name for name in _OWN_MODULES if getattr(self, name) != fields[name].default]
+
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
-        llama_only = {
-            "rope_scaling_factor": self.rope_scaling_factor is not None,
-            "qkv_bias": self.qkv_bias,
-            "qk_norm": self.qk_norm,
-        }
-        used = [name for name, is_set in llama_only.items() if is_set]
+        fields = type(self).model_fields
+        used = [name for name in _LLAMA_ONLY if getattr(self, name) != fields[name].default]
+        if self.norm_placement in OF_BRANCHES:
+            used.append(f"norm_placement: {self.norm_placement}")
         if self.arch != "llama" and used:
             raise ValueError(f"{', '.join(used)}: only for arch: llama, not {self.arch}")
+        self._check_attention()
         self._check_init()
         self._check_spec()
         return self
+
+    def _check_attention(self) -> None:
+        if ("w" in self.attention_layers) != (self.sliding_window is not None):
+            raise ValueError(
+                f"attention_layers: {self.attention_layers} and sliding_window: {self.sliding_window}; layers w "
+                "need the length of their window, and no others have one"
+            )
+        if (self.attention_temperature is None) != (self.attention_temperature_positions is None):
+            raise ValueError(
+                "attention_temperature and attention_temperature_positions: set both or none"
+            )
+        scalings = ("yarn", "rope_scaling_factor", "rope_linear_factor")
+        if sum(getattr(self, name) is not None for name in scalings) > 1:
+            raise ValueError(f"{', '.join(scalings)}: only one can scale RoPE")
+        if self.qk_norm and self.qk_norm_whole:
+            raise ValueError("qk_norm and qk_norm_whole: only one can be set")
 
     def _check_spec(self) -> None:
         if self.spec == "te" and self.norm_placement == "post":
@@ -84,6 +175,12 @@ class ModelConfig(Section):
                 "spec: te joins each norm to the projection after it, which norm_placement: post does not have; "
                 "set spec: local"
             )
+        own = [
+            *self.own_modules,
+            *(["norm_placement"] if self.norm_placement in OF_BRANCHES else []),
+        ]
+        if self.spec == "te" and own:
+            raise ValueError(f"spec: te has no layers with {', '.join(own)}; set spec: local")
         if self.fp8 is not None and self.spec != "te":
             raise ValueError(
                 f"fp8: {self.fp8} needs the layers of Transformer Engine; set spec: te"
@@ -95,6 +192,20 @@ class ModelConfig(Section):
                 f"residual_k: {self.residual_k:g} gives beta^2 = residual_k / (2 num_layers) = "
                 f"{self.residual_k / (2 * self.num_layers):g}; it must be below 1, "
                 f"so residual_k below {2 * self.num_layers}"
+            )
+        if self.norm_placement in OF_BRANCHES and self.init in (
+            "deepscale",
+            "completep",
+            "deepnorm",
+        ):
+            raise ValueError(
+                f"init: {self.init} is not derived for norm_placement: {self.norm_placement}, whose branches are "
+                "normalised before they are added; set init: megatron, xavier or fan_in"
+            )
+        scaled = self.zero_centred_norms or self.embedding_scale is not None
+        if scaled and self.init != "megatron":
+            raise ValueError(
+                f"init: {self.init} is not derived for zero_centred_norms and embedding_scale; set init: megatron"
             )
         only = {"completep": "pre", "deepnorm": "post"}.get(self.init)
         if only not in (None, self.norm_placement):
@@ -111,6 +222,30 @@ class ModelConfig(Section):
                 f"init: {self.init} makes tied logits of unit variance by the gain of the final norm, which "
                 "norm_placement: post does not have; set tie_embeddings: false"
             )
+
+
+OF_BRANCHES = ("reordered", "sandwich")
+"""Values of norm_placement that normalise the branches' outputs."""
+
+_OWN_MODULES = (
+    "rope_linear_factor",
+    "windowed_rotary_base",
+    "zero_centred_norms",
+    "yarn",
+    "attention_layers",
+    "attention_temperature",
+    "qk_norm_whole",
+    "attention_output_bias",
+    "mlp_bias",
+)
+_LLAMA_ONLY = (
+    "rope_scaling_factor",
+    "qkv_bias",
+    "qk_norm",
+    "embedding_scale",
+    "attention_scale_width",
+    *_OWN_MODULES,
+)
 
 
 class ParallelConfig(Section):

@@ -27,11 +27,17 @@ def matmul_weights(model: ModelConfig, *, vocab_size: int) -> int:
 
 
 def training_flops_per_token(model: ModelConfig, *, vocab_size: int, seq_len: int) -> int:
-    """Compute 6 N + 12 layers n d L: model FLOPs of a token, forward and backward (arXiv 2204.02311, appendix B).
+    """Compute 6 N + 12 n d (sum of L over layers): model FLOPs of a token, both ways (arXiv 2204.02311, appendix B).
+
+    A layer with a window has its length in place of L where that is less.
 
     As everywhere in the field, attention counts all L keys of a query though half of them are masked, and what is
     computed again (activation recomputation) or by a teacher in the same job does not count.
     """
     width = model.kv_channels or model.hidden_size // model.num_attention_heads
-    scores = 2 * model.num_layers * model.num_attention_heads * width * seq_len
+    keys = 0
+    for layer in range(model.num_layers):
+        window = model.sliding_window if model.attention_of(layer) == "w" else None
+        keys += seq_len if window is None else min(window, seq_len)
+    scores = 2 * model.num_attention_heads * width * keys
     return OPERATIONS_PER_WEIGHT * (matmul_weights(model, vocab_size=vocab_size) + scores)

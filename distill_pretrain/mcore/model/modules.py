@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +20,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from distill_pretrain.errors import ConfigError
 from distill_pretrain.mcore.init.deep import ResidualScaling
-from distill_pretrain.mcore.init.layers import DeepLayer, PostNormLayer
+from distill_pretrain.mcore.init.layers import (
+    DeepLayer,
+    PostNormLayer,
+    ReorderedLayer,
+    SandwichLayer,
+)
 from distill_pretrain.mcore.model.config import ModelConfig
 from distill_pretrain.mcore.model.layout import require_spec
+from distill_pretrain.mcore.model.own_attention import OwnAttention, rotaries_of, with_bias
 from distill_pretrain.mcore.runtime.core import (
     MegatronModule,
     TransformerConfig,
@@ -44,6 +51,21 @@ class RMSNorm(torch.nn.RMSNorm):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         # finalize_model_grads sums this gradient over the tensor-parallel group.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class ZeroCentredRMSNorm(RMSNorm):
+    """RMSNorm that multiplies by 1 + its weight, in fp32."""
+
+    def __init__(self, *args: Any, **settings: Any):
+        super().__init__(*args, **settings)
+        torch.nn.init.zeros_(self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise [..., H]."""
+        assert self.eps is not None
+        rows = x.float()
+        rows = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + self.eps)
+        return (rows * (1.0 + self.weight.float())).to(x.dtype)
 
 
 class LayerNorm(torch.nn.LayerNorm):
@@ -81,7 +103,12 @@ class SDPAttention(MegatronModule):
     """Causal core attention on `torch.nn.functional.scaled_dot_product_attention`.
 
     Context-parallel ranks gather each other's keys and values; the backward pass scatters the sums of their gradients.
+
+    Attributes:
+        model: architecture, of subclasses for models with windows or an attention temperature (`attention_of`).
     """
+
+    model: ModelConfig | None = None
 
     def __init__(
         self,
@@ -97,6 +124,8 @@ class SDPAttention(MegatronModule):
         super().__init__(config=config)
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        windowed = self.model is not None and self.model.attention_of(layer_number - 1) == "w"
+        self.window = self.model.sliding_window if self.model is not None and windowed else None
 
     def forward(
         self,
@@ -154,8 +183,15 @@ class SDPAttention(MegatronModule):
     def _attend_to_all_before(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float
     ) -> torch.Tensor:
-        """Queries at the last of the places of the keys, each to its own place and those before."""
+        """Queries at the last of the places of the keys, each to its own place and those before.
+
+        The first key is at position 0 of its document, or of the sequence where documents are joined.
+        """
         num_queries, num_keys = q.size(2), k.size(2)
+        if self.model is not None and self.model.attention_temperature is not None:
+            q = q * self._temperatures(self.model, num_keys - num_queries, num_keys).to(q)
+        if self.window is not None and self.window < num_keys:
+            return self._attend_in_window(q, k, v, dropout, self.window)
         return F.scaled_dot_product_attention(
             q,
             k,
@@ -166,6 +202,38 @@ class SDPAttention(MegatronModule):
             scale=self.softmax_scale,
             enable_gqa=q.size(1) != k.size(1),
         )
+
+    @staticmethod
+    def _temperatures(model: ModelConfig, start: int, stop: int) -> torch.Tensor:
+        """Factors on queries at positions start to stop, float32[stop - start, 1]."""
+        assert model.attention_temperature and model.attention_temperature_positions
+        far = torch.floor(torch.arange(start, stop) / model.attention_temperature_positions)
+        return (1 + model.attention_temperature * torch.log(1 + far))[:, None]
+
+    def _attend_in_window(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float, window: int
+    ) -> torch.Tensor:
+        """The same where a query sees so many places, its own included: a window of queries at a time."""
+        first = k.size(2) - q.size(2)
+        outputs = []
+        for own in q.split(window, dim=2):
+            last = first + own.size(2)
+            start = max(0, first - window + 1)
+            places = torch.arange(start, last, device=q.device)
+            back = torch.arange(first, last, device=q.device)[:, None] - places
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    own,
+                    k[:, :, start:last],
+                    v[:, :, start:last],
+                    attn_mask=(back >= 0) & (back < window),
+                    dropout_p=dropout,
+                    scale=self.softmax_scale,
+                    enable_gqa=q.size(1) != k.size(1),
+                )
+            )
+            first = last
+        return torch.cat(outputs, dim=2)
 
     def _attend_within(
         self,
@@ -189,6 +257,18 @@ class SDPAttention(MegatronModule):
                     rows[row].append(self._attend_to_all_before(own, keys, values, dropout))
             shift += end
         return torch.cat([torch.cat(parts, dim=2) for parts in rows])
+
+
+def attention_of(model: ModelConfig) -> type[SDPAttention]:
+    """Return the core attention of a model."""
+    if "w" not in model.attention_layers and model.attention_temperature is None:
+        return SDPAttention
+
+    class Attention(SDPAttention):
+        pass
+
+    Attention.model = model
+    return Attention
 
 
 def _lower_right(num_queries: int, num_keys: int) -> torch.Tensor:
@@ -239,34 +319,55 @@ def uses_transformer_engine(model: ModelConfig) -> bool:
         )
     if model.spec != "auto":
         return model.spec == "te"
-    possible = model.norm_placement == "pre" and torch.cuda.is_available()
+    possible = model.norm_placement == "pre" and not model.own_modules and torch.cuda.is_available()
     return possible and importlib.util.find_spec("transformer_engine") is not None
 
 
-def transformer_engine_layer(config: TransformerConfig, scaling: ResidualScaling) -> LayerSpec:
+def transformer_engine_layer(
+    config: TransformerConfig, scaling: ResidualScaling, model: ModelConfig
+) -> LayerSpec:
     """Return a layer, and the final norm, of Transformer Engine's modules (Pre-LN)."""
-    assert scaling.placement == "pre"
+    assert scaling.placement == "pre" and not model.own_modules
     layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     return _scaled(layer, transformer_engine_norm(), scaling)
 
 
-def local_layer(config: TransformerConfig, scaling: ResidualScaling) -> LayerSpec:
-    """Return a layer, and the final norm of a Pre-LN model, from the modules above."""
-    norm = RMSNorm if config.normalization == "RMSNorm" else LayerNorm
+def local_layer(
+    config: TransformerConfig, scaling: ResidualScaling, model: ModelConfig
+) -> LayerSpec:
+    """Return a layer, and the final norm of a model that has one, from the modules above."""
+    norm: type = RMSNorm if config.normalization == "RMSNorm" else LayerNorm
+    if model.zero_centred_norms:
+        norm = ZeroCentredRMSNorm
     layer = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=False)
     if config.qk_layernorm:
         layer.submodules.self_attention.submodules.q_layernorm = norm
         layer.submodules.self_attention.submodules.k_layernorm = norm
     layer.submodules.input_layernorm = norm
     layer.submodules.pre_mlp_layernorm = norm
-    layer.submodules.self_attention.submodules.core_attention = SDPAttention
+    attention = layer.submodules.self_attention
+    attention.submodules.core_attention = attention_of(model)
+    if model.own_modules:
+        attention.module = OwnAttention
+        attention.params |= {"model": model, "rotaries": rotaries_of(model, config)}
+    if model.attention_output_bias:
+        attention.submodules.linear_proj = with_bias(attention.submodules.linear_proj)
+    if model.mlp_bias:
+        mlp = layer.submodules.mlp
+        # A partial function from megatron-core 0.17 on.
+        linears = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
+        linears.linear_fc1 = with_bias(linears.linear_fc1)
+        linears.linear_fc2 = with_bias(linears.linear_fc2)
     return _scaled(layer, norm, scaling)
 
 
+_PLACED = {"post": PostNormLayer, "reordered": ReorderedLayer, "sandwich": SandwichLayer}
+
+
 def _scaled(layer: Any, norm: Any, scaling: ResidualScaling) -> LayerSpec:
-    """A layer whose branches are scaled, and the final norm of a Pre-LN model."""
-    post = scaling.placement == "post"
-    if post or not scaling.is_plain:
-        layer.module = PostNormLayer if post else DeepLayer
+    """A layer whose branches are normed and scaled, and the final norm of a model that has one."""
+    placed = _PLACED.get(scaling.placement)
+    if placed is not None or not scaling.is_plain:
+        layer.module = placed or DeepLayer
         layer.params = {"scaling": scaling}
-    return layer, None if post else norm
+    return layer, None if scaling.placement == "post" else norm

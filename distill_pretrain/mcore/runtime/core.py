@@ -39,6 +39,7 @@ with importing_megatron():
         DistributedDataParallelConfig,
         finalize_model_grads,
     )
+    from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_layer_local_spec,
@@ -59,6 +60,7 @@ with importing_megatron():
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer.attention import SelfAttention
     from megatron.core.transformer.module import Float16Module, MegatronModule
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import (
@@ -67,7 +69,10 @@ with importing_megatron():
     )
     from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.core.transformer.transformer_layer import TransformerLayer
-    from megatron.core.transformer.utils import sharded_state_dict_default
+    from megatron.core.transformer.utils import (
+        make_sharded_tensors_for_checkpoint,
+        sharded_state_dict_default,
+    )
 
 
 def forget_rotary_embeddings() -> None:
@@ -145,6 +150,7 @@ __all__ = [
     "ParamKey",
     "ParamWithNamePredicate",
     "RotaryEmbedding",
+    "SelfAttention",
     "ShardedObject",
     "ShardedStateDict",
     "ShardedTensor",
@@ -155,6 +161,7 @@ __all__ = [
     "TransformerConfig",
     "TransformerLayer",
     "_get_param_groups",
+    "apply_rotary_pos_emb",
     "clip_grad_by_total_norm_fp32",
     "dist_checkpointing",
     "distrib_optimizer",
@@ -168,6 +175,7 @@ __all__ = [
     "get_standard_config_overrides",
     "is_main_replica",
     "make_sharded_optimizer_tensor",
+    "make_sharded_tensors_for_checkpoint",
     "megatron_optimizer",
     "megatron_random",
     "optim_state_to_sharding_state",

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from distill_pretrain.checkpoint.hf.files import SINGLE, file_names, header
+from distill_pretrain.checkpoint.hf.nested import RENAMED, renamed
 from distill_pretrain.contracts import LogitsChunk, Replica
 from distill_pretrain.errors import LayoutError, MissingDependency, TeacherError
 from distill_pretrain.processes.process import local_device, on_first_rank
@@ -30,7 +31,7 @@ from distill_pretrain.teacher.engines.folder import (
 )
 from distill_pretrain.teacher.engines.head import ChunkedHead, head_rows, trunk_name, trunk_of
 from distill_pretrain.teacher.engines.known_head import finish_of, require_known_head
-from distill_pretrain.teacher.engines.text_part import RENAMED, key_mapping, renamed
+from distill_pretrain.teacher.engines.text_part import key_mapping
 from distill_pretrain.teacher.engines.weights import (
     meta_model,
     quiet,

@@ -6,29 +6,14 @@ Its targets are those of a folder of the text model alone. Tensors of the other 
 from __future__ import annotations
 
 import json
-import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from distill_pretrain.checkpoint.hf.nested import RENAMED, nests_text
 from distill_pretrain.teacher.engines.known_head import finish_of
-
-RENAMED = {
-    r"^model\.language_model\.lm_head\.": "lm_head.",
-    r"^language_model\.lm_head\.": "lm_head.",
-    r"^model\.language_model\.model\.": "model.",
-    r"^language_model\.model\.": "model.",
-    r"^model\.language_model\.": "model.",
-    r"^language_model\.": "model.",
-}
-"""Names of a text model's tensors in such folders, old and new -> in a folder of its own."""
-
-_OTHER_PARTS = re.compile(
-    r"^(model\.)?(visual|vision\w*|vit|audio\w*|speech\w*|multi_modal\w*|mm_\w*|embed_(vision|audio)|image_\w*|"
-    r"connector|projector|aligner|mlp1|perceiver\w*)\."
-)
 
 
 def text_config_of(config: Any, raw: dict[str, Any], *, has_head: bool) -> Any:
@@ -41,7 +26,7 @@ def text_config_of(config: Any, raw: dict[str, Any], *, has_head: bool) -> Any:
             say.
     """
     text = getattr(config, "text_config", None)
-    if not isinstance(raw.get("text_config"), dict) or text is None:
+    if not nests_text(raw) or text is None:
         return config
     if text is not config.get_text_config(decoder=True):
         return config
@@ -58,21 +43,7 @@ def text_config_of(config: Any, raw: dict[str, Any], *, has_head: bool) -> Any:
 def key_mapping(path: Path, config: Any) -> dict[str, str]:
     """Return how tensors of the folder are renamed for the model of `config`; nothing where it is the folder's."""
     raw = json.loads((path / "config.json").read_bytes())
-    nests = isinstance(raw.get("text_config"), dict)
-    return RENAMED if nests and config.model_type != raw.get("model_type") else {}
-
-
-def renamed(name: str, mapping: dict[str, str]) -> str:
-    """Return the name of a tensor in a folder of the text model alone."""
-    for pattern, replacement in mapping.items():
-        if re.match(pattern, name):
-            return re.sub(pattern, replacement, name)
-    return name
-
-
-def is_of_other_part(name: str, mapping: dict[str, str]) -> bool:
-    """Say whether a tensor belongs to the vision or audio model of such a folder."""
-    return bool(mapping) and _OTHER_PARTS.match(name) is not None
+    return RENAMED if nests_text(raw) and config.model_type != raw.get("model_type") else {}
 
 
 def causal_class(transformers: Any, config: Any) -> Any:

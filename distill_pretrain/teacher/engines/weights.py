@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from distill_pretrain.checkpoint.hf.files import INDEX, SINGLE, bullets, file_names, header
+from distill_pretrain.checkpoint.hf.nested import is_of_other_part, renamed
 from distill_pretrain.errors import MissingDependency, TeacherError
 from distill_pretrain.teacher.config import NO_TRUST, Trust
 from distill_pretrain.teacher.engines.folder import (
@@ -23,12 +24,7 @@ from distill_pretrain.teacher.engines.folder import (
     import_transformers,
 )
 from distill_pretrain.teacher.engines.head import trunk_name
-from distill_pretrain.teacher.engines.text_part import (
-    causal_class,
-    is_of_other_part,
-    key_mapping,
-    renamed,
-)
+from distill_pretrain.teacher.engines.text_part import causal_class, key_mapping
 
 PICKLED = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
@@ -104,7 +100,7 @@ def require_own_weights(path: Path, model: Any, trust: Trust = NO_TRUST) -> list
     stored = {
         renamed(name, mapping): tensor
         for name, tensor in _stored_tensors(files).items()
-        if not is_of_other_part(name, mapping)
+        if not (mapping and is_of_other_part(name))
     }
     quantization = _quantization(model.config)
     if quantization is not None:
@@ -157,7 +153,7 @@ def require_all_loaded(
         name
         for name in info["unexpected_keys"]
         if not (spare is not None and renamed(name, mapping or {}).startswith(spare))
-        and not is_of_other_part(name, mapping or {})
+        and not (mapping and is_of_other_part(name))
     ]
     problems = [f"{name} is missing" for name in sorted(info["missing_keys"])]
     problems += [f"{name} is not of this model" for name in sorted(extra)]

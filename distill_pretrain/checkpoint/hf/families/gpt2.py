@@ -8,6 +8,8 @@ from distill_pretrain.checkpoint.hf.family import Family, Raw, general_problems
 from distill_pretrain.checkpoint.hf.tensors import Correspondence, Piece, whole
 from distill_pretrain.mcore.model.config import ModelConfig
 
+_ACTIVATIONS = {"gelu": None, "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+"""Of config.json -> of the section model."""
 _SIZES = ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions")
 
 
@@ -15,8 +17,9 @@ def _problems(raw: Raw) -> list[str]:
     problems = general_problems(raw)
     problems += [f"{key} is missing" for key in _SIZES if raw.get(key) is None]
     activation = raw.get("activation_function", "gelu_new")
-    if activation != "gelu":
-        problems.append(f"activation_function: {activation} (gelu, the exact one, is supported)")
+    if activation not in _ACTIVATIONS:
+        supported = ", ".join(_ACTIVATIONS)
+        problems.append(f"activation_function: {activation} (supported: {supported})")
     wanted = {
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
@@ -33,6 +36,7 @@ def _section(raw: Raw) -> ModelConfig:
         hidden_size=raw["n_embd"],
         ffn_hidden_size=raw.get("n_inner") or 4 * int(raw["n_embd"]),
         num_attention_heads=raw["n_head"],
+        activation=_ACTIVATIONS[raw.get("activation_function", "gelu_new")],
         norm_epsilon=raw.get("layer_norm_epsilon", 1e-5),
         tie_embeddings=bool(raw.get("tie_word_embeddings", True)),
         init_std=raw.get("initializer_range") or 0.02,
@@ -44,7 +48,7 @@ def _cannot_write(model: ModelConfig) -> str | None:
     width = model.kv_channels or model.hidden_size // heads
     groups = model.num_query_groups or heads
     if groups == heads and width * heads == model.hidden_size:
-        return None
+        return f"activation: {model.activation}" if model.activation == "silu" else None
     return f"{heads} query heads, {groups} key/value heads of width {width}; gpt2 has as many, of width hidden / heads"
 
 
@@ -57,8 +61,8 @@ def _config(model: ModelConfig, max_positions: int) -> dict[str, Any]:
         "n_inner": model.ffn_hidden_size,
         "n_head": model.num_attention_heads,
         "n_positions": max_positions,
-        # megatron-core computes the exact GELU; GPT-2 itself used the tanh approximation, gelu_new.
-        "activation_function": "gelu",
+        # GPT-2 itself has the tanh approximation, gelu_new.
+        "activation_function": "gelu_new" if model.activation == "gelu_tanh" else "gelu",
         "layer_norm_epsilon": model.norm_epsilon,
         "resid_pdrop": model.dropout,
         "embd_pdrop": model.dropout,
@@ -142,6 +146,7 @@ FAMILIES = (
         section=_section,
         config=_config,
         problems=_problems,
+        options=frozenset({"activation"}),
         cannot_write=_cannot_write,
         longest="n_positions",
     ),

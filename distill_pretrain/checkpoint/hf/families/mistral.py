@@ -1,14 +1,22 @@
-"""Mistral."""
+"""Mistral: Llama, perhaps with a window in all layers."""
 
 from __future__ import annotations
 
-from distill_pretrain.checkpoint.hf.family import Raw
-from distill_pretrain.checkpoint.hf.llama_like import llama_like, used_window
+from typing import Any
+
+from distill_pretrain.checkpoint.hf.family import WINDOW, Raw
+from distill_pretrain.checkpoint.hf.llama_like import llama_like, only_full_layers, used_window
+from distill_pretrain.mcore.model.config import ModelConfig
 
 
-def _problems(raw: Raw) -> list[str]:
+def _section(raw: Raw) -> dict[str, Any]:
     window = used_window(raw)
-    return [f"sliding_window: {window} is in use"] if window else []
+    return {"sliding_window": window, "attention_layers": "w"} if window else {}
+
+
+def _cannot_write(model: ModelConfig) -> str | None:
+    mixed = len(model.attention_kinds) > 1
+    return "layers of several kinds of attention" if mixed else None
 
 
 FAMILIES = (
@@ -17,7 +25,10 @@ FAMILIES = (
         title="Mistral",
         architecture="MistralForCausalLM",
         defaults={"num_key_value_heads": 8, "sliding_window": 4096},
-        keys={"sliding_window": None},
-        problems=_problems,
+        keys=lambda model: {"sliding_window": model.sliding_window},
+        options=frozenset({WINDOW}),
+        problems=only_full_layers,
+        section=_section,
+        cannot_write=_cannot_write,
     ),
 )

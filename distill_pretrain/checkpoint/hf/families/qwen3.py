@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from distill_pretrain.checkpoint.hf.llama_like import llama_like, window_from_layer
+from typing import Any
+
+from distill_pretrain.checkpoint.hf.llama_like import (
+    ATTENTION_BIASES,
+    attention_biases,
+    half_of_the_biases,
+    llama_like,
+    window_from_layer,
+)
+from distill_pretrain.mcore.model.config import ModelConfig
+
+
+def _keys(model: ModelConfig) -> dict[str, Any]:
+    return {"attention_bias": model.attention_output_bias, "use_sliding_window": False}
+
 
 FAMILIES = (
     llama_like(
@@ -10,9 +24,11 @@ FAMILIES = (
         title="Qwen3",
         architecture="Qwen3ForCausalLM",
         defaults={"num_key_value_heads": 32, "head_dim": 128, "max_window_layers": 28},
-        keys={"attention_bias": False, "use_sliding_window": False},
+        keys=_keys,
         always=frozenset({"qk_norm"}),
-        section=lambda raw: {"qk_norm": True},
+        options=ATTENTION_BIASES,
+        section=lambda raw: {"qk_norm": True, **attention_biases(raw)},
         problems=window_from_layer,
+        cannot_write=half_of_the_biases,
     ),
 )

@@ -5,15 +5,13 @@ from __future__ import annotations
 from distill_pretrain.checkpoint.hf.family import TeacherOnly
 
 _EXPERTS = "mixture of experts"
-_NORMS = "sandwich norms, a scaled embedding and two rotary bases"
 
 FAMILIES = tuple(
     TeacherOnly(model_type=model_type, title=title, reason=reason)
     for model_type, title, reason in (
         ("deepseek_v3", "DeepSeek-V3", f"latent attention and {_EXPERTS}"),
-        ("gemma2", "Gemma 2", "sandwich norms and soft-capped logits"),
-        ("gemma3_text", "Gemma 3 (text)", _NORMS),
-        ("gemma4_text", "Gemma 4 (text)", _NORMS),
+        ("gemma2", "Gemma 2", "soft-capped logits"),
+        ("gemma4_text", "Gemma 4 (text)", "embeddings in every layer and two widths of heads"),
         ("gpt_oss", "gpt-oss", f"{_EXPERTS}, learned sinks and clamped SwiGLU"),
         ("llama4_text", "Llama 4 (text)", f"{_EXPERTS} and chunked attention"),
         ("mixtral", "Mixtral", _EXPERTS),
