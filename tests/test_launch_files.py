@@ -21,6 +21,7 @@ SCRIPTS = sorted(
         ROOT / "launch/docs.sh",
         ROOT / "launch/package.sh",
         ROOT / "launch/real_teacher.sh",
+        ROOT / "launch/progressive.sh",
         ROOT / "launch/cluster_env.sh",
     ]
 )
