@@ -1,11 +1,12 @@
 """Times `tokenize` on one corpus beside datatrove's tokenizer, with one process each, and compares their tokens.
 
-    python tools/bench_tokenize.py CORPUS --tokenizer FOLDER --end-of-document TOKEN --peer PYTHON [--rounds 1]
+    python tools/bench_tokenize.py CORPUS --tokenizer FOLDER --end-of-document TOKEN --peer PYTHON \
+        [--rounds 1] [--together]
 
 PYTHON is the interpreter of an environment that has `datatrove[io,processing]`. Both read the same file with the same
-tokenizer, by turns, and end each document with the same token; datatrove's order of documents is left as it is in the
-file. CPU seconds are user and system time; memory is the most that a program and its children held at once
-(proportional set size, looked at twice a second). Prints Markdown.
+tokenizer, by turns or --together on a core each, and end each document with the same token; datatrove leaves documents
+in the file's order. CPU seconds are user and system time; memory is the most that a program and its children held at
+once (proportional set size, looked at twice a second). Prints Markdown.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -141,25 +144,32 @@ def main() -> None:
     parser.add_argument("--end-of-document", required=True, metavar="TOKEN")
     parser.add_argument("--peer", required=True, metavar="PYTHON")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--together", action="store_true", help="both at once, on a core each")
     asked = parser.parse_args()
     took: dict[str, list[Took]] = {"tokenize": [], "datatrove": []}
     for number in range(asked.rounds):
         with TemporaryDirectory(dir=asked.corpus.parent) as folder:
             outputs = Path(folder, "ours"), Path(folder, "theirs")
             given = asked.corpus.resolve(), asked.tokenizer.resolve(), asked.end_of_document
-            took["tokenize"].append(ours(*given, outputs[0]))
-            took["datatrove"].append(theirs(asked.peer, *given, outputs[1]))
+            programs = {
+                "tokenize": partial(ours, *given, outputs[0]),
+                "datatrove": partial(theirs, asked.peer, *given, outputs[1]),
+            }
+            with ThreadPoolExecutor(2 if asked.together else 1) as pool:
+                turns = {name: pool.submit(program) for name, program in programs.items()}
+            for name, turn in turns.items():
+                took[name].append(turn.result())
             if number == 0:
                 tokens = compare(*outputs)
-        for name, turns in took.items():
-            print(json.dumps({"round": number, "program": name, **asdict(turns[-1])}), flush=True)
+        for name, done in took.items():
+            print(json.dumps({"round": number, "program": name, **asdict(done[-1])}), flush=True)
     print("| | CPU seconds | seconds on the clock | MiB at the most |\n|:--|--:|--:|--:|")
-    for name, turns in took.items():
-        middle = sorted(turns, key=lambda turn: turn.cpu)[len(turns) // 2]
+    for name, done in took.items():
+        middle = sorted(done, key=lambda turn: turn.cpu)[len(done) // 2]
         print(f"| {name} | {middle.cpu:.1f} | {middle.wall:.0f} | {middle.memory:.0f} |")
     print(f"\n{tokens}")
     versions = {"peer": _peer_versions(asked.peer), **environment("tokenizers", "transformers")}
-    all_of = {name: [asdict(turn) for turn in turns] for name, turns in took.items()}
+    all_of = {name: [asdict(turn) for turn in done] for name, done in took.items()}
     write_json(asked.output, {**versions, "turns": all_of, "tokens": tokens})
 
 
