@@ -76,6 +76,17 @@ def test_the_cells_of_a_seed_are_scored_together():
     assert list(scored.models) == list(plan.cells)
 
 
+def test_a_teacher_that_captured_in_parts_scores_whole_beside_whole_students():
+    in_parts = {"path": "t", "tensor": 2, "pipeline": 2}
+    plan = ComparisonPlan.of(make_recipe(teacher=in_parts))
+    assert plan.capture.teacher.processes == 4
+    assert plan.evaluations[1].teacher.processes == 1
+    plan = ComparisonPlan.of(
+        make_recipe(teacher=in_parts, compare={"eval": {"tensor": 2, "pipeline": 2}})
+    )
+    assert plan.evaluations[1].teacher.processes == 4
+
+
 def test_without_sets_and_cells_there_are_defaults():
     plan = ComparisonPlan.of(make_recipe(capture={"sets": None}))
     assert {"ce", "full-kd", "topk-12-ghost", "multinomial-50", "systematic-5"} <= set(plan.cells)

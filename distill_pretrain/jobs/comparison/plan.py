@@ -157,7 +157,8 @@ class ComparisonPlan:
                         **self.compare.eval,
                         "models": {r.cell: str(r.folder) for r in self.runs if r.seed == seed},
                         "output": str(self.compare.output_dir / "eval" / f"seed-{seed}.json"),
-                    }
+                    },
+                    **self._teacher_beside_students(),
                 },
             )
             for seed in self.compare.seeds
@@ -225,6 +226,14 @@ class ComparisonPlan:
                 "train": {"seed": seed, "output_dir": str(folder)},
             },
         )
+
+    def _teacher_beside_students(self) -> dict[str, dict[str, int]]:
+        """Return what differs in the teacher's section when it scores: whole students take a whole teacher."""
+        teacher = self.recipe.teacher
+        in_parts = {"tensor", "pipeline"} & self.compare.eval.keys()
+        if teacher is None or teacher.kind != "megatron" or in_parts:
+            return {}
+        return {"teacher": {"tensor": 1, "pipeline": 1}}
 
     def _check_targets(self) -> None:
         assert self.recipe.capture
