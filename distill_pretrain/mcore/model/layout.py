@@ -59,7 +59,7 @@ def require_backend(optimizer: OptimizerConfig) -> None:
 
 
 def require_algorithm(optimizer: OptimizerConfig) -> None:
-    """Raise ConfigError where `optimizer.algorithm: muon` is asked for: see docs/decisions/0022-muon.md."""
+    """Raise ConfigError where `optimizer.algorithm: muon` is asked for: see docs/decisions/0020-muon.md."""
     if optimizer.algorithm == "adam":
         return
     found = []
