@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from distill_pretrain.checkpoint.phase import PhaseWeights
-from distill_pretrain.checkpoint.record import Checkpoint
+from distill_pretrain.checkpoint.record import RECORD, Checkpoint
+from distill_pretrain.errors import CheckpointError
 
 IDENTITY: dict[str, Any] = {
     "sequence_plan_id": "plan",
@@ -60,3 +63,15 @@ def test_the_phases_before_are_listed_newest_first():
     found = facts()
     assert (found["optimizer"], found["step"]) == ("kept", 5)
     assert found["earlier"] == [{k: v for k, v in BEFORE.items() if k != "earlier"}, FIRST]
+
+
+def test_a_damaged_end_of_the_phase_before_is_refused(tmp_path):
+    (tmp_path / "weights").write_bytes(b"sound")
+    files = {"weights": hashlib.sha256(b"sound").hexdigest()}
+    (tmp_path / RECORD).write_text(json.dumps({"step": 5, "identity": {}, "files": files}))
+    checkpoint = Checkpoint.open(tmp_path)
+    weights = PhaseWeights(checkpoint=checkpoint, keeps_optimizer=True, description="")
+    assert weights.fingerprint() == checkpoint.sha256
+    (tmp_path / "weights").write_bytes(b"spoilt")
+    with pytest.raises(CheckpointError, match="not what was saved"):
+        weights.fingerprint()
