@@ -390,7 +390,7 @@ def test_a_model_that_cannot_be_exported_is_refused_before_training(tokens, tmp_
     settings += ["model.num_layers=1", "model.num_attention_heads=2", "model.norm_placement=post"]
     settings += ["train.steps=1", "train.global_batch_size=1", f"train.output_dir={tmp_path / 'r'}"]
     assert main(["train", *settings, "train.export_interval=1"]) == 2
-    assert "no class of transformers computes this model" in capsys.readouterr().err
+    assert "no class of transformers computes this llama model" in capsys.readouterr().err
     assert not (tmp_path / "r").exists()
 
 
