@@ -52,6 +52,10 @@ class Faulty:
         self.term_names = objective.term_names
         self.step, self.is_over = 0, False
 
+    @property
+    def moving(self) -> dict[str, float]:
+        return self.objective.moving
+
     def begin_step(self, step: int) -> None:
         self.step = step
         self.objective.begin_step(step)
