@@ -106,9 +106,11 @@ class SDPAttention(MegatronModule):
 
     Attributes:
         model: architecture, of subclasses for models with windows or an attention temperature (`attention_of`).
+        window: places that a query of this layer sees, its own included; None for all before.
     """
 
     model: ModelConfig | None = None
+    window: int | None = None
 
     def __init__(
         self,
@@ -124,8 +126,8 @@ class SDPAttention(MegatronModule):
         super().__init__(config=config)
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        windowed = self.model is not None and self.model.attention_of(layer_number - 1) == "w"
-        self.window = self.model.sliding_window if self.model is not None and windowed else None
+        if self.model is not None and self.model.attention_of(layer_number - 1) == "w":
+            self.window = self.model.sliding_window
 
     def forward(
         self,
