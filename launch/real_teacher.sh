@@ -43,7 +43,7 @@ if [ -n "$short" ]; then
         model.hidden_size=64 model.ffn_hidden_size=160 optimizer.warmup_steps=2
         "capture.sets={systematic-50: {sampler: systematic, num_draws: 50}}"
         "compare.cells={ce: {objective: {ce_weight: 1.0}}, systematic-50: {set: systematic-50, objective: {ce_weight: 0.0, kd_weight: 1.0}}}"
-        "compare.seeds=[1]" "compare.eval={num_sequences: 4, micro_batch_size: 4}" "${comparing[@]}"
+        "compare.seeds=[1]" compare.eval.num_sequences=4 compare.eval.micro_batch_size=4 "compare.eval.copying={num_sequences: 4}" "${comparing[@]}"
     )
 fi
 mkdir -p "$RUN"
