@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 
 from distill_pretrain.errors import ConfigError
 from distill_pretrain.jobs.recipe import Recipe
@@ -74,4 +75,6 @@ def run(recipe: Recipe, args: argparse.Namespace) -> None:
             remedy="add --dry-run, or start torchrun with as many processes",
         )
     if train_model(recipe):
+        # The interpreter gives up its handlers before it has ended; a second SIGTERM must not change the exit code.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise SystemExit(STOPPED_EXIT_CODE)

@@ -30,7 +30,9 @@ class StopRequest:
 def stop_on_sigterm() -> Iterator[StopRequest]:
     """Let SIGTERM, inside the block, ask to stop instead of ending the process.
 
-    Outside a main thread, nothing changes.
+    A process that was asked does nothing on SIGTERM behind the block either, unless it had a handler before, which
+    comes back: a scheduler that asks twice would otherwise end it while it closes its groups, with another exit code
+    than that of a training that saved and stopped. Outside a main thread, nothing changes.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -40,4 +42,6 @@ def stop_on_sigterm() -> Iterator[StopRequest]:
     try:
         yield request
     finally:
-        signal.signal(signal.SIGTERM, before)
+        # Not SIG_IGN: processes started later would inherit that.
+        if not (request.asked and before is signal.SIG_DFL):
+            signal.signal(signal.SIGTERM, before)

@@ -108,6 +108,8 @@ class Trainer:
     def fit(self) -> FitResult:
         """Train to the last step, or to the step at which the job is asked to stop.
 
+        A job is asked by a SIGTERM to any of its processes; `stop_on_sigterm` says what a second one does.
+
         Raises:
             TrainingStopped: a bad step, and the recipe says stop.
         """
@@ -163,6 +165,7 @@ class Trainer:
                     break
         self._settle(doing)
         if self.stopping:
+            stop.ask()  # whichever rank was: all of them end now
             _log.info(f"asked to stop: saved step {done}; start it again to go on")
             self.events.add("stopped", done)
         return done

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from distill_pretrain.checkpoint.store import CheckpointStore
+from distill_pretrain.train.stopping import stop_on_sigterm
 from tests.support.distributed import REPOSITORY, torchrun
 from tests.support.small_corpus import NUM_SEQUENCES, SEQ_LEN, VOCAB_SIZE, write_small_corpus
 
@@ -147,6 +148,51 @@ def test_a_stop_through_torchrun_saves_on_all_ranks(tokens: Path, tmp_path: Path
         assert "BrokenPipe" not in said and "distill_pretrain/cli/main.py" not in said
     finally:
         training.kill()
+
+
+def test_a_training_that_was_told_to_stop_ends_its_own_way() -> None:
+    """However often it is told, and at whatever moment of its end."""
+    program = """
+import os, signal, sys
+from distill_pretrain.cli import train
+from distill_pretrain.jobs import train as job
+from distill_pretrain.train.stopping import stop_on_sigterm
+
+def train_model(recipe):
+    with stop_on_sigterm():
+        os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return True
+
+class Last:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+sys.last = Last()
+job.train_model, job.require_training = train_model, lambda recipe: None
+train.run(None, type("Args", (), {"dry_run": False, "world_size": None}))
+"""
+    assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY).returncode == 143
+
+
+def test_a_handler_of_the_caller_comes_back() -> None:
+    def handler(*_: object) -> None:
+        told.append(True)
+
+    told: list[bool] = []
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with stop_on_sigterm() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked and not told
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert told
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with stop_on_sigterm():
+            pass
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize("times", [1, 2])
