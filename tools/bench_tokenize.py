@@ -1,7 +1,7 @@
 """Times `tokenize` on one corpus beside datatrove's tokenizer, with one process each, and compares their tokens.
 
     python tools/bench_tokenize.py CORPUS --tokenizer FOLDER --end-of-document TOKEN --peer PYTHON \
-        [--rounds 1] [--together]
+        [--rounds 1] [--together] [--peer-batch 10000]
 
 PYTHON is the interpreter of an environment that has `datatrove[io,processing]`. Both read the same file with the same
 tokenizer, by turns or --together on a core each, and end each document with the same token; datatrove leaves documents
@@ -34,10 +34,12 @@ from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.tokens import DocumentTokenizer
 
-folder, name, tokenizer, end, output = sys.argv[1:]
+folder, name, tokenizer, end, batch, output = sys.argv[1:]
 steps = [
     JsonlReader(folder, glob_pattern=name),
-    DocumentTokenizer(output + "/tokens", tokenizer, eos_token=end, shuffle_documents=False),
+    DocumentTokenizer(
+        output + "/tokens", tokenizer, eos_token=end, batch_size=int(batch), shuffle_documents=False
+    ),
 ]
 LocalPipelineExecutor(steps, tasks=1, workers=1, logging_dir=output + "/logs").run()
 """
@@ -114,10 +116,11 @@ def ours(corpus: Path, tokenizer: Path, end: str, output: Path) -> Took:
     return run([sys.executable, "-m", "distill_pretrain", "tokenize", *arguments])
 
 
-def theirs(peer: str, corpus: Path, tokenizer: Path, end: str, output: Path) -> Took:
+def theirs(peer: str, batch: int, corpus: Path, tokenizer: Path, end: str, output: Path) -> Took:
     """Run datatrove's pipeline of a reader and its tokenizer."""
     file = str(tokenizer / "tokenizer.json")
-    return run([peer, "-c", PEER, str(corpus.parent), corpus.name, file, end, str(output)])
+    given = str(corpus.parent), corpus.name, file, end, str(batch), str(output)
+    return run([peer, "-c", PEER, *given])
 
 
 def compare(our_folder: Path, their_folder: Path) -> dict[str, int]:
@@ -143,6 +146,9 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--end-of-document", required=True, metavar="TOKEN")
     parser.add_argument("--peer", required=True, metavar="PYTHON")
+    parser.add_argument(
+        "--peer-batch", type=int, default=10_000, help="documents that datatrove holds"
+    )
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--together", action="store_true", help="both at once, on a core each")
     asked = parser.parse_args()
@@ -153,7 +159,7 @@ def main() -> None:
             given = asked.corpus.resolve(), asked.tokenizer.resolve(), asked.end_of_document
             programs = {
                 "tokenize": partial(ours, *given, outputs[0]),
-                "datatrove": partial(theirs, asked.peer, *given, outputs[1]),
+                "datatrove": partial(theirs, asked.peer, asked.peer_batch, *given, outputs[1]),
             }
             with ThreadPoolExecutor(2 if asked.together else 1) as pool:
                 turns = {name: pool.submit(program) for name, program in programs.items()}
