@@ -45,6 +45,7 @@ _FUNCTION = (
     "num_query_groups",
     "kv_channels",
     "rotary_base",
+    "rotary_fraction",
     "rope_scaling_factor",
     "rope_linear_factor",
     "windowed_rotary_base",
@@ -108,6 +109,7 @@ class _FolderWeights(StartingWeights):
 
     folder: Path
     files: WeightFiles
+    family: str
     shape: _Shape
     description: str
 
@@ -123,6 +125,7 @@ class _FolderWeights(StartingWeights):
             model=shape.model,
             vocab_size=shape.vocab_size,
             max_positions=shape.seq_len,
+            family=self.family,
         )
 
 
@@ -189,7 +192,11 @@ def _open_folder(folder: Path, shape: _Shape) -> StartingWeights:
     _require_rows(folder, found.vocab_size, shape.vocab_size)
     _require_positions(folder, found.max_positions, shape, exactly=False)
     return _FolderWeights(
-        folder=folder, files=check_hf_weights(folder), shape=shape, description=_described(found)
+        folder=folder,
+        files=check_hf_weights(folder),
+        family=found.family,
+        shape=shape,
+        description=_described(found),
     )
 
 

@@ -121,6 +121,14 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         facts("qwen3", 151936, (36, 4096, 12288, 32, 8), 40960, rope_theta=1000000, head_dim=128),
         8_190_735_360,
     ),
+    "phi-4": (
+        facts("phi3", 100352, (40, 5120, 17920, 40, 10), 16384, rope_theta=250000),
+        14_659_507_200,
+    ),
+    "Phi-3-mini-4k-instruct": (
+        facts("phi3", 32064, (32, 3072, 8192, 32, 32), 4096, sliding_window=2047),
+        3_821_079_552,
+    ),
     "SmolLM3-3B": (
         facts(
             "smollm3",
@@ -187,7 +195,7 @@ def test_published_models_are_accepted_in_their_size(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(raw))
     found = read_hf_model(tmp_path)
     sizes = {"vocab_size": found.vocab_size, "max_positions": found.max_positions}
-    shapes = correspondence(found.model, **sizes).shapes()
+    shapes = correspondence(found.model, **sizes, family=found.family).shapes()
     assert sum(map(math.prod, shapes.values())) == pytest.approx(published, rel=1e-3)
     foreseen = num_parameters(
         found.model.model_copy(update={"vocab_divisor": 1}),
@@ -283,6 +291,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "SmolLM3Config": {"pad_token_id": None},
     "Ministral3Config": {"head_dim": 8, "rope_parameters": {**MINISTRAL_YARN}},
     "Olmo3Config": {"sliding_window": 7},
+    "Phi3Config": {
+        "pad_token_id": 0,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+        },
+    },
     "Gemma3TextConfig": {"sliding_window": 7, "head_dim": 8, "pad_token_id": 0},
 }
 LIKE_LLAMA = {
@@ -376,6 +392,8 @@ def test_a_window_shortens_the_sums_of_attention():
         ({"norm_placement": "reordered", "init": "deepscale"}, "deepscale is not derived"),
         ({"norm_placement": "sandwich", "init": "completep"}, "completep is not derived"),
         ({"embedding_scale": 8.0, "init": "fan_in"}, "fan_in is not derived for zero_cent"),
+        ({"rotary_fraction": 0.45}, "rotary_fraction: 0.45 of 8 channels are 3"),
+        ({"arch": "gpt2", "rotary_fraction": 0.5}, "rotary_fraction: only for arch: llama"),
         ({"attention_layers": "wf"}, "sliding_window: None"),
         ({"sliding_window": 9}, "attention_layers: f"),
         ({"attention_temperature": 0.1}, "set both or none"),

@@ -86,7 +86,7 @@ def test_a_teacher_alone_is_refused_with_what_a_student_would_need(model_type, t
     reason = registry.teachers_only()[model_type].reason
     with pytest.raises(CheckpointError, match=f"{model_type} is not supported: {reason}") as error:
         read_hf_model(folder)
-    assert "teacher.kind: hf" in str(error.value)
+    assert "teacher.kind=hf" in str(error.value)
 
 
 def test_the_table_of_the_page_is_what_the_code_says():

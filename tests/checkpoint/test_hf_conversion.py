@@ -76,6 +76,8 @@ GEMMA3 = {
     },
 }
 GEMMA3["layer_types"] = GEMMA3["layer_types"][:4]
+PHI3 = {"pad_token_id": 0, "sliding_window": 11, "head_dim": 16}
+PHI3_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
 OLMO3_ROPE = {
     "rope_parameters": {
         "full_attention": {**YARN, "attention_factor": 1.2},
@@ -114,6 +116,7 @@ def family_configs() -> dict[str, Any]:
         "ministral3": ("Ministral3", {"head_dim": 16, **rope(MINISTRAL_ROPE)}),
         "olmo2": ("Olmo2", {"attention_bias": True}),
         "gemma3": ("Gemma3Text", GEMMA3),
+        "phi3": ("Phi3", {**PHI3, "rope_parameters": PHI3_ROPE}),
         "olmo3": ("Olmo3", {"sliding_window": 7, **OLMO3_ROPE}),
     }
     biases = {"attention_bias": True, "mlp_bias": True}
@@ -245,7 +248,7 @@ def convert_all(root: str, out: str) -> dict[str, Any]:
 
 
 CURVE_MODELS: dict[str, dict[str, Any]] = {
-    "qwen": {"qkv_bias": True, "qk_norm": True, "rope_scaling_factor": 8},
+    "qwen": {"qkv_bias": True, "qk_norm": True, "rope_scaling_factor": 8, "rotary_fraction": 0.5},
     "olmo3": {
         "norm_placement": "reordered",
         "qk_norm_whole": True,
@@ -272,6 +275,7 @@ CURVE_MODELS: dict[str, dict[str, Any]] = {
         "attention_temperature": 0.3,
         "attention_temperature_positions": 8,
         "yarn": {"factor": 4.0, "original_positions": 8},
+        "rotary_fraction": 0.5,
         "qkv_bias": True,
         "attention_output_bias": True,
         "mlp_bias": True,
@@ -430,6 +434,26 @@ def test_half_precision_weights_are_read_as_they_are(one_process, families, tmp_
         assert torch.equal(tensor, half[name].to(torch.bfloat16)), name
 
 
+def test_a_phi_that_turns_all_channels_is_a_llama(one_process, tmp_path):
+    torch.manual_seed(0)
+    config = transformers.Phi3Config(**SHAPE, pad_token_id=0)
+    own = transformers.Phi3ForCausalLM(config).eval()
+    own.save_pretrained(tmp_path / "phi")
+    chunks = build(tmp_path / "phi", ParallelConfig())
+    load_hf_weights(chunks, tmp_path / "phi")
+    found = read_hf_model(tmp_path / "phi")
+    assert found.family == "phi3"
+    sizes = {"model": found.model, "vocab_size": VOCAB_SIZE, "max_positions": SEQ_LEN}
+    save_hf_model(chunks, **sizes, folder=tmp_path / "out", dtype="fp32", tokenizer=None)
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert type(exported) is transformers.LlamaForCausalLM
+    with torch.no_grad():
+        expected = own(sample_tokens()).logits
+        torch.testing.assert_close(exported(sample_tokens()).logits, expected, rtol=0, atol=1e-6)
+    found_logits = whole_logits(chunks, sample_tokens())[..., :VOCAB_SIZE]
+    torch.testing.assert_close(found_logits, expected, rtol=0, atol=1e-5)
+
+
 def weights_problem(folder: Path) -> str:
     found = read_hf_model(folder)
     names = correspondence(
@@ -550,6 +574,10 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
         },
         "in layers with a window",
     ),
+    ("phi3", {"rope_parameters": {"rope_type": "longrope"}}, "longrope rope scaling"),
+    ("phi3", {"rope_parameters": {**PHI3_ROPE, "partial_rotary_factor": 2}}, "partial_rotary_fac"),
+    ("phi3", {"rope_parameters": {**PHI3_ROPE, "partial_rotary_factor": 0.2}}, "rotary_fraction"),
+    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5.*turns all channels"),
     ("smollm3", {"no_rope_layers": [1, 0]}, r"no_rope_layers: \[1, 0\] \(0 or 1 for each of 4"),
     ("smollm3", {"use_sliding_window": True, "sliding_window": 9}, "sliding_window: 9 is in use"),
     ("ministral3", {"rope_parameters": YARN}, "llama_4_scaling_beta: None"),
@@ -640,6 +668,7 @@ def test_keys_that_older_folders_lack_mean_what_transformers_takes_them_for(tmp_
         ({"norm_placement": "reordered"}, "norm_placement: reordered"),
         ({"attention_output_bias": True}, "attention_output_bias: True; this family has both"),
         ({"attention_layers": "fw", "sliding_window": 9}, "several kinds of attention"),
+        ({"rotary_fraction": 0.5, "rope_linear_factor": 2.0}, "rope_linear_factor: 2.0"),
         ({"arch": "gpt2", "activation": "silu"}, "activation: silu"),
         ({"arch": "gpt2", "num_query_groups": 2}, "gpt2"),
         ({"arch": "gpt2", "kv_channels": 32}, "gpt2"),

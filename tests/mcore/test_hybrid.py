@@ -30,7 +30,12 @@ SMALL = {**LLAMA, "num_layers": 2}
 DROPOUT = {**SMALL, "dropout": 0.2}
 CLASSES = ("gpt", "hybrid")
 STEPS = 3
-SCALED_ROPE = {**SMALL, "rotary_base": 1000000, "rope_scaling_factor": 8.0}
+SCALED_ROPE = {
+    **SMALL,
+    "rotary_base": 1000000,
+    "rope_scaling_factor": 8.0,
+    "rotary_fraction": 0.5,
+}
 
 OLMO3 = {
     **SMALL,

@@ -5,13 +5,23 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from distill_pretrain.checkpoint.hf.family import DTYPE_NAMES, dtype_of, general_problems
+from pydantic import ValidationError
+
+from distill_pretrain.checkpoint.hf.family import (
+    DTYPE_NAMES,
+    dtype_of,
+    general_problems,
+    wrong_types,
+)
 from distill_pretrain.checkpoint.hf.nested import text_part
 from distill_pretrain.checkpoint.hf.registry import families, family_of, why_not
 from distill_pretrain.errors import CheckpointError
 from distill_pretrain.mcore.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 CONFIG = "config.json"
 
@@ -42,6 +52,14 @@ def read_hf_model(path: Path) -> HFModel:
         CheckpointError: no such folder, or a model that megatron-core cannot represent; lists every reason.
     """
     raw = text_part(_read_json(path / CONFIG))
+    wrong = wrong_types(raw)
+    if wrong:
+        raise CheckpointError(
+            "the configuration has values that no model has:\n"
+            + "\n".join(f"  - {p}" for p in wrong),
+            where=path / CONFIG,
+            remedy="download the folder again, or correct its config.json",
+        )
     family = families().get(str(raw.get("model_type")))
     if family is None:
         problems = [why_not(raw.get("model_type")), *general_problems(raw)]
@@ -57,8 +75,18 @@ def read_hf_model(path: Path) -> HFModel:
             dtype=DTYPE_NAMES[dtype_of(raw)],
             family=family.model_type,
         )
+    except ValidationError as error:
+        raise _unsupported(path, list(map(_in_words, error.errors()))) from None
     except (ValueError, TypeError) as error:
         raise _unsupported(path, [str(error)]) from None
+
+
+def _in_words(detail: ErrorDetails) -> str:
+    """Say what pydantic refused of the section model."""
+    said = detail["msg"].removeprefix("Value error, ")
+    if not detail["loc"]:
+        return said
+    return f"model.{'.'.join(map(str, detail['loc']))}: {detail['input']!r} ({said})"
 
 
 def hf_config(
@@ -120,5 +148,5 @@ def _unsupported(path: Path, problems: list[str]) -> CheckpointError:
         "megatron-core cannot run this model as it is:\n" + "\n".join(f"  - {p}" for p in problems),
         where=path / CONFIG,
         expected=f"one of {', '.join(families())}",
-        remedy="a teacher may run with teacher.kind: hf instead; a student cannot start from it",
+        remedy="set teacher.kind=hf for a teacher; a student cannot start from it",
     )

@@ -27,6 +27,7 @@ _KEYS = (
     "qkv_bias",
     "rope_linear_factor",
     "rope_scaling_factor",
+    "rotary_fraction",
     "windowed_rotary_base",
     "yarn",
     "zero_centred_norms",
@@ -119,6 +120,46 @@ class TeacherOnly:
 def dtype_of(raw: Raw) -> str:
     """Return the type of the stored weights, as transformers names it."""
     return str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
+
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    *(f"n_{name}" for name in ("embd", "layer", "head", "inner", "positions")),
+)
+_OTHER_TYPES: dict[str, tuple[type, str]] = {
+    "architectures": (list, "a list"),
+    "auto_map": (dict, "an object"),
+    "layer_types": (list, "a list"),
+    "no_rope_layers": (list, "a list"),
+    "rope_parameters": (dict, "an object"),
+    "rope_scaling": (dict, "an object"),
+    "activation_function": (str, "a word"),
+    "hidden_act": (str, "a word"),
+}
+
+
+def wrong_types(raw: Raw) -> list[str]:
+    """Say which values of a config.json are none that its keys can have, a line each; others can be looked at then."""
+    problems = []
+    for key in _SIZES:
+        value = raw.get(key)
+        if value is not None and (type(value) is not int or value < 1):
+            problems.append(f"{key}: {value!r} (a whole number above 0 is expected)")
+    for key, (kind, words) in _OTHER_TYPES.items():
+        if raw.get(key) is not None and not isinstance(raw[key], kind):
+            problems.append(f"{key}: {raw[key]!r} ({words} is expected)")
+    rope = raw.get("rope_parameters")
+    for layers in ("full_attention", "sliding_attention"):
+        if isinstance(rope, dict) and not isinstance(rope.get(layers, {}), dict):
+            problems.append(f"rope_parameters: {layers}: {rope[layers]!r} (an object is expected)")
+    return problems
 
 
 def general_problems(raw: Raw) -> list[str]:

@@ -20,6 +20,10 @@ _SIZES = (
 )
 
 
+SCALINGS = frozenset({"rope_linear_factor", "rope_scaling_factor", "yarn"})
+"""Keys of the section model that scale rotary embeddings."""
+
+
 def llama_like(
     *,
     model_type: str,
@@ -34,6 +38,7 @@ def llama_like(
     cannot_write: Callable[[ModelConfig], str | None] = lambda model: None,
     tensors: type[Correspondence] = LlamaTensors,
     prunes: bool = True,
+    scalings: frozenset[str] = SCALINGS,
     activations: tuple[str, ...] = ("silu", "swish"),
     rotary: tuple[
         Callable[[Raw], list[str]],
@@ -50,12 +55,13 @@ def llama_like(
         defaults: what transformers takes for keys that a config.json does not have.
         keys: of config.json, beside those that all of them have.
         always: see `Family`.
-        options: see `Family`; linear, Llama 3's and YaRN's scaling of rotary embeddings are options of all of them.
+        options: see `Family`; `scalings` are options, too.
         problems: refusals beside those that all of them have; reads defaults too.
         section: keys of the section model beside those that all of them have.
         cannot_write: see `Family`.
         tensors: see `Family`.
         prunes: see `Family`.
+        scalings: of SCALINGS those that a model may have.
         activations: values of hidden_act that mean the family's activation.
         rotary: refusals, keys of the section model and keys of config.json for rotary embeddings.
     """
@@ -91,7 +97,7 @@ def llama_like(
         config=config,
         problems=all_problems,
         always=always,
-        options=options | {"rope_linear_factor", "rope_scaling_factor", "yarn"},
+        options=options | scalings,
         cannot_write=cannot_write,
         prunes=prunes,
     )

@@ -63,12 +63,21 @@ def check_hf_weights(path: Path) -> WeightFiles:
 def _correspondence_of(path: Path) -> Correspondence:
     found = read_hf_model(path)
     return correspondence(
-        found.model, vocab_size=found.vocab_size, max_positions=found.max_positions
+        found.model,
+        vocab_size=found.vocab_size,
+        max_positions=found.max_positions,
+        family=found.family,
     )
 
 
 def start_from_hf(
-    student: Student, files: WeightFiles, *, model: ModelConfig, vocab_size: int, max_positions: int
+    student: Student,
+    files: WeightFiles,
+    *,
+    model: ModelConfig,
+    vocab_size: int,
+    max_positions: int,
+    family: str,
 ) -> None:
     """Give a new student the values that a folder stores, one parameter of this rank in memory at a time.
 
@@ -80,11 +89,14 @@ def start_from_hf(
         model: of the student.
         vocab_size: V of the student; rows beyond it are left out.
         max_positions: learned positions of a gpt2 student; those beyond are left out.
+        family: model_type of the folder.
     """
     from distill_pretrain.mcore.model.chunks import parameters_by_name
     from distill_pretrain.mcore.runtime.parallel import current_groups
 
-    pieces = correspondence(model, vocab_size=vocab_size, max_positions=max_positions).pieces()
+    pieces = correspondence(
+        model, vocab_size=vocab_size, max_positions=max_positions, family=family
+    ).pieces()
     parameters = parameters_by_name(student.chunks)
     groups = current_groups()
     _require_all(parameters, pieces, groups.pipeline, files.folder)

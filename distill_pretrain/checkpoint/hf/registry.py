@@ -70,11 +70,19 @@ def family_of(model: ModelConfig) -> Family:
     )
 
 
-def correspondence(model: ModelConfig, *, vocab_size: int, max_positions: int) -> Correspondence:
+def correspondence(
+    model: ModelConfig, *, vocab_size: int, max_positions: int, family: str | None = None
+) -> Correspondence:
     """Return the key map of a model.
+
+    Args:
+        model: architecture.
+        vocab_size: see `Correspondence`.
+        max_positions: see `Correspondence`.
+        family: model_type of the folder that is read; null means that of `family_of`, which is written.
 
     Raises:
         CheckpointError: it is of no family.
     """
-    tensors = family_of(model).tensors
-    return tensors(model, vocab_size=vocab_size, max_positions=max_positions)
+    found = family_of(model) if family is None else families()[family]
+    return found.tensors(model, vocab_size=vocab_size, max_positions=max_positions)

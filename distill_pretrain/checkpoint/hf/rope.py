@@ -28,8 +28,18 @@ def kind_of(scaling: dict[str, Any]) -> str:
     return str(scaling.get("rope_type", scaling.get("type", "default")))
 
 
-def rope_problems(raw: Raw) -> list[str]:
-    """Say what of the rotary embedding cannot be computed."""
+def partial_of(raw: Raw) -> Any:
+    """Return the share of a head's channels that turn; None where config.json does not say."""
+    return rope_of(raw)[1].get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+
+
+def rope_problems(raw: Raw, *, partial: bool = False) -> list[str]:
+    """Say what of the rotary embedding cannot be computed.
+
+    Args:
+        raw: config.json.
+        partial: whether transformers' class of the family follows partial_rotary_factor.
+    """
     base, scaling = rope_of(raw)
     if any(isinstance(value, dict) for value in scaling.values()):
         return ["rope_parameters: different ones for different layers"]
@@ -37,11 +47,13 @@ def rope_problems(raw: Raw) -> list[str]:
     if not isinstance(base, int | float) or isinstance(base, bool) or not 1 < base <= 1 << 62:
         problems.append(f"rope_theta: {base} (a number above 1 is supported)")
     problems += scaling_problems(scaling)
-    partial = scaling.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
+    share = partial_of(raw)
+    if not partial and share not in (None, 1, 1.0):
         problems.append(
-            f"partial_rotary_factor: {partial} (transformers' class of this family turns all channels)"
+            f"partial_rotary_factor: {share} (transformers' class of this family turns all channels)"
         )
+    if partial and share is not None and not (isinstance(share, int | float) and 0 < share <= 1):
+        problems.append(f"partial_rotary_factor: {share} (a number above 0, and 1 at most)")
     return problems
 
 

@@ -201,6 +201,7 @@ def build_model_chunks(
             share_embeddings_and_output_weights=model.tie_embeddings,
             position_embedding_type="rope" if model.arch == "llama" else "learned_absolute",
             rotary_base=model.rotary_base,
+            rotary_percent=model.rotary_fraction,
             vp_stage=vp_stage,
         )
         gpt.loss_function = loss_function

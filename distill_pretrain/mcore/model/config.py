@@ -57,6 +57,8 @@ class ModelConfig(Section):
     """Of the feed-forward block; null means silu (llama) or gelu (gpt2); gelu_tanh is that of OpenAI's GPT-2."""
     rotary_base: int | float = Field(default=10000, ge=1, le=1 << 62)
     """RoPE base (llama)."""
+    rotary_fraction: float = Field(default=1.0, gt=0, le=1)
+    """RoPE turns this share of a head's channels, the first ones, and leaves the rest alone (llama)."""
     rope_scaling_factor: float | None = Field(default=None, gt=0, le=1e6)
     """Llama 3's RoPE scaling for contexts beyond 8192 positions by this factor (llama); null means none."""
     rope_linear_factor: float | None = Field(default=None, gt=0, le=1e6)
@@ -166,6 +168,12 @@ class ModelConfig(Section):
         scalings = ("yarn", "rope_scaling_factor", "rope_linear_factor")
         if sum(getattr(self, name) is not None for name in scalings) > 1:
             raise ValueError(f"{', '.join(scalings)}: only one can scale RoPE")
+        width = self.kv_channels or self.hidden_size // self.num_attention_heads
+        turned = int(width * self.rotary_fraction)
+        if self.rotary_fraction < 1 and (turned < 2 or turned % 2):
+            raise ValueError(
+                f"rotary_fraction: {self.rotary_fraction} of {width} channels are {turned}; RoPE turns pairs of them"
+            )
         if self.qk_norm and self.qk_norm_whole:
             raise ValueError("qk_norm and qk_norm_whole: only one can be set")
 
@@ -239,6 +247,7 @@ _OWN_MODULES = (
     "mlp_bias",
 )
 _LLAMA_ONLY = (
+    "rotary_fraction",
     "rope_scaling_factor",
     "qkv_bias",
     "qk_norm",

@@ -114,7 +114,7 @@ def hybrid_of_layers(
         # HybridModel has no setting for it.
         hybrid.rotary_pos_emb = RotaryEmbedding(
             kv_channels=config.kv_channels,
-            rotary_percent=1.0,
+            rotary_percent=model.rotary_fraction,
             rotary_base=model.rotary_base,
             rope_scaling=True,
             rope_scaling_factor=model.rope_scaling_factor,

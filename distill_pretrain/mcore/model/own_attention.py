@@ -62,7 +62,7 @@ class Rotary:
         width = model.kv_channels or model.hidden_size // model.num_attention_heads
         self._embedding = RotaryEmbedding(
             kv_channels=width,
-            rotary_percent=1.0,
+            rotary_percent=model.rotary_fraction,
             rotary_base=base,
             rope_scaling=scaled and model.rope_scaling_factor is not None,
             rope_scaling_factor=model.rope_scaling_factor or 1.0,
@@ -72,7 +72,8 @@ class Rotary:
         if scaled and model.rope_linear_factor is not None:
             self._embedding.inv_freq = self._embedding.inv_freq / model.rope_linear_factor
         if scaled and model.yarn is not None:
-            self._embedding.inv_freq = yarn_frequencies(model.yarn, base, width)
+            turned = int(width * model.rotary_fraction)
+            self._embedding.inv_freq = yarn_frequencies(model.yarn, base, turned)
             self._scale = model.yarn.scale
         self._config = config
 

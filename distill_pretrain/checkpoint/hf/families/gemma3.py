@@ -154,8 +154,6 @@ def _cannot_write(model: ModelConfig) -> str | None:
         return f"activation: {model.activation}; gemma3 has gelu_tanh"
     if model.hidden_size % model.num_attention_heads:
         return "a width that the heads do not divide"
-    if model.yarn is not None or model.rope_scaling_factor is not None:
-        return "a scaling of rotary embeddings that is not linear"
     return half_of_the_biases(model)
 
 
@@ -194,6 +192,7 @@ FAMILIES = (
         tensors=Gemma3Tensors,
         activations=("gelu_pytorch_tanh",),
         prunes=False,
+        scalings=frozenset({"rope_linear_factor"}),
         rotary=(_rotary_problems, _rotary_section, _rotary_config),
     ),
 )

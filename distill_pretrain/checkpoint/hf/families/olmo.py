@@ -152,8 +152,6 @@ def _rotary_config(model: ModelConfig) -> dict[str, Any]:
 
 
 def _cannot_write_windows(model: ModelConfig) -> str | None:
-    if model.rope_scaling_factor is not None or model.rope_linear_factor is not None:
-        return "a scaling of rotary embeddings that is not yarn"
     if model.yarn is not None and not (model.yarn.full_layers_only and model.yarn.truncate):
         return "yarn of olmo3 is for full layers only, and truncates"
     return _cannot_write(model)
@@ -198,6 +196,7 @@ FAMILIES = (
         cannot_write=_cannot_write_windows,
         tensors=OlmoTensors,
         prunes=False,
+        scalings=frozenset({"yarn"}),
         rotary=(_rotary_problems, _rotary_section, _rotary_config),
     ),
 )
