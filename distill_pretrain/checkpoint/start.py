@@ -254,6 +254,9 @@ def _function(model: ModelConfig) -> dict[str, Any]:
         "num_query_groups": model.num_query_groups or heads,
         "kv_channels": model.kv_channels or model.hidden_size // heads,
         "activation": activation_of(model)[1],
+        # Coefficients of the routers' losses are a matter of training.
+        "experts": model.experts
+        and model.experts.model_dump(include={"number", "per_token", "weights_of_chosen"}),
         "attention_layers": shortest_pattern(
             [model.attention_of(layer) for layer in range(model.num_layers)]
         ),

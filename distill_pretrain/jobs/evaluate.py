@@ -59,10 +59,10 @@ def evaluate_models(recipe: Recipe) -> EvalResults:
         other = _out_of_domain(recipe.data, recipe.eval, held_out)
         from distill_pretrain.checkpoint.ownership import job_owning
         from distill_pretrain.files.ownership import owner_beside
-        from distill_pretrain.mcore.model.config import ParallelConfig
+        from distill_pretrain.mcore.model.layout import scoring_layout
         from distill_pretrain.mcore.runtime.parallel import model_parallel
 
-        layout = ParallelConfig(tensor=recipe.eval.tensor, pipeline=recipe.eval.pipeline)
+        layout = scoring_layout(recipe.eval.tensor, recipe.eval.pipeline)
         output = recipe.eval.output
         with job_owning(
             owner_beside(output), what=output, remedy="wait for it, or set another eval.output"

@@ -182,8 +182,13 @@ def telemetry_speed(folder: Path) -> float | None:
     return statistics.median(speeds) if speeds else None
 
 
-def hf_parameters(folder: Path) -> float | None:
-    """Count the parameters of a llama-like model by its config.json; None where it does not say enough."""
+def hf_parameters(folder: Path, *, active: bool = False) -> float | None:
+    """Count the parameters of a llama-like model by its config.json; None where it does not say enough.
+
+    Args:
+        folder: of the model.
+        active: only those that a token meets, of a model with experts.
+    """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         hidden, layers = config["hidden_size"], config["num_hidden_layers"]
@@ -191,7 +196,14 @@ def hf_parameters(folder: Path) -> float | None:
         width = config.get("head_dim") or hidden // heads
         groups = config.get("num_key_value_heads") or heads
         attention = 2 * hidden * heads * width + 2 * hidden * groups * width
-        feed_forward = 3 * hidden * config["intermediate_size"]
+        counts = ("num_experts", "num_local_experts", "n_routed_experts")
+        experts = next((config[key] for key in counts if config.get(key)), 1)
+        inner = config["intermediate_size"]
+        taken = experts
+        if experts > 1:
+            inner = config.get("moe_intermediate_size") or inner
+            taken = config["num_experts_per_tok"] if active else experts
+        feed_forward = 3 * hidden * inner * taken + (hidden * experts if experts > 1 else 0)
         vocabulary = config["vocab_size"] * hidden
         tied = bool(config.get("tie_word_embeddings", False))
     except (OSError, ValueError, KeyError, TypeError):

@@ -15,7 +15,12 @@ from dataclasses import dataclass
 
 from distill_pretrain.mcore.model.config import ModelConfig, OptimizerConfig, ParallelConfig
 from distill_pretrain.mcore.model.layout import padded_vocab_size, stage_layers
-from distill_pretrain.planning.parameters import head_width, rank_shapes, stages
+from distill_pretrain.planning.parameters import (
+    dense_shapes,
+    head_width,
+    rank_expert_shapes,
+    stages,
+)
 
 ACTIVATION_BYTES = {"fp32": 4, "bf16": 2}
 MOMENT_BYTES = 8
@@ -73,6 +78,11 @@ class StudentJob:
         return self.data_parallel * self.parallel.context
 
     @property
+    def expert_shards(self) -> int:
+        """The same for the state of experts: the ranks of a pipeline stage that hold the same ones."""
+        return self.optimizer_shards * self.parallel.tensor // self.parallel.expert
+
+    @property
     def bytes_per_activation(self) -> int:
         """Bytes of an activation, e."""
         return ACTIVATION_BYTES[self.precision]
@@ -123,14 +133,15 @@ class RankMemory:
 
 def rank_memory(job: StudentJob, stage: int) -> RankMemory:
     """Compute the memory of a rank of a pipeline stage."""
-    numels = _numels(job, stage)
-    weights, gradients, optimizer = _states(job, numels)
+    shares = _shares(job, stage)
+    states = [_states(job, numels, shards) for numels, shards in shares]
+    weights, gradients, optimizer = map(sum, zip(*states, strict=True))
     is_last = stage == job.parallel.pipeline - 1
     loss, at_loss = _loss(job) if is_last else (0, 0)
     activations = round(_passes_in_flight(job, stage) * _chunk_bytes(job, stage) * job.positions)
     if is_last:
         activations += _head_bytes(job) * job.positions
-    local = sum(numels) // (job.optimizer_shards if _shards_optimizer(job) else 1)
+    local = sum(sum(numels) // shards for numels, shards in shares)
     return RankMemory(
         stage=stage,
         weights=weights,
@@ -161,18 +172,23 @@ def fullest_rank(job: StudentJob) -> RankMemory:
     return max((rank_memory(job, stage) for stage in stages(job.parallel)), key=lambda r: r.total)
 
 
-def _numels(job: StudentJob, stage: int) -> list[int]:
-    shapes = rank_shapes(
-        job.model, job.parallel, vocab_size=job.vocab_size, seq_len=job.seq_len, stage=stage
-    )
-    return [math.prod(shape) for shape in shapes]
+def _shares(job: StudentJob, stage: int) -> list[tuple[list[int], int]]:
+    """Sizes of a rank's parameters, and the ranks that share out their optimizer state: of experts, and of the rest."""
+    sizes = {"vocab_size": job.vocab_size, "seq_len": job.seq_len}
+    rest = dense_shapes(job.model, job.parallel, stage=stage, **sizes)
+    experts = rank_expert_shapes(job.model, job.parallel, stage=stage)
+    sharded = _shards_optimizer(job)
+    return [
+        ([math.prod(shape) for shape in shapes], shards if sharded else 1)
+        for shapes, shards in ((rest, job.optimizer_shards), (experts, job.expert_shards))
+    ]
 
 
 def _shards_optimizer(job: StudentJob) -> bool:
     return job.parallel.distributed_optimizer or job.optimizer.backend == "deepspeed"
 
 
-def _states(job: StudentJob, numels: list[int]) -> tuple[int, int, int]:
+def _states(job: StudentJob, numels: list[int], shards: int) -> tuple[int, int, int]:
     """Bytes of weights, gradients, and optimizer state.
 
     megatron-core: e, 4, and 8 (moments) + 4 (masters, bf16 only) + 4 (optimizer.ema_decay) bytes per parameter, the
@@ -198,9 +214,9 @@ def _states(job: StudentJob, numels: list[int]) -> tuple[int, int, int]:
         return weight * total, GRADIENT_BYTES * total, state * total
     padded = _round_up(
         sum(_round_up(numel, PARAMETER_ALIGNMENT) for numel in numels),
-        math.lcm(job.optimizer_shards, BUCKET_ALIGNMENT),
+        math.lcm(shards, BUCKET_ALIGNMENT),
     )
-    return weight * padded, GRADIENT_BYTES * padded, state * padded // job.optimizer_shards
+    return weight * padded, GRADIENT_BYTES * padded, state * padded // shards
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -249,9 +265,19 @@ def _recomputed_bytes(job: StudentJob) -> int:
     else:
         grouped = parallel.recompute_method == "uniform"
         anew = (parallel.recompute_num_layers if grouped else 1) * layer_bytes(job)
-    inner = job.model.ffn_hidden_size / parallel.tensor
+    inner = _inner_width(job)
     gradients = job.bytes_per_activation * (2 * job.model.hidden_size + inner)
     return round((anew + gradients) * job.positions)
+
+
+def _inner_width(job: StudentJob) -> float:
+    """Columns inside the feed-forward block of a position on a rank; of all its experts, where they are in balance.
+
+    A tensor-parallel rank has a share of the columns of a block, or of the positions that go to whole experts.
+    """
+    experts = job.model.experts
+    taken = 1 if experts is None else experts.per_token
+    return taken * job.model.ffn_hidden_size / job.parallel.tensor
 
 
 def norm_bytes(job: StudentJob, width: float) -> float:
@@ -301,8 +327,12 @@ def _layer_bytes(job: StudentJob, recomputed: frozenset[str]) -> float:
     attention = e * (hidden + kept + query) + softmax + _window_bytes(job, query)
     if model.qk_norm or model.qk_norm_whole:
         attention += norm_bytes(job, query) + norm_bytes(job, key)
-    inner = 0.0 if "mlp" in recomputed else (5 if llama else 2) * model.ffn_hidden_size / t
+    inner = 0.0 if "mlp" in recomputed else (5 if llama else 2) * _inner_width(job)
     feed_forward = e * (hidden + inner)
+    if model.experts is not None and "mlp" not in recomputed:
+        # Every copy of a position on its way to an expert and back, and fp32 logits and probabilities of the router.
+        feed_forward += 2 * e * model.experts.per_token * model.hidden_size / t
+        feed_forward += 16 * model.experts.number / t
     dropout = 2 * e * hidden if model.dropout else 0.0
     norms = 4 if model.norm_placement == "sandwich" else 2
     return norms * norm_bytes(job, hidden) + attention + feed_forward + dropout
@@ -364,9 +394,7 @@ def _loss_temporaries(job: StudentJob, positions: int, columns: int) -> int:
 
 def _layer_temporaries(job: StudentJob) -> int:
     """Gradients inside a feed-forward block while most activations are still there (a rough bound)."""
-    inner = (
-        (4 if job.model.arch == "llama" else 2) * job.model.ffn_hidden_size / job.parallel.tensor
-    )
+    inner = (4 if job.model.arch == "llama" else 2) * _inner_width(job)
     hidden = 2 * job.model.hidden_size
     return round(job.bytes_per_activation * (inner + hidden) * job.positions)
 

@@ -21,7 +21,7 @@ def head_width(model: ModelConfig) -> int:
 
 
 def layer_shapes(model: ModelConfig, tensor: int) -> list[Shape]:
-    """Return the shapes of the parameters of one transformer layer on a tensor-parallel rank."""
+    """Return the shapes of the parameters of one transformer layer on a tensor-parallel rank, but for experts."""
     llama = model.arch == "llama"
     width, hidden = head_width(model), model.hidden_size
     groups = model.num_query_groups or model.num_attention_heads
@@ -35,9 +35,10 @@ def layer_shapes(model: ModelConfig, tensor: int) -> list[Shape]:
         *norm,
         (hidden, heads),
         (qkv, hidden),
-        (inner, hidden),
-        (hidden, ffn),
+        *([(inner, hidden), (hidden, ffn)] if model.experts is None else []),
     ]
+    if model.experts is not None:
+        shapes.append((model.experts.number, hidden))
     if not llama:
         shapes += [(hidden,), (qkv,), (inner,), (hidden,)]
     if model.qkv_bias:
@@ -50,15 +51,29 @@ def layer_shapes(model: ModelConfig, tensor: int) -> list[Shape]:
         shapes += [(heads,), (groups * width // tensor,)]
     if model.attention_output_bias:
         shapes.append((hidden,))
-    if model.mlp_bias:
+    if model.mlp_bias and model.experts is None:
         shapes += [(inner,), (hidden,)]
     return shapes
 
 
-def rank_shapes(
+def expert_shapes(model: ModelConfig) -> list[Shape]:
+    """Return the shapes of the parameters of one expert, which one rank holds whole."""
+    hidden, width = model.hidden_size, model.ffn_hidden_size
+    return [(2 * width, hidden), (hidden, width)]
+
+
+def rank_expert_shapes(model: ModelConfig, parallel: ParallelConfig, *, stage: int) -> list[Shape]:
+    """Return the shapes of all experts' parameters on a rank of a pipeline stage; none of a model without experts."""
+    if model.experts is None:
+        return []
+    held = model.experts.number // parallel.expert
+    return expert_shapes(model) * (held * stage_layers(model.num_layers, parallel)[stage])
+
+
+def dense_shapes(
     model: ModelConfig, parallel: ParallelConfig, *, vocab_size: int, seq_len: int, stage: int
 ) -> list[Shape]:
-    """Return the shapes of the parameters of a rank of a pipeline stage, over all its model chunks.
+    """Return the shapes of the parameters of a rank of a pipeline stage, over all its chunks, but for experts.
 
     Args:
         model: architecture.
@@ -85,10 +100,27 @@ def rank_shapes(
     return shapes
 
 
+def rank_shapes(
+    model: ModelConfig, parallel: ParallelConfig, *, vocab_size: int, seq_len: int, stage: int
+) -> list[Shape]:
+    """Return the shapes of all parameters of a rank of a pipeline stage: see `dense_shapes`."""
+    dense = dense_shapes(model, parallel, vocab_size=vocab_size, seq_len=seq_len, stage=stage)
+    return dense + rank_expert_shapes(model, parallel, stage=stage)
+
+
 def num_parameters(model: ModelConfig, *, vocab_size: int, seq_len: int, tensor: int = 1) -> int:
-    """Count the parameters of the whole model, padding of the vocabulary included."""
+    """Count the parameters of the whole model, padding of the vocabulary and all experts included."""
     whole = rank_shapes(model, ParallelConfig(), vocab_size=vocab_size, seq_len=seq_len, stage=0)
     return sum(map(math.prod, whole))
+
+
+def active_parameters(model: ModelConfig, *, vocab_size: int, seq_len: int) -> int:
+    """Count the parameters that a token meets: of all but the experts that it does not take."""
+    total = num_parameters(model, vocab_size=vocab_size, seq_len=seq_len)
+    if model.experts is None:
+        return total
+    left_out = model.num_layers * (model.experts.number - model.experts.per_token)
+    return total - left_out * sum(map(math.prod, expert_shapes(model)))
 
 
 def stages(parallel: ParallelConfig) -> Iterator[int]:

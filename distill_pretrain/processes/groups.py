@@ -17,6 +17,8 @@ class ParallelGroups:
         data: ranks that hold the same slices and see other sequences.
         context: ranks that hold the same slices and see other parts of the same sequences.
         data_context: both of these; gradients and losses are summed over them.
+        expert: ranks that share out the experts of the same layers.
+        expert_data: ranks that hold the same experts; their gradients are summed over them.
         pipeline_last_rank: global rank of this pipeline's last stage.
     """
 
@@ -25,4 +27,6 @@ class ParallelGroups:
     data: dist.ProcessGroup
     context: dist.ProcessGroup
     data_context: dist.ProcessGroup
+    expert: dist.ProcessGroup
+    expert_data: dist.ProcessGroup
     pipeline_last_rank: int

@@ -31,6 +31,8 @@ _OTHER = (
     "rss_peak_gb",
     "gpu_peak_gb",
     "time",
+    "load_balancing_loss",
+    "router_z_loss",
 )
 _STYLE = """
 :root{color-scheme:light dark;--ink:#222;--dim:#666;--line:#ddd;--page:#fff;--box:#f6f6f6}
@@ -188,6 +190,8 @@ def _plots(curve: TrainingCurve, marks: Sequence[Mark]) -> list[str]:
         _figure(curve, [name], f"{name} (nats per token)", marks=marks) for name in _terms(curve)
     ]
     figures += [
+        _figure(curve, ["load_balancing_loss"], "load balancing of routers, 1 in balance"),
+        _figure(curve, ["router_z_loss"], "squared log-sum-exp of router logits", from_zero=True),
         _figure(curve, ["lr"], "learning rate", from_zero=True, smoothed=False),
         _figure(curve, ["grad_norm"], "gradient norm before clipping", marks=marks, log_scale=True),
         _figure(curve, ["tokens_per_second"], "tokens per second", marks=marks, from_zero=True),

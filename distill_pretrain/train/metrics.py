@@ -4,6 +4,8 @@ Fields of a step's record (null where unknown; "most" is over the ranks of the j
 
     step, tokens          steps done, and tokens seen by then
     loss, ce, kl, ...     terms of the objective, nats per token; `loss` is what is minimised
+    load_balancing_loss, router_z_loss   of a model with experts, not in `loss`: means over layers and sequences, 1 in
+                          balance; gradients have their sum over layers, times model.experts.load_balancing and z_loss
     grad_norm, lr         before clipping; of this step
     ce_weight, kd_weight, temperature, smoothing   of this step; each only where it changes with the step
     applied               whether the update was made

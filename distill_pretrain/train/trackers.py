@@ -37,6 +37,7 @@ _GROUPS = {
         "data_wait",
         "cache_mb_per_s",
     ),
+    "router": ("load_balancing_loss", "router_z_loss"),
     "memory": ("rss_peak_gb", "gpu_peak_gb"),
     "progress": ("tokens",),
 }

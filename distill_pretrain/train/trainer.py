@@ -243,6 +243,7 @@ class Trainer:
         terms = dict(zip(self.objective.term_names, values, strict=True))
         if not self.has_targets:
             terms["kl"] = None
+        terms |= {k: v if math.isfinite(v) else None for k, v in result.router.items()}
         speed = tokens_per_step / seconds
         return {
             "step": step,

@@ -173,6 +173,27 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         ),
         999_885_952,
     ),
+    "Qwen3-30B-A3B": (
+        facts(
+            "qwen3_moe",
+            151936,
+            (48, 2048, 6144, 32, 4),
+            40960,
+            head_dim=128,
+            rope_theta=1000000.0,
+            rms_norm_eps=1e-6,
+            num_experts=128,
+            num_experts_per_tok=8,
+            moe_intermediate_size=768,
+            norm_topk_prob=True,
+            decoder_sparse_step=1,
+            mlp_only_layers=[],
+            router_aux_loss_coef=0.001,
+            use_sliding_window=False,
+            max_window_layers=48,
+        ),
+        30_532_122_624,
+    ),
     "Olmo-3-1025-7B": (
         facts(
             "olmo3",
@@ -211,6 +232,11 @@ def test_published_models_are_accepted_in_their_size(name, tmp_path):
     theirs = {n: tuple(t.shape) for n, t in model.state_dict().items()}
     if config.tie_word_embeddings:
         theirs.pop("lm_head.weight")
+    if found.model.experts is not None:
+        # Experts are one tensor in memory, and many in files.
+        assert sum(map(math.prod, theirs.values())) == sum(map(math.prod, shapes.values()))
+        theirs = {n: shape for n, shape in theirs.items() if ".experts." not in n}
+        shapes = {n: shape for n, shape in shapes.items() if ".experts." not in n}
     assert theirs == shapes
 
 
@@ -227,6 +253,7 @@ PIECES: dict[str, dict[str, Any]] = {
         "embedding_scale": 5.0,
         "windowed_rotary_base": 50.5,
     },
+    "experts": {"experts": {"number": 6, "per_token": 2}},
     "all": {
         "attention_layers": "wfn",
         "sliding_window": 5,
@@ -299,6 +326,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "partial_rotary_factor": 0.5,
         },
     },
+    "Qwen3MoeConfig": {"head_dim": 8, "num_experts": 8, "num_experts_per_tok": 3},
     "Gemma3TextConfig": {"sliding_window": 7, "head_dim": 8, "pad_token_id": 0},
 }
 LIKE_LLAMA = {
@@ -406,6 +434,12 @@ def test_a_window_shortens_the_sums_of_attention():
         ({"norm_placement": "reordered", "spec": "te"}, "no layers with norm_placement"),
         ({"arch": "gpt2", "attention_layers": "n"}, "attention_layers: only for arch: llama"),
         ({"arch": "gpt2", "norm_placement": "reordered"}, "only for arch: llama"),
+        ({"arch": "gpt2", **PIECES["experts"]}, "experts: only for arch: llama"),
+        ({**PIECES["experts"], "spec": "te"}, "spec: te has no layers with experts"),
+        ({**PIECES["experts"], "mlp_bias": True}, "experts have no biases"),
+        ({**PIECES["experts"], "init": "fan_in"}, "fan_in is not derived for experts"),
+        ({"experts": {"number": 4, "per_token": 5}}, "per_token: 5 of number: 4 experts"),
+        ({"experts": {"number": 4, "per_token": 1}}, "weight would be 1 whatever"),
     ],
 )
 def test_pieces_that_do_not_go_together_are_refused(settings, reason):
@@ -414,7 +448,7 @@ def test_pieces_that_do_not_go_together_are_refused(settings, reason):
         ModelConfig(**{**sizes, **settings})
 
 
-@pytest.mark.parametrize("pieces", ["window", "temperature", "yarn", "all"])
+@pytest.mark.parametrize("pieces", ["window", "temperature", "yarn", "experts", "all"])
 def test_the_signal_of_fresh_weights_is_not_predicted_where_it_is_not_derived(pieces):
     from distill_pretrain.mcore.init.theory import predict
 

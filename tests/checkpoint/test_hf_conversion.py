@@ -36,6 +36,13 @@ MORE_LAYOUTS: dict[str, dict[str, int]] = {
     "pp2 vp2": {"pipeline": 2, "virtual_pipeline": 2},
 }
 FAMILIES_OF_MORE = ("gpt2-untied", "llama-tied")
+EXPERT_LAYOUTS: dict[str, dict[str, int]] = {
+    "ep2": {"expert": 2},
+    "tp2 ep4": {"tensor": 2, "expert": 4},
+    "pp2 ep2": {"pipeline": 2, "expert": 2},
+}
+FAMILIES_WITH_EXPERTS = ("qwen3_moe", "qwen3_moe-all")
+EVERY_LAYOUT = {**LAYOUTS, **MORE_LAYOUTS, **EXPERT_LAYOUTS}
 SHAPE = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 64,
@@ -78,6 +85,12 @@ GEMMA3 = {
 GEMMA3["layer_types"] = GEMMA3["layer_types"][:4]
 PHI3 = {"pad_token_id": 0, "sliding_window": 11, "head_dim": 16}
 PHI3_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
+EXPERTS = {
+    "head_dim": 16,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+}
 OLMO3_ROPE = {
     "rope_parameters": {
         "full_attention": {**YARN, "attention_factor": 1.2},
@@ -118,6 +131,8 @@ def family_configs() -> dict[str, Any]:
         "gemma3": ("Gemma3Text", GEMMA3),
         "phi3": ("Phi3", {**PHI3, "rope_parameters": PHI3_ROPE}),
         "olmo3": ("Olmo3", {"sliding_window": 7, **OLMO3_ROPE}),
+        "qwen3_moe": ("Qwen3Moe", {**EXPERTS, "norm_topk_prob": True}),
+        "qwen3_moe-all": ("Qwen3Moe", {**EXPERTS, "attention_bias": True}),
     }
     biases = {"attention_bias": True, "mlp_bias": True}
     return {
@@ -222,6 +237,8 @@ def whole_logits(chunks: list[torch.nn.Module], tokens: torch.Tensor) -> torch.T
 
 
 def families_of(layout: str) -> list[str]:
+    if layout in EXPERT_LAYOUTS:
+        return [name for name in FAMILIES_WITH_EXPERTS if name in family_configs()]
     return list(family_configs() if layout in LAYOUTS else FAMILIES_OF_MORE)
 
 
@@ -236,7 +253,7 @@ def convert_all(root: str, out: str) -> dict[str, Any]:
     found: dict[str, dict[str, float]] = {}
     with process_group():
         curves = train_alike()
-        for layout, sizes in {**LAYOUTS, **MORE_LAYOUTS}.items():
+        for layout, sizes in EVERY_LAYOUT.items():
             parallel = ParallelConfig(**sizes)
             with released_groups(), model_parallel(parallel, seed=0):
                 found[layout] = {
@@ -345,14 +362,14 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_logits_are_those_of_transformers_under_every_layout(converted):
     differences = converted[0]["differences"]
-    assert set(differences) == {*LAYOUTS, *MORE_LAYOUTS}
+    assert set(differences) == set(EVERY_LAYOUT)
     for layout, families in differences.items():
         assert list(families) == families_of(layout)
         for family, difference in families.items():
             assert difference <= 1e-5, f"{layout}, {family}: {difference}"
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, *MORE_LAYOUTS])
+@pytest.mark.parametrize("layout", EVERY_LAYOUT)
 def test_an_export_holds_the_bytes_that_were_loaded(converted, families, layout):
     for family in families_of(layout):
         source, export = stored(families / family), stored(converted[1] / layout / family)

@@ -94,6 +94,16 @@ CASES |= {
         "precision": "bf16",
     },
 }
+EXPERTS = {**LLAMA, "experts": {"number": 4, "per_token": 2}}
+CASES |= {
+    "experts": {"model": EXPERTS, "parallel": {"expert": 2}},
+    "experts bf16, tp, distributed optimizer": {
+        "model": EXPERTS,
+        "parallel": {"tensor": 2, "sequence_parallel": True, "distributed_optimizer": True},
+        "precision": "bf16",
+    },
+    "experts, selective recomputation": {"model": EXPERTS, "parallel": {"recompute": "selective"}},
+}
 CASES |= {
     "llama, chunked head, tp": {
         "model": LLAMA,

@@ -42,6 +42,13 @@ GPT2 = {
     "vocab_divisor": 64,
 }
 
+EXPERTS = {
+    **LLAMA,
+    "num_layers": 2,
+    "qk_norm": True,
+    "experts": {"number": 8, "per_token": 3, "load_balancing": 0.05, "z_loss": 0.01},
+}
+
 
 class WalkPlan:
     """Sequences that walk a fixed permutation with noise: learnable in tens of steps."""
@@ -199,7 +206,7 @@ def train_curves(
     document_end: int | None = None,
     weighted: float | None = None,
 ) -> dict[str, list[float]]:
-    """Loss, CE, KL and gradient norm of every step, on every rank."""
+    """Loss, CE, KL, gradient norm and losses of routers of every step, on every rank."""
     from distill_pretrain.mcore.runtime.parallel import model_parallel
 
     layout = ParallelConfig(**parallel)
@@ -223,6 +230,8 @@ def train_curves(
             for name, value in zip(DistillationObjective.TERMS, result.terms.tolist(), strict=True):
                 curves[name].append(value)
             curves["grad_norm"].append(result.grad_norm)
+            for name, value in result.router.items():
+                curves.setdefault(name, []).append(value)
         return curves
 
 

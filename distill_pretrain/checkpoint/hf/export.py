@@ -16,8 +16,7 @@ from distill_pretrain.checkpoint.record import Checkpoint
 from distill_pretrain.errors import CheckpointError
 from distill_pretrain.files.atomic import canonical_json
 from distill_pretrain.mcore.init.deep import residual_scaling
-from distill_pretrain.mcore.model.config import ParallelConfig
-from distill_pretrain.mcore.model.layout import check_layout
+from distill_pretrain.mcore.model.layout import check_layout, scoring_layout
 from distill_pretrain.processes.process import on_first_rank
 
 
@@ -115,7 +114,7 @@ def export_checkpoint(
     identity = checkpoint.identity
     trained = trained_model(identity, checkpoint.folder)
     model = trained.model
-    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
+    parallel = scoring_layout(tensor, pipeline)
     check_layout(
         model,
         parallel,

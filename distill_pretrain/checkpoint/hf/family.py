@@ -21,6 +21,7 @@ _KEYS = (
     "attention_scale_width",
     "attention_temperature",
     "embedding_scale",
+    "experts",
     "mlp_bias",
     "qk_norm",
     "qk_norm_whole",
@@ -162,8 +163,13 @@ def wrong_types(raw: Raw) -> list[str]:
     return problems
 
 
-def general_problems(raw: Raw) -> list[str]:
-    """Say what no family can be."""
+def general_problems(raw: Raw, *, experts: bool = False) -> list[str]:
+    """Say what no family can be.
+
+    Args:
+        raw: config.json.
+        experts: whether the family has experts.
+    """
     problems = []
     architectures = raw.get("architectures") or []
     if architectures and not any(
@@ -172,8 +178,8 @@ def general_problems(raw: Raw) -> list[str]:
         problems.append(f"architectures: {', '.join(map(str, architectures))} is no causal LM")
     if "AutoModelForCausalLM" in (raw.get("auto_map") or {}):
         problems.append("auto_map: the model brings its own code")
-    experts = [k for k in ("num_experts", "num_local_experts", "n_routed_experts") if raw.get(k)]
-    problems += [f"{key}: {raw[key]} (mixture of experts)" for key in experts]
+    counts = [k for k in ("num_experts", "num_local_experts", "n_routed_experts") if raw.get(k)]
+    problems += [f"{key}: {raw[key]} (mixture of experts)" for key in counts if not experts]
     quantised = raw.get("quantization_config")
     if quantised:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised

@@ -39,6 +39,7 @@ def llama_like(
     tensors: type[Correspondence] = LlamaTensors,
     prunes: bool = True,
     scalings: frozenset[str] = SCALINGS,
+    experts: bool = False,
     activations: tuple[str, ...] = ("silu", "swish"),
     rotary: tuple[
         Callable[[Raw], list[str]],
@@ -62,6 +63,7 @@ def llama_like(
         tensors: see `Family`.
         prunes: see `Family`.
         scalings: of SCALINGS those that a model may have.
+        experts: whether it has experts.
         activations: values of hidden_act that mean the family's activation.
         rotary: refusals, keys of the section model and keys of config.json for rotary embeddings.
     """
@@ -71,11 +73,18 @@ def llama_like(
 
     def all_problems(raw: Raw) -> list[str]:
         everything = whole(raw)
-        return [*_problems(everything, activations), *problems(everything), *rotary[0](everything)]
+        general = general_problems(everything, experts=experts)
+        return [
+            *general,
+            *_problems(everything, activations),
+            *problems(everything),
+            *rotary[0](everything),
+        ]
 
     def model(raw: Raw) -> ModelConfig:
         everything = whole(raw)
-        return ModelConfig(**_section(everything), **rotary[1](everything), **section(everything))
+        found = {**_section(everything), **rotary[1](everything), **section(everything)}
+        return ModelConfig(**found)
 
     def config(model: ModelConfig, max_positions: int) -> dict[str, Any]:
         return {
@@ -104,8 +113,7 @@ def llama_like(
 
 
 def _problems(raw: Raw, activations: tuple[str, ...]) -> list[str]:
-    problems = general_problems(raw)
-    problems += [f"{key} is missing" for key in _SIZES if raw.get(key) is None]
+    problems = [f"{key} is missing" for key in _SIZES if raw.get(key) is None]
     if raw.get("hidden_act", activations[0]) not in activations:
         problems.append(f"hidden_act: {raw['hidden_act']} ({activations[0]} is supported)")
     return problems + _head_problems(raw)

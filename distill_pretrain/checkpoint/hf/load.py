@@ -17,6 +17,7 @@ from distill_pretrain.checkpoint.hf.registry import correspondence
 from distill_pretrain.checkpoint.hf.tensors import Correspondence, Piece
 from distill_pretrain.errors import CheckpointError
 from distill_pretrain.mcore.model.config import ModelConfig
+from distill_pretrain.processes.groups import ParallelGroups
 from distill_pretrain.processes.process import on_first_rank
 from distill_pretrain.processes.watchdog import alive
 
@@ -43,7 +44,7 @@ def load_hf_weights(chunks: Sequence[torch.nn.Module], path: Path) -> None:
     files = on_first_rank(lambda: check_hf_weights(path))
     groups = current_groups()
     parameters = parameters_by_name(chunks)
-    _require_all(parameters, pieces, groups.pipeline, path)
+    _require_all(parameters, pieces, groups, path)
     rank, size = dist.get_rank(groups.tensor), dist.get_world_size(groups.tensor)
     load_parameters(parameters, pieces, files, rank=rank, size=size)
 
@@ -99,7 +100,7 @@ def start_from_hf(
     ).pieces()
     parameters = parameters_by_name(student.chunks)
     groups = current_groups()
-    _require_all(parameters, pieces, groups.pipeline, files.folder)
+    _require_all(parameters, pieces, groups, files.folder)
     rank, size = dist.get_rank(groups.tensor), dist.get_world_size(groups.tensor)
     for name, parameter in parameters.items():
         values = torch.empty(student.shape_of(parameter), dtype=torch.float32)
@@ -156,13 +157,15 @@ def _load_piece(
 def _require_all(
     parameters: Mapping[str, torch.Tensor],
     pieces: Mapping[str, Sequence[Piece]],
-    pipeline: dist.ProcessGroup,
+    groups: ParallelGroups,
     path: Path,
 ) -> None:
-    """Raise CheckpointError unless the pipeline's stages together have exactly the model's parameters."""
-    stages: list[Any] = [None] * dist.get_world_size(pipeline)
-    dist.all_gather_object(stages, list(parameters), group=pipeline)
-    built = {name for stage in stages for name in stage}
+    """Raise CheckpointError unless all stages, and ranks with other experts, have exactly the model's parameters."""
+    built = set(parameters)
+    for group in (groups.expert, groups.pipeline):
+        others: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(others, built, group=group)
+        built = set().union(*others)
     differing = sorted(built ^ set(pieces))
     if differing:
         raise CheckpointError(

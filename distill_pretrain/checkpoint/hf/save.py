@@ -29,6 +29,7 @@ from distill_pretrain.files.atomic import publish_bytes
 from distill_pretrain.files.disk import require_room
 from distill_pretrain.files.folders import building, replace_folder
 from distill_pretrain.mcore.model.config import ModelConfig
+from distill_pretrain.mcore.model.expert_names import is_of_expert
 from distill_pretrain.processes.groups import ParallelGroups
 from distill_pretrain.processes.process import on_first_rank
 from distill_pretrain.processes.watchdog import alive
@@ -141,7 +142,7 @@ def require_replaceable(folder: Path, source: Mapping[str, Any], *, any_run: boo
 
 
 class _Export:
-    """This rank's part in writing the weights: the first rank of each stage writes, its tensor group sends.
+    """This rank's part in writing the weights: the first rank of each stage writes, those that hold the rest send.
 
     Args:
         parameters: of this rank, by name in the whole model.
@@ -163,6 +164,13 @@ class _Export:
         self.rank = dist.get_rank(groups.tensor)
         self.size = dist.get_world_size(groups.tensor)
         self.stage = dist.get_rank(groups.pipeline)
+        # Of dense parameters the first ranks of this stage hold one copy, and so do others of experts.
+        self.holds_dense = dist.get_rank(groups.data_context) == 0
+        self.holds_experts = dist.get_rank(groups.expert_data) == 0
+        self.writes = self.holds_dense and self.rank == 0
+        names: list[Any] = [None] * dist.get_world_size(groups.expert)
+        dist.all_gather_object(names, list(parameters), group=groups.expert)
+        self.owners = {name: rank for rank, own in enumerate(names) for name in own}
         self.by_tensor: dict[str, list[tuple[str, Piece]]] = {}
         for name, parts in pieces.items():
             for piece in parts:
@@ -173,7 +181,7 @@ class _Export:
         mine = [
             Tensor(name=tensor, shape=parts[0][1].shape)
             for tensor, parts in self.by_tensor.items()
-            if parts[0][0] in self.parameters
+            if parts[0][0] in self.owners
         ]
         stages: list[Any] = [None] * dist.get_world_size(self.groups.pipeline)
         dist.all_gather_object(stages, mine, group=self.groups.pipeline)
@@ -186,12 +194,10 @@ class _Export:
 
     def write(self, files: Sequence[PlannedFile], folder: Path) -> None:
         """Write this stage's files."""
-        if dist.get_rank(self.groups.data_context) != 0:
-            return
         for file in files:
             if file.stage != self.stage:
                 continue
-            if self.rank != 0:
+            if not self.writes:
                 for tensor in file.tensors:
                     self._gather(tensor)
                 continue
@@ -204,20 +210,44 @@ class _Export:
 
     @torch.no_grad()
     def _gather(self, tensor: Tensor) -> torch.Tensor | None:
-        """The whole tensor on the CPU of the group's first rank; None on the others."""
-        whole = torch.empty(tensor.shape, dtype=DTYPES[self.dtype]) if self.rank == 0 else None
+        """The whole tensor on the CPU of the stage's first rank; None on the others."""
+        whole = torch.empty(tensor.shape, dtype=DTYPES[self.dtype]) if self.writes else None
         for name, piece in self.by_tensor[tensor.name]:
-            values = piece.select(self.parameters[name])
-            if piece.scale != 1.0:
-                values = values.float() * piece.scale
-            shape = piece.local_shape(values.numel())
-            local = values.reshape(shape[::-1]).t() if piece.transposed else values.reshape(shape)
-            for rank, part in enumerate(self._parts(local.to(DTYPES[self.dtype]), piece)):
+            if is_of_expert(name):
+                parts = self._from_owner(name, piece) if self.holds_experts else []
+            else:
+                parts = self._parts(self._local(name, piece), piece) if self.holds_dense else []
+            for rank, part in enumerate(parts):
                 assert whole is not None
-                index = piece.index(values.numel(), rank)
-                target = whole[index]
+                target = whole[piece.index(part.numel(), rank)]
                 target.copy_(part[tuple(slice(0, n) for n in target.shape)])
         return whole
+
+    def _local(self, name: str, piece: Piece) -> torch.Tensor:
+        """This rank's part of a tensor."""
+        values = piece.select(self.parameters[name])
+        if piece.scale != 1.0:
+            values = values.float() * piece.scale
+        shape = piece.local_shape(values.numel())
+        local = values.reshape(shape[::-1]).t() if piece.transposed else values.reshape(shape)
+        return local.to(DTYPES[self.dtype])
+
+    def _from_owner(self, name: str, piece: Piece) -> list[torch.Tensor]:
+        """What the one rank that has an expert holds of it, on the stage's first rank; nothing on the others."""
+        group, owner = self.groups.expert, self.owners[name]
+        rank, first = dist.get_rank(group), dist.get_global_rank(group, 0)
+        if rank == owner:
+            local = self._local(name, piece)
+            if self.writes:
+                return [local]
+            dist.send(local.contiguous(), dst=first, group=group)
+        elif self.writes:
+            device = next(iter(self.parameters.values())).device
+            shape = piece.local_shape(0)
+            part = torch.empty(shape, dtype=DTYPES[self.dtype], device=device)
+            dist.recv(part, src=dist.get_global_rank(group, owner), group=group)
+            return [part]
+        return []
 
     def _parts(self, local: torch.Tensor, piece: Piece) -> list[torch.Tensor]:
         """What the ranks of the tensor group hold, on its first rank; nothing on the others."""

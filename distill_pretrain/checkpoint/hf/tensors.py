@@ -37,6 +37,7 @@ class Piece:
         length: rows (columns) along `split` that they share out; None means all from `start` on.
         transposed: the parameter holds the transpose of the tensor.
         padded: the ranks' parts may reach beyond `length`; the rest is padding.
+        at: element along the tensor's first dimension that the parameter holds; None for all.
         scale: the tensor is so many times the parameter: the coefficient of a branch, which no stock class has.
     """
 
@@ -48,12 +49,13 @@ class Piece:
     length: int | None = None
     transposed: bool = False
     padded: bool = False
+    at: int | None = None
     scale: float = 1.0
 
     def fits(self, numel: int, size: int) -> bool:
         """Say whether `size` ranks with so many elements each hold the whole."""
         if self.split is None:
-            return numel == math.prod(self.shape)
+            return numel == math.prod(self.local_shape(numel))
         step, rest = divmod(numel, self._row_numel)
         length = self._length
         return not rest and (step * size >= length if self.padded else step * size == length)
@@ -61,7 +63,9 @@ class Piece:
     def index(self, numel: int, rank: int) -> tuple[slice, ...]:
         """Return what of the tensor a rank with so many elements holds; short, or empty, where the rest is padding."""
         if self.split is None:
-            return tuple(slice(0, n) for n in self.shape)
+            first = 0 if self.at is None else self.at
+            sizes = self.local_shape(numel)
+            return (slice(first, first + sizes[0]), *(slice(0, n) for n in sizes[1:]))
         step = numel // self._row_numel
         low, high = (self.start + min(edge * step, self._length) for edge in (rank, rank + 1))
         bounds = [slice(0, n) for n in self.shape]
@@ -71,6 +75,8 @@ class Piece:
     def local_shape(self, numel: int) -> tuple[int, ...]:
         """Return the shape of a rank's part of the tensor, padding included."""
         shape = list(self.shape)
+        if self.at is not None:
+            shape[0] = 1
         if self.split is not None:
             shape[self.split] = numel // self._row_numel
         return tuple(shape)
@@ -239,6 +245,33 @@ class LlamaTensors(Correspondence):
             )
             for name, heads in rows.items()
         ]
+
+
+class ExpertTensors(LlamaTensors):
+    """Llama's, with a router and experts in the place of the feed-forward block."""
+
+    def in_layer(self, number: int) -> dict[str, list[Piece]]:
+        """Return the pieces of a layer."""
+        assert self.model.experts is not None
+        hidden, experts = self.model.hidden_size, self.model.experts.number
+        here = f"model.layers.{number}.mlp."
+        pieces = {k: p for k, p in super().in_layer(number).items() if not k.startswith("mlp.")}
+        pieces["mlp.router.weight"] = whole(f"{here}gate.weight", experts, hidden)
+        for expert in range(experts):
+            pieces |= self.of_expert(here, expert)
+        return pieces
+
+    def of_expert(self, here: str, expert: int) -> dict[str, list[Piece]]:
+        """Return the pieces of an expert, which one rank holds whole."""
+        hidden, width = self.model.hidden_size, self.model.ffn_hidden_size
+        own, tensors = f"mlp.experts.local_experts.{expert}.", f"{here}experts.{expert}."
+        return {
+            f"{own}linear_fc1.weight": [
+                Piece(tensor=f"{tensors}{name}.weight", shape=(width, hidden), select=half(i))
+                for i, name in enumerate(("gate_proj", "up_proj"))
+            ],
+            f"{own}linear_fc2.weight": whole(f"{tensors}down_proj.weight", hidden, width),
+        }
 
 
 def half(number: int) -> Select:

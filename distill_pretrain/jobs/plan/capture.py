@@ -21,9 +21,14 @@ from distill_pretrain.planning.figures import (
 from distill_pretrain.teacher.config import CaptureConfig, TeacherConfig
 
 
-def teacher_parameters(teacher: TeacherConfig) -> float | None:
-    """Return the parameters of a teacher, or of all those of a mixture together; None where any is unknown."""
-    known = [hf_parameters(member.path) for member in teacher.members]
+def teacher_parameters(teacher: TeacherConfig, *, active: bool = False) -> float | None:
+    """Return the parameters of a teacher, or of all those of a mixture together; None where any is unknown.
+
+    Args:
+        teacher: the section.
+        active: only those that a token meets.
+    """
+    known = [hf_parameters(member.path, active=active) for member in teacher.members]
     return None if None in known else sum(filter(None, known))
 
 
@@ -49,7 +54,7 @@ def teacher_speed(teacher: TeacherConfig, capture: CaptureConfig, settings: Plan
                 basis="measured",
                 how=f"median of {place}.telemetry",
             )
-    parameters = settings.teacher_parameters or teacher_parameters(teacher)
+    parameters = settings.teacher_parameters or teacher_parameters(teacher, active=True)
     if parameters is None:
         return Figure(
             name=name,

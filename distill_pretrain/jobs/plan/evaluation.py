@@ -11,6 +11,7 @@ from distill_pretrain.errors import DistillPretrainError
 from distill_pretrain.jobs.plan.corpus import Corpus
 from distill_pretrain.jobs.recipe import Recipe
 from distill_pretrain.mcore.model.config import ModelConfig, ParallelConfig
+from distill_pretrain.mcore.model.layout import scoring_layout
 from distill_pretrain.planning.config import PlanConfig
 from distill_pretrain.planning.costs import hf_parameters
 from distill_pretrain.planning.evaluation import (
@@ -84,7 +85,7 @@ def _student(path: Path, recipe: Recipe, corpus: Corpus) -> ScoredModel | None:
     model = _model_of(path) or recipe.model
     if model is None:
         return None
-    layout = ParallelConfig(tensor=recipe.eval.tensor, pipeline=recipe.eval.pipeline)
+    layout = scoring_layout(recipe.eval.tensor, recipe.eval.pipeline)
     return _megatron(model, layout, corpus, recipe.eval.dtype, recipe.eval.head_chunk_tokens)
 
 
@@ -114,7 +115,9 @@ def _megatron(
     return ScoredModel(
         parameters=fullest,
         hidden_size=model.hidden_size,
-        inner_size=model.ffn_hidden_size // layout.tensor,
+        inner_size=model.ffn_hidden_size
+        * (model.experts.per_token if model.experts else 1)
+        // layout.tensor,
         bytes_per_number=ACTIVATION_BYTES[dtype],
         chunk_tokens=chunk_tokens,
         columns=-(-corpus.vocab_size // layout.tensor),
@@ -125,7 +128,7 @@ def _megatron(
 def _teacher(teacher: TeacherConfig, corpus: Corpus) -> ScoredModel | None:
     if teacher.kind == "megatron":
         model = _model_of(teacher.path)
-        layout = ParallelConfig(tensor=teacher.tensor, pipeline=teacher.pipeline)
+        layout = scoring_layout(teacher.tensor, teacher.pipeline)
         if model is None:
             return None
         return _megatron(model, layout, corpus, teacher.dtype, teacher.head_chunk_tokens)

@@ -20,7 +20,7 @@ from distill_pretrain.planning.memory import (
     cpu_process_bytes,
     fullest_rank,
 )
-from distill_pretrain.planning.parameters import num_parameters
+from distill_pretrain.planning.parameters import active_parameters, num_parameters
 
 TENSOR_SIZES = (1, 2, 4, 8)
 PIPELINE_SIZES = (1, 2, 4, 8)
@@ -131,6 +131,7 @@ def memory_part(
             basis="exact",
             how="whole model, padding of the vocabulary included",
         ),
+        *_active_figure(job),
         Figure(
             name="layout",
             value=layout_text(job),
@@ -169,6 +170,18 @@ def memory_part(
     )
 
 
+def _active_figure(job: StudentJob) -> list[Figure]:
+    """Of a model with experts, what of it a token meets."""
+    experts = job.model.experts
+    if experts is None:
+        return []
+    active = active_parameters(job.model, vocab_size=job.vocab_size, seq_len=job.seq_len)
+    how = f"of these, with {experts.per_token} of {experts.number} experts: what a token meets, and what time goes by"
+    return [
+        Figure(name="active parameters", value=active, unit="parameters", basis="exact", how=how)
+    ]
+
+
 def needed_bytes(memory: RankMemory, settings: PlanConfig, beside: int | None) -> float:
     """Add up the peak, an online teacher, and the reserve."""
     return memory.total + (beside or 0) + settings.gpu_reserve_gb * GB
@@ -179,6 +192,7 @@ def memory_figures(job: StudentJob, memory: RankMemory) -> list[Figure]:
     sharded = ""
     if job.parallel.distributed_optimizer:
         sharded = " / data-parallel size" + (" x context" if job.parallel.context > 1 else "")
+        sharded += " (experts: / ranks with the same ones)" if job.model.experts else ""
     deepspeed = job.optimizer.backend == "deepspeed"
     states = "estimate" if deepspeed else "exact"
     how = {
@@ -230,6 +244,8 @@ def layout_text(job: StudentJob) -> str:
         parts += [f"{name} stage {layers} layers" for name, layers in ends if layers is not None]
     if parallel.context > 1:
         parts.append(f"context {parallel.context}")
+    if parallel.expert > 1:
+        parts.append(f"expert {parallel.expert}")
     if parallel.distributed_optimizer:
         parts.append("distributed optimizer")
     if parallel.recompute != "none":
@@ -282,6 +298,7 @@ def _other_jobs(job: StudentJob) -> list[StudentJob]:
                     sequence_parallel=tensor > 1,
                     distributed_optimizer=distributed,
                     context=job.parallel.context,
+                    expert=job.parallel.expert,
                     **recomputation,
                 )
                 try:

@@ -23,7 +23,7 @@ from distill_pretrain.planning.figures import (
     quantity,
 )
 from distill_pretrain.planning.memory import StudentJob
-from distill_pretrain.planning.parameters import num_parameters
+from distill_pretrain.planning.parameters import active_parameters
 
 
 def student_speed(recipe: Recipe, job: StudentJob, gpus: int) -> Figure:
@@ -38,7 +38,7 @@ def student_speed(recipe: Recipe, job: StudentJob, gpus: int) -> Figure:
             basis="given",
             how="plan.student_tokens_per_second",
         )
-    parameters = num_parameters(job.model, vocab_size=job.vocab_size, seq_len=job.seq_len)
+    parameters = active_parameters(job.model, vocab_size=job.vocab_size, seq_len=job.seq_len)
     return Figure(
         name=name,
         value=model_speed(

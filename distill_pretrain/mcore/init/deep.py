@@ -334,6 +334,7 @@ def row_stds(model: ModelConfig, name: str) -> list[tuple[int, float]]:
         ("linear_fc1.weight", stds.inner),
         ("linear_fc2.weight", stds.outer),
         ("output_layer.weight", stds.head),
+        ("router.weight", model.init_std),
     ):
         if name.endswith(suffix):
             return [(1, std)]

@@ -13,6 +13,8 @@ import torch
 
 from distill_pretrain.mcore.init.deep import initial_stds, row_stds
 from distill_pretrain.mcore.model.config import ModelConfig
+from distill_pretrain.mcore.model.expert_names import is_of_expert
+from distill_pretrain.mcore.model.experts import global_expert_name
 from distill_pretrain.mcore.runtime.core import GPTModel, parallel_state
 
 _JOINED_NORMS = {
@@ -23,7 +25,9 @@ _JOINED_NORMS = {
 
 
 def global_name(gpt: GPTModel, name: str) -> str:
-    """Return the parameter's name with the layer's number in the whole model, a tied head under the embedding's name.
+    """Return a parameter's name with the numbers, in the whole model, of its layer and expert.
+
+    A tied head is under the embedding's name.
 
     It is the same whatever computes the layers.
     """
@@ -32,6 +36,8 @@ def global_name(gpt: GPTModel, name: str) -> str:
     prefix, _, rest = name.partition("decoder.layers.")
     if prefix or not rest:
         return name
+    if is_of_expert(name):
+        rest = global_expert_name(rest, gpt.config.num_moe_experts)
     local, _, tail = rest.partition(".")
     for joined, apart in _JOINED_NORMS.items():
         tail = tail.replace(joined, apart)
@@ -65,7 +71,8 @@ def initialize_weights(gpt: GPTModel, model: ModelConfig, *, vocab_size: int, se
             continue
         whole_name = global_name(gpt, name)
         shape = list(parameter.shape)
-        dim = parameter.partition_dim if parameter.tensor_model_parallel else -1
+        shared_out = parameter.tensor_model_parallel and not is_of_expert(name)
+        dim = parameter.partition_dim if shared_out else -1
         if dim >= 0:
             shape[dim] *= size
         is_vocabulary = name.endswith(("word_embeddings.weight", "output_layer.weight"))

@@ -80,6 +80,7 @@ def predict(
             "qk_norm_whole",
             "embedding_scale",
             "zero_centred_norms",
+            "experts",
         )
         if getattr(model, name)
     ]

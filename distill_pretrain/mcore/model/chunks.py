@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from distill_pretrain.mcore.init.deep import activation_of, residual_scaling
 from distill_pretrain.mcore.init.methods import global_name, initialize_weights
 from distill_pretrain.mcore.model.config import ModelConfig, ParallelConfig
+from distill_pretrain.mcore.model.experts import experts_settings, mark_experts
 from distill_pretrain.mcore.model.head import LossFunction, LossGivenIn
 from distill_pretrain.mcore.model.layout import padded_vocab_size, require_implementation
 from distill_pretrain.mcore.model.modules import (
@@ -102,7 +103,8 @@ def transformer_config(
         "num_layers_in_last_pipeline_stage": parallel.last_stage_layers,
         "context_parallel_size": parallel.context,
         "sequence_parallel": parallel.sequence_parallel and parallel.tensor > 1,
-        **_recomputation(parallel),
+        **_recomputation(model, parallel),
+        **experts_settings(model, parallel),
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
@@ -133,7 +135,7 @@ def transformer_config(
     return config
 
 
-def _recomputation(parallel: ParallelConfig) -> dict[str, Any]:
+def _recomputation(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
     """Fields of TransformerConfig for what the backward pass recomputes."""
     if parallel.recompute == "full":
         return {
@@ -144,7 +146,11 @@ def _recomputation(parallel: ParallelConfig) -> dict[str, Any]:
     if parallel.recompute == "selective":
         return {
             "recompute_granularity": "selective",
-            "recompute_modules": list(parallel.recompute_modules),
+            # What takes the place of a feed-forward block has another name.
+            "recompute_modules": [
+                "moe" if name == "mlp" and model.experts is not None else name
+                for name in parallel.recompute_modules
+            ],
         }
     return {}
 
@@ -212,6 +218,7 @@ def build_model_chunks(
                 layer.mlp.register_forward_hook(return_copied_bias)
         for parameter in gpt.parameters():
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+        mark_experts(gpt)
         # Megatron-core makes its own layers on the GPU; norms and learned positions start on the CPU.
         gpt.cuda(torch.cuda.current_device())
         if seed is not None:
@@ -269,6 +276,8 @@ def sharding_metadata() -> dict[str, Any]:
         # One rank at a time gathers a model shard's optimizer state, instead of all of them at once.
         "distrib_optim_fully_reshardable_mem_efficient": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        # Experts have an optimizer of their own: their state is named as all other, under any layout.
+        "chained_optim_avoid_prefix": True,
     }
 
 

@@ -8,32 +8,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from distill_pretrain.config import Section
-
-
-class YarnConfig(Section):
-    """YaRN (arXiv 2309.00071): rotary embeddings for contexts longer than those of the first training."""
-
-    factor: float = Field(gt=0, le=1e6)
-    """So many times longer."""
-    original_positions: int = Field(ge=1, le=1 << 40)
-    """Longest sequence of the first training."""
-    beta_fast: float = Field(default=32.0, gt=0, le=1e6)
-    """Channels that turn more often than this over original_positions stay as they are."""
-    beta_slow: float = Field(default=1.0, gt=0, le=1e6)
-    """Channels that turn less often turn slower by `factor`."""
-    attention_factor: float | None = Field(default=None, gt=0, le=1e6)
-    """Factor on rotated queries and keys; null means 0.1 ln(factor) + 1."""
-    truncate: bool = True
-    """Whole channels at the two ends."""
-    full_layers_only: bool = False
-    """Layers within a window (attention_layers: w) keep plain rotary embeddings, as in Olmo 3."""
-
-    @property
-    def scale(self) -> float:
-        """Factor on rotated queries and keys."""
-        if self.attention_factor is not None:
-            return self.attention_factor
-        return 1.0 if self.factor <= 1 else 0.1 * math.log(self.factor) + 1.0
+from distill_pretrain.mcore.model.parts import ExpertsConfig, YarnConfig
 
 
 class ModelConfig(Section):
@@ -46,7 +21,9 @@ class ModelConfig(Section):
     hidden_size: int = Field(ge=1, le=1 << 20)
     """Width of the residual stream."""
     ffn_hidden_size: int = Field(ge=1, le=1 << 24)
-    """Inner width of the feed-forward block."""
+    """Inner width of the feed-forward block, or of an expert."""
+    experts: ExpertsConfig | None = None
+    """Experts in the place of every feed-forward block (llama); null means none."""
     num_attention_heads: int = Field(ge=1, le=1 << 20)
     """Query heads."""
     num_query_groups: int | None = Field(default=None, ge=1, le=1 << 20)
@@ -174,6 +151,8 @@ class ModelConfig(Section):
             raise ValueError(
                 f"rotary_fraction: {self.rotary_fraction} of {width} channels are {turned}; RoPE turns pairs of them"
             )
+        if self.mlp_bias and self.experts is not None:
+            raise ValueError("mlp_bias: experts have no biases; set mlp_bias: false")
         if self.qk_norm and self.qk_norm_whole:
             raise ValueError("qk_norm and qk_norm_whole: only one can be set")
 
@@ -185,6 +164,7 @@ class ModelConfig(Section):
             )
         own = [
             *self.own_modules,
+            *(["experts"] if self.experts is not None else []),
             *(["norm_placement"] if self.norm_placement in OF_BRANCHES else []),
         ]
         if self.spec == "te" and own:
@@ -215,6 +195,8 @@ class ModelConfig(Section):
             raise ValueError(
                 f"init: {self.init} is not derived for zero_centred_norms and embedding_scale; set init: megatron"
             )
+        if self.experts is not None and self.init != "megatron":
+            raise ValueError(f"init: {self.init} is not derived for experts; set init: megatron")
         only = {"completep": "pre", "deepnorm": "post"}.get(self.init)
         if only not in (None, self.norm_placement):
             raise ValueError(
@@ -248,6 +230,7 @@ _OWN_MODULES = (
 )
 _LLAMA_ONLY = (
     "rotary_fraction",
+    "experts",
     "rope_scaling_factor",
     "qkv_bias",
     "qk_norm",
@@ -270,6 +253,8 @@ class ParallelConfig(Section):
     """Split activations over the sequence between tensor-parallel regions."""
     context: int = Field(default=1, ge=1, le=1 << 20)
     """Context-parallel size: ranks that share each sequence, attention included."""
+    expert: int = Field(default=1, ge=1, le=1 << 20)
+    """Expert-parallel size: ranks of a pipeline stage, in order, that share out the experts (model.experts)."""
     first_stage_layers: int | None = Field(default=None, ge=1, le=1 << 14)
     """Layers of the first pipeline stage, which also has the embedding; null means an equal share."""
     last_stage_layers: int | None = Field(default=None, ge=1, le=1 << 14)

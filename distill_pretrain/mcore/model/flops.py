@@ -14,8 +14,9 @@ OPERATIONS_PER_WEIGHT = 6
 def matmul_weights(model: ModelConfig, *, vocab_size: int) -> int:
     """Count the weights that a token is multiplied with, N: every matrix of the layers, and the LM head.
 
-    H (n + 2 g) d + n d H of attention, (3 or 2) H F of the feed-forward block with or without a gate, and H V. The
-    input embedding is looked up; norms, biases and padding columns are left out.
+    H (n + 2 g) d + n d H of attention, (3 or 2) H F of the feed-forward block with or without a gate, and H V. Of
+    experts those that a token takes, and H for the router of each that there is. The input embedding is looked up;
+    norms, biases and padding columns are left out.
     """
     width = model.kv_channels or model.hidden_size // model.num_attention_heads
     heads = model.num_attention_heads
@@ -23,6 +24,9 @@ def matmul_weights(model: ModelConfig, *, vocab_size: int) -> int:
     attention = model.hidden_size * width * (2 * heads + 2 * groups)
     matrices = 3 if model.arch == "llama" else 2
     feed_forward = matrices * model.hidden_size * model.ffn_hidden_size
+    if model.experts is not None:
+        router = model.hidden_size * model.experts.number
+        feed_forward = feed_forward * model.experts.per_token + router
     return model.num_layers * (attention + feed_forward) + model.hidden_size * vocab_size
 
 

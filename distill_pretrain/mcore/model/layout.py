@@ -190,7 +190,8 @@ def check_layout(
         groups, model.num_attention_heads, "model.num_query_groups", "model.num_attention_heads"
     )
     must_divide(tp, groups, "parallel.tensor", "model.num_query_groups")
-    must_divide(tp, model.ffn_hidden_size, "parallel.tensor", "model.ffn_hidden_size")
+    if model.experts is None:
+        must_divide(tp, model.ffn_hidden_size, "parallel.tensor", "model.ffn_hidden_size")
     if model.kv_channels is None:
         must_divide(
             model.num_attention_heads,
@@ -199,6 +200,7 @@ def check_layout(
             "model.hidden_size",
         )
     problems += _head_misfits(model)
+    problems += _expert_misfits(model, parallel, world_size, optimizer)
     if parallel.sequence_parallel:
         must_divide(tp, seq_len, "parallel.tensor", "data.seq_len (sequence_parallel)")
     if parallel.context > 1:
@@ -260,6 +262,45 @@ def _head_misfits(model: ModelConfig) -> list[str]:
     if model.kv_channels is None:
         key = "model.hidden_size / model.num_attention_heads"
     return [f"{key} = {width} is odd; arch: llama rotates the channels of a head in pairs (RoPE)"]
+
+
+def _expert_misfits(
+    model: ModelConfig, parallel: ParallelConfig, world_size: int, optimizer: OptimizerConfig | None
+) -> list[str]:
+    """What of the way experts are shared out does not come out."""
+    size = parallel.expert
+    if model.experts is None:
+        # What only scores a model without experts has a layout for any.
+        lost = size > 1 and optimizer is not None
+        return [f"parallel.expert = {size} needs experts (model.experts)"] if lost else []
+    problems = []
+    if model.experts.number % size:
+        problems.append(
+            f"model.experts.number = {model.experts.number} is not divisible by parallel.expert = {size}"
+        )
+    ranks, rest = divmod(world_size, parallel.pipeline)
+    if not rest and ranks % size:
+        problems.append(
+            f"a pipeline stage's {ranks} processes are not divisible by parallel.expert = {size}"
+        )
+    if optimizer is None:
+        return problems
+    if parallel.tensor > 1 and not parallel.sequence_parallel:
+        problems.append(
+            f"parallel.tensor = {parallel.tensor} with model.experts needs parallel.sequence_parallel = true: each "
+            "rank sends its own positions to the experts"
+        )
+    if optimizer.backend == "deepspeed":
+        problems.append(
+            "model.experts does not work with optimizer.backend = deepspeed: ZeRO averages the gradients of experts "
+            "over the wrong ranks"
+        )
+    return problems
+
+
+def scoring_layout(tensor: int, pipeline: int) -> ParallelConfig:
+    """Return the layout of models that only score, or are written: tensor-parallel ranks share out experts, too."""
+    return ParallelConfig(tensor=tensor, pipeline=pipeline, expert=tensor)
 
 
 def _stage_misfits(model: ModelConfig, parallel: ParallelConfig) -> list[str]:

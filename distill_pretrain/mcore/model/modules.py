@@ -27,6 +27,7 @@ from distill_pretrain.mcore.init.layers import (
     SandwichLayer,
 )
 from distill_pretrain.mcore.model.config import ModelConfig
+from distill_pretrain.mcore.model.experts import use_experts
 from distill_pretrain.mcore.model.layout import require_spec
 from distill_pretrain.mcore.model.own_attention import OwnAttention, rotaries_of, with_bias
 from distill_pretrain.mcore.runtime.core import (
@@ -321,7 +322,8 @@ def uses_transformer_engine(model: ModelConfig) -> bool:
         )
     if model.spec != "auto":
         return model.spec == "te"
-    possible = model.norm_placement == "pre" and not model.own_modules and torch.cuda.is_available()
+    plain = model.norm_placement == "pre" and not model.own_modules and model.experts is None
+    possible = plain and torch.cuda.is_available()
     return possible and importlib.util.find_spec("transformer_engine") is not None
 
 
@@ -341,7 +343,11 @@ def local_layer(
     norm: type = RMSNorm if config.normalization == "RMSNorm" else LayerNorm
     if model.zero_centred_norms:
         norm = ZeroCentredRMSNorm
-    layer = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=False)
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, normalization=config.normalization, qk_layernorm=False
+    )
+    if model.experts is not None:
+        use_experts(layer, model.experts)
     if config.qk_layernorm:
         layer.submodules.self_attention.submodules.q_layernorm = norm
         layer.submodules.self_attention.submodules.k_layernorm = norm

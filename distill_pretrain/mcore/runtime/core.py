@@ -61,7 +61,12 @@ with importing_megatron():
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer.attention import SelfAttention
+    from megatron.core.transformer.mlp import MLPSubmodules
     from megatron.core.transformer.module import Float16Module, MegatronModule
+    from megatron.core.transformer.moe import token_dispatcher
+    from megatron.core.transformer.moe.experts import SequentialMLP
+    from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
+    from megatron.core.transformer.moe.router import TopKRouter
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import (
         TransformerBlockSubmodules,
@@ -142,6 +147,7 @@ __all__ = [
     "FileSystemWriterAsync",
     "Float16Module",
     "GPTModel",
+    "MLPSubmodules",
     "MegatronModule",
     "MegatronOptimizer",
     "ModuleSpec",
@@ -151,11 +157,13 @@ __all__ = [
     "ParamWithNamePredicate",
     "RotaryEmbedding",
     "SelfAttention",
+    "SequentialMLP",
     "ShardedObject",
     "ShardedStateDict",
     "ShardedTensor",
     "ShardedTensorFactory",
     "StateDict",
+    "TopKRouter",
     "TorchDistSaveShardedStrategy",
     "TransformerBlockSubmodules",
     "TransformerConfig",
@@ -185,5 +193,7 @@ __all__ = [
     "sharded_state_dict_default",
     "silence_chatter",
     "tensor_parallel",
+    "token_dispatcher",
+    "topk_routing_with_score_function",
     "transformer_engine_norm",
 ]

@@ -65,6 +65,13 @@ class _NullStream:
         return None
 
 
+class _NullCopies(_NullStream):
+    """The stream on which megatron-core copies numbers of tokens to the host; here they are there."""
+
+    def record_event(self) -> _NullStream:
+        return _NullStream()
+
+
 def _no_op() -> Callable[..., None]:
     """A new function each time: torch.compile refuses one object under two names."""
     return lambda *args, **kwargs: None
@@ -84,11 +91,16 @@ _REPLACED: dict[str, Callable[..., Any]] = {
 }
 
 _mode: _CudaMeansCpu | None = None
-_originals: list[tuple[ModuleType, str, Any]] = []
+_originals: list[tuple[ModuleType | type, str, Any]] = []
 
 
 def _set_tracker_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
     torch.set_rng_state(new_state)
+
+
+def _counts_on_host(counts: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Numbers of tokens as megatron-core hands them to collectives; its own function leaves tensors of CPUs alone."""
+    return counts.numpy() if as_numpy and torch.is_tensor(counts) else counts
 
 
 def enable() -> None:
@@ -96,17 +108,19 @@ def enable() -> None:
     global _mode
     if torch.cuda.is_available() or _mode is not None:
         return
-    from distill_pretrain.mcore.runtime.core import megatron_random
+    from distill_pretrain.mcore.runtime.core import megatron_random, token_dispatcher
 
     for name, function in _REPLACED.items():
         _replace(torch.cuda, name, function)
     _replace(torch.cuda.random, "get_rng_state", torch.cuda.get_rng_state)
     _replace(megatron_random, "_set_cuda_rng_state", _set_tracker_state)
+    _replace(token_dispatcher, "maybe_move_tensor_to_cpu", _counts_on_host)
+    _replace(token_dispatcher.MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", _NullCopies())
     _mode = _CudaMeansCpu()
     _mode.__enter__()
 
 
-def _replace(module: ModuleType, name: str, function: Callable[..., Any]) -> None:
+def _replace(module: ModuleType | type, name: str, function: Any) -> None:
     _originals.append((module, name, getattr(module, name)))
     setattr(module, name, function)
 

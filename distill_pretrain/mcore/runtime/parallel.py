@@ -20,6 +20,8 @@ def current_groups() -> ParallelGroups:
         data=ps.get_data_parallel_group(),
         context=ps.get_context_parallel_group(),
         data_context=ps.get_data_parallel_group(with_context_parallel=True),
+        expert=ps.get_expert_model_parallel_group(),
+        expert_data=ps.get_expert_data_parallel_group(),
         pipeline_last_rank=ps.get_pipeline_model_parallel_last_rank(),
     )
 
@@ -50,6 +52,8 @@ def model_parallel(parallel: ParallelConfig, *, seed: int) -> Iterator[ParallelG
             parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
         ),
         context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1,
         create_gloo_process_groups=True,
     )
     part = ps.get_pipeline_model_parallel_rank() + (

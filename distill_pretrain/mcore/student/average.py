@@ -68,7 +68,9 @@ class WeightAverage:
         own = self._student.own_span(parameter)
         if own is not None:
             whole[slice(*own)] = self._shares[parameter]
-        dist.all_reduce(whole, group=self._student.groups.data_context)
+        groups = self._student.groups
+        is_dense = getattr(parameter, "allreduce", True)
+        dist.all_reduce(whole, group=groups.data_context if is_dense else groups.expert_data)
         return whole.view(parameter.shape)
 
     @contextmanager

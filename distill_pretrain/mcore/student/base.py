@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -16,16 +16,15 @@ import torch.distributed as dist
 
 from distill_pretrain.contracts import TokenBatch
 from distill_pretrain.mcore.model.chunks import (
-    DTYPES,
     build_model_chunks,
     load_chunks,
     sharded_chunks,
     unwrap,
 )
 from distill_pretrain.mcore.model.config import ModelConfig, OptimizerConfig, ParallelConfig
+from distill_pretrain.mcore.model.experts import ROUTER_LOSSES, router_losses
 from distill_pretrain.mcore.model.head import LossFunction
 from distill_pretrain.mcore.model.modules import require_documents_apart
-from distill_pretrain.mcore.runtime.core import OptimizerConfig as MegatronOptimizerConfig
 from distill_pretrain.mcore.runtime.core import (
     OptimizerParamScheduler,
     ShardedStateDict,
@@ -61,6 +60,8 @@ class StepResult:
         grad_norm: before clipping.
         learning_rate: used by this step.
         applied: False when the update was skipped.
+        router: of a model with experts, losses of its routers by name, without their coefficients: means over layers
+            and sequences. The terms do not have them.
     """
 
     terms: torch.Tensor
@@ -68,6 +69,7 @@ class StepResult:
     grad_norm: float
     learning_rate: float
     applied: bool
+    router: dict[str, float] = field(default_factory=dict)
 
 
 def reduce_terms(
@@ -120,25 +122,6 @@ def valid_weight(batch: TokenBatch) -> torch.Tensor:
 def divisor(total_weight: torch.Tensor) -> torch.Tensor:
     """Return what the sums over a global batch are divided by: its weight, fp64[], or 1 where it has none."""
     return torch.where(total_weight > 0, total_weight, 1.0)
-
-
-def megatron_optimizer_config(
-    optimizer: OptimizerConfig, *, precision: str, distributed: bool
-) -> MegatronOptimizerConfig:
-    """Make megatron-core's configuration of an optimizer section."""
-    return MegatronOptimizerConfig(
-        optimizer="adam",
-        lr=optimizer.lr,
-        min_lr=optimizer.min_lr,
-        weight_decay=optimizer.weight_decay,
-        adam_beta1=optimizer.beta1,
-        adam_beta2=optimizer.beta2,
-        adam_eps=optimizer.epsilon,
-        clip_grad=optimizer.clip_grad,
-        bf16=precision == "bf16",
-        params_dtype=DTYPES[precision],
-        use_distributed_optimizer=distributed,
-    )
 
 
 class Student(ABC):
@@ -343,15 +326,19 @@ class Student(ABC):
         # The scheduler's own count is of finished steps; the first update must not run at learning rate 0.
         self.scheduler.step(increment=1)
         learning_rate = max(float(g["lr"]) for g in self.optimizer.param_groups)
-        sums = HostCopy(self._global_sums(self._accumulate_gradients(iterators)))
+        totals = self._global_sums(self._accumulate_gradients(iterators))
+        sequences = self.micro_batch_size * self.num_micro_batches
+        sequences *= dist.get_world_size(self.groups.data)
+        sums = HostCopy(torch.cat((totals, router_losses(self.chunks, sequences).to(totals))))
         meanwhile()
         judged: list[StepResult] = []
 
         def accepted(grad_norm: float) -> bool:
-            values = sums.read()
+            values, router = sums.read().tensor_split((self.num_terms + 2,))
             seen = StepResult(
                 terms=values[:-2] / divisor(values[-2]),
                 num_tokens=int(values[-1]),
+                router=dict(zip(ROUTER_LOSSES, router.tolist(), strict=False)),
                 grad_norm=grad_norm,
                 learning_rate=learning_rate,
                 applied=False,

@@ -38,11 +38,11 @@ from distill_pretrain.mcore.student.base import (
     Student,
     divisor,
     forward_micro_batch,
-    megatron_optimizer_config,
     reduce_terms,
     valid_tokens,
     valid_weight,
 )
+from distill_pretrain.mcore.student.optimizer_settings import megatron_optimizer_config
 from distill_pretrain.mcore.student.zero import (
     ConditionalAdamW,
     engine_config,

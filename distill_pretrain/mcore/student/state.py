@@ -94,6 +94,8 @@ def _layout(student: Student) -> list[int]:
         config.virtual_pipeline_model_parallel_size or 1,
         int(config.sequence_parallel),
         config.context_parallel_size,
+        # Checkpoints of earlier versions lack it, and it was 1.
+        *([config.expert_model_parallel_size] if config.expert_model_parallel_size > 1 else []),
     ]
 
 
@@ -130,10 +132,13 @@ def saved_bytes(student: Student, *, precision: str) -> int:
 
     Every rank calls it. What two pipeline stages share counts twice.
     """
+    groups = current_groups()
     own = 0
-    if dist.get_rank(current_groups().data_context) == 0:
-        parameters = [p for chunk in student.chunks for p in chunk.parameters()]
-        own = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+    for parameter in (p for chunk in student.chunks for p in chunk.parameters()):
+        is_dense = getattr(parameter, "allreduce", True)
+        copies = groups.data_context if is_dense else groups.expert_data
+        if dist.get_rank(copies) == 0:
+            own += getattr(parameter, "ds_numel", parameter.numel())
     total = torch.tensor(own, dtype=torch.int64).to(local_device())
     dist.all_reduce(total)
     averaged = student.average is not None

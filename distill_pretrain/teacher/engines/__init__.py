@@ -93,11 +93,10 @@ def teacher_groups(teacher: TeacherConfig) -> Iterator[None]:
     if all(member.kind != "megatron" for member in teacher.members):
         yield
         return
-    from distill_pretrain.mcore.model.config import ParallelConfig
+    from distill_pretrain.mcore.model.layout import scoring_layout
     from distill_pretrain.mcore.runtime.parallel import model_parallel
 
-    layout = ParallelConfig(tensor=teacher.tensor, pipeline=teacher.pipeline)
-    with model_parallel(layout, seed=0):
+    with model_parallel(scoring_layout(teacher.tensor, teacher.pipeline), seed=0):
         yield
 
 

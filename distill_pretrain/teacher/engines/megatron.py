@@ -14,6 +14,7 @@ from distill_pretrain.checkpoint.whole import load_model_part, model_logits
 from distill_pretrain.contracts import LogitsChunk
 from distill_pretrain.errors import TeacherError, TokenizerMismatch
 from distill_pretrain.mcore.model.config import ParallelConfig
+from distill_pretrain.mcore.model.layout import scoring_layout
 from distill_pretrain.processes.process import local_device
 from distill_pretrain.teacher.engines.folder import (
     CONFIG_FILE,
@@ -54,7 +55,7 @@ class MegatronEngine:
         self.device = local_device()
         self.replica = scoring_replica()
         self._identity: dict[str, Any] = {"kind": "megatron", "dtype": dtype}
-        parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
+        parallel = scoring_layout(tensor, pipeline)
         if (path / CONFIG_FILE).is_file():
             self._model = self._load_folder(path, parallel, seq_len)
         else:

@@ -20,7 +20,6 @@ FAMILIES = tuple(
         ("mixtral", "Mixtral", _EXPERTS),
         ("qwen3_5_moe_text", "Qwen3.5-MoE (text)", f"{_DELTA_NETS}, and {_EXPERTS}"),
         ("qwen3_5_text", "Qwen3.5 (text)", _DELTA_NETS),
-        ("qwen3_moe", "Qwen3-MoE", _EXPERTS),
         ("qwen3_next", "Qwen3-Next", f"{_DELTA_NETS}, and {_EXPERTS}"),
     )
 )
