@@ -805,6 +805,8 @@ def save(path):
             data=world,
             context=world,
             data_context=world,
+            expert=world,
+            expert_data=world,
             pipeline_last_rank=0,
         )
         parameters = {
