@@ -51,6 +51,13 @@ ENGINE = (
     "tests/end_to_end/test_quiet_console.py",
 )
 """Those, layouts, and both engines."""
+FAMILIES = (
+    "tests/checkpoint/test_families.py",
+    "tests/checkpoint/test_family_frame.py",
+    "tests/mcore/test_missing_pieces.py",
+    "tests/teacher/test_teachers_only.py",
+)
+"""Families of models in megatron-core, and what it lacks for others."""
 TRANSFORMERS = (
     "tests/checkpoint/test_hf_conversion.py",
     "tests/cli/test_export.py",
@@ -83,7 +90,10 @@ COMBINATIONS = {
     "0.17": Combination("3.12", "2.13.0", "0.17.1", tests=RESUME),
     "0.18": Combination("3.12", "2.11.0", "0.18.2", tests=RESUME),
     "3.12": Combination(
-        "3.12", "2.13.0", "0.19.2", tests=(*ENGINE, "tests/tools/test_bench_rivals.py")
+        "3.12",
+        "2.13.0",
+        "0.19.2",
+        tests=(*ENGINE, *FAMILIES, "tests/tools/test_bench_rivals.py"),
     ),
     "3.13": Combination("3.13", "", "0.19.2", tests=RESUME),
 }

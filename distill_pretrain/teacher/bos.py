@@ -32,16 +32,20 @@ DOCUMENTS = 64
 def missing_bos(model: Path, index: TokenIndex) -> int | None:
     """Return the BOS token that a model's config.json names and that stands between no documents of a corpus.
 
+    One that the model itself does not know counts for none.
+
     Args:
         model: folder of the teacher.
         index: the corpus.
     """
     try:
         raw = json.loads((model / "config.json").read_bytes())
-        bos = (raw.get("text_config") or raw).get("bos_token_id", raw.get("bos_token_id"))
+        text = raw.get("text_config") or raw
+        bos, known = text.get("bos_token_id", raw.get("bos_token_id")), text.get("vocab_size")
     except (OSError, ValueError, AttributeError):
         return None
-    if not isinstance(bos, int):
+    # A class's own default may lie beyond a smaller vocabulary, such as 50256 of GPT-2's.
+    if not isinstance(bos, int) or (isinstance(known, int) and not 0 <= bos < known):
         return None
     for document in range(min(DOCUMENTS, index.num_documents)):
         last = int(index.document_lengths[document]) - 1

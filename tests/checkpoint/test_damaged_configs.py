@@ -79,6 +79,7 @@ def test_every_value_is_taken_or_refused(name, tmp_path):
         ({"rms_norm_eps": "small"}, "model.norm_epsilon: 'small' (Input should be a valid number"),
         ({"rms_norm_eps": 0}, "model.norm_epsilon: 0 (Input should be greater than 0)"),
         ({"model_type": "frobnicate"}, "model_type: frobnicate is not supported"),
+        ({"quantization_config": "fp8"}, "quantization_config: 'fp8' (an object is expected)"),
         ({"model_type": None}, "model_type: None is not supported"),
     ],
     ids=str,

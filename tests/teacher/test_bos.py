@@ -83,6 +83,7 @@ def test_a_token_that_documents_begin_or_end_with_is_not_missing(tmp_path, seque
     assert of({"bos_token_id": BOS}) == BOS
     assert of({"text_config": {"bos_token_id": BOS}}) == BOS
     assert of({"bos_token_id": None}) is None and of({}) is None and of(None) is None
+    assert of({"bos_token_id": BOS, "vocab_size": BOS}) is None, "beyond the vocabulary"
     for name, document in {"first": [BOS, 9, 1], "last": [9, 1, BOS]}.items():
         with TokenIndexWriter(tmp_path / name, VOCAB_SIZE) as writer:
             writer.add_document(document)

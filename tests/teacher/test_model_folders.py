@@ -36,7 +36,7 @@ Tensors = dict[str, torch.Tensor]
 
 def save_llama(folder: Path, **changes: Any) -> Path:
     torch.manual_seed(0)
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, **changes)).save_pretrained(
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SIZES, **changes})).save_pretrained(
         folder
     )
     return folder
@@ -170,6 +170,18 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "no valid JSON"),
     "words for numbers": (lambda f: change_config(f, hidden_size="wide"), "cannot be loaded"),
+    "an unknown type": (
+        lambda f: change_config(f, model_type="frobnicate"),
+        r"does not know models of this type.*frobnicate.*pip install -U transformers",
+    ),
+    "no heads": (
+        lambda f: change_config(f, num_attention_heads=0),
+        r"cannot be loaded.*perhaps for num_attention_heads: 0 \(a whole number",
+    ),
+    "a quantisation in a word": (
+        lambda f: change_config(f, quantization_config="fp8"),
+        r"perhaps for quantization_config: 'fp8' \(an object is expected\)",
+    ),
     "heads that do not divide": (
         lambda f: change_config(f, num_attention_heads=5, head_dim=None),
         "cannot be loaded",
@@ -348,6 +360,58 @@ def test_a_quantised_head_is_refused_whole_and_in_part(model):
         pytest.raises(DistillPretrainError, match=r"head is quantised.*found: int8"),
     ):
         SplitHFEngine(teacher, open_trunk=lambda *_: whole, splits_sequences=False, **sizes)
+
+
+def in_fp8(folder: Path, out: Path, block: int) -> Path:
+    """The same model in blocks of FP8, as DeepSeek-V3 is published; the folder itself keeps the rounded weights."""
+    shutil.copytree(folder, out)
+    quantised: Tensors = {}
+
+    def round_all(tensors: Tensors) -> None:
+        for name, weight in list(tensors.items()):
+            if "_proj" not in name:
+                quantised[name] = weight
+                continue
+            rows, columns = (-(-size // block) for size in weight.shape)
+            padded = torch.zeros(rows * block, columns * block)
+            padded[: weight.size(0), : weight.size(1)] = weight
+            blocks = padded.view(rows, block, columns, block)
+            scales = blocks.abs().amax((1, 3)) / 448
+            small = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
+            cut = tuple(slice(0, size) for size in weight.shape)
+            quantised[name] = small.view_as(padded)[cut].contiguous()
+            quantised[f"{name}_scale_inv"] = scales
+            back = (small.float() * scales[:, None, :, None]).view_as(padded)
+            tensors[name] = back[cut].contiguous()
+
+    change_weights(folder, round_all)
+    safetensors.save_file(quantised, out / "model.safetensors", metadata={"format": "pt"})
+    change_config(
+        out,
+        quantization_config={
+            "quant_method": "fp8",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [block, block],
+        },
+    )
+    return out
+
+
+def test_weights_in_fp8_are_dequantised_or_refused(model, tmp_path):
+    """Cut blocks would be taken for smaller ones: 24 rows in 2 blocks of 16."""
+    whole = in_fp8(model, tmp_path / "whole", 16)
+    given = torch.arange(SEQ_LEN)[None]
+    sizes: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "seq_len": SEQ_LEN}
+    expected = open_engine("hf", model, "fp32", **sizes).logits(given)
+    found = open_engine("hf", whole, "fp32", **sizes).logits(given)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    cut = in_fp8(save_llama(tmp_path / "narrow", intermediate_size=24), tmp_path / "cut in fp8", 16)
+    for kind in ("hf", "hf dry"):
+        with pytest.raises(
+            DistillPretrainError,
+            match=r"(?s)FP8.*layers\.0\.mlp\.down_proj\.weight \[32, 24\], \[2, 2\] blocks.*in bf16",
+        ):
+            open_with(kind, cut)
 
 
 def test_a_tokenizer_that_brings_code_is_refused_without_a_question(tmp_path, monkeypatch):

@@ -54,12 +54,7 @@ def read_hf_model(path: Path) -> HFModel:
     raw = text_part(_read_json(path / CONFIG))
     wrong = wrong_types(raw)
     if wrong:
-        raise CheckpointError(
-            "the configuration has values that no model has:\n"
-            + "\n".join(f"  - {p}" for p in wrong),
-            where=path / CONFIG,
-            remedy="download the folder again, or correct its config.json",
-        )
+        raise _wrong(path, wrong)
     family = families().get(str(raw.get("model_type")))
     if family is None:
         problems = [why_not(raw.get("model_type")), *general_problems(raw)]
@@ -76,7 +71,9 @@ def read_hf_model(path: Path) -> HFModel:
             family=family.model_type,
         )
     except ValidationError as error:
-        raise _unsupported(path, list(map(_in_words, error.errors()))) from None
+        details = error.errors()
+        known = _wrong if all(detail["loc"] for detail in details) else _unsupported
+        raise known(path, list(map(_in_words, details))) from None
     except (ValueError, TypeError) as error:
         raise _unsupported(path, [str(error)]) from None
 
@@ -141,6 +138,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise CheckpointError("the file is no JSON object", where=path)
     return raw
+
+
+def _wrong(path: Path, problems: list[str]) -> CheckpointError:
+    return CheckpointError(
+        "the configuration has values that no model has:\n"
+        + "\n".join(f"  - {p}" for p in problems),
+        where=path / CONFIG,
+        remedy="download the folder again, or correct its config.json",
+    )
 
 
 def _unsupported(path: Path, problems: list[str]) -> CheckpointError:

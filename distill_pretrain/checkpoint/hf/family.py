@@ -139,6 +139,7 @@ _OTHER_TYPES: dict[str, tuple[type, str]] = {
     "auto_map": (dict, "an object"),
     "layer_types": (list, "a list"),
     "no_rope_layers": (list, "a list"),
+    "quantization_config": (dict, "an object"),
     "rope_parameters": (dict, "an object"),
     "rope_scaling": (dict, "an object"),
     "activation_function": (str, "a word"),

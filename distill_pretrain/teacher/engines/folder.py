@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from distill_pretrain.checkpoint.hf.family import wrong_types
 from distill_pretrain.checkpoint.hf.files import SINGLE, file_names, header
+from distill_pretrain.checkpoint.hf.nested import text_part
 from distill_pretrain.errors import (
     DistillPretrainError,
     MissingDependency,
@@ -52,6 +54,7 @@ def read_config(path: Path, *, vocab_size: int, seq_len: int, trust: Trust = NO_
     """
     transformers = import_transformers()
     raw = _require_plain_folder(path, trust)
+    _require_known_type(path, raw, transformers, trust)
     try:
         config = transformers.AutoConfig.from_pretrained(
             path, local_files_only=True, trust_remote_code=trust.remote_code
@@ -123,12 +126,30 @@ def _require_plain_folder(path: Path, trust: Trust) -> dict[str, Any]:
     return raw
 
 
+def _require_known_type(path: Path, raw: dict[str, Any], transformers: Any, trust: Trust) -> None:
+    kind = raw.get("model_type")
+    if kind is None or trust.remote_code or kind in transformers.CONFIG_MAPPING:
+        return
+    raise TeacherError(
+        "transformers does not know models of this type",
+        where=path / CONFIG_FILE,
+        found=f"model_type: {kind} (transformers {transformers.__version__})",
+        remedy="install a transformers that has it (pip install -U transformers), or correct config.json",
+    )
+
+
 def cannot_be_loaded(path: Path, error: Exception) -> TeacherError:
     """Make the error to raise after transformers refused."""
     lines = [line for line in str(error).splitlines() if line.strip()]
-    said = " ".join(lines[:2])[:500]
+    said = f"{type(error).__name__}: {' '.join(lines[:2])[:500]}"
+    suspects: list[str] = []
+    with suppress(OSError, ValueError):
+        suspects = wrong_types(text_part(json.loads((path / CONFIG_FILE).read_bytes())))
     return TeacherError(
-        "the model cannot be loaded", where=path, found=f"{type(error).__name__}: {said}"
+        "the model cannot be loaded",
+        where=path,
+        found="; ".join([said, *(f"perhaps for {suspect}" for suspect in suspects)]),
+        remedy="correct config.json, download the folder again, or install the transformers that it was made for",
     )
 
 

@@ -28,7 +28,7 @@ from distill_pretrain.teacher.engines.text_part import causal_class, key_mapping
 
 PICKLED = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
-_PACKAGES = {"bitsandbytes": "bitsandbytes", "gptq": "gptqmodel", "awq": "gptqmodel"}
+_PACKAGES = {"bitsandbytes": "bitsandbytes", "gptq": "gptqmodel optimum", "awq": "gptqmodel"}
 
 
 def weight_files(path: Path, trust: Trust = NO_TRUST) -> list[Path]:
@@ -106,6 +106,7 @@ def require_own_weights(path: Path, model: Any, trust: Trust = NO_TRUST) -> list
     if quantization is not None:
         # What the library makes of its tensors is known only where it loads them; see `require_all_loaded`.
         _require_quantizer(path, quantization)
+        _require_whole_blocks(path, quantization, stored)
         return files
     try:
         import accelerate  # noqa: F401
@@ -289,6 +290,37 @@ def _require_quantizer(path: Path, quantization: Any) -> None:
             found=f"quant_method: {method}; {type(error).__name__}: {' '.join(str(error).split())[:300]}",
             remedy=f"{remedy} use the model in bf16",
         ) from error
+
+
+def _require_whole_blocks(
+    path: Path, quantization: Any, stored: Mapping[str, torch.Tensor]
+) -> None:
+    """Refuse FP8 weights whose last blocks are cut by a tensor's end, where there is no GPU.
+
+    transformers (5.24) dequantises them then, with blocks of a tensor's size over the number of its scales: other
+    numbers than the model's, or an error. On GPUs it multiplies in FP8, and such blocks are right.
+    """
+    raw = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    block = raw.get("weight_block_size")
+    if raw.get("quant_method") != "fp8" or not block or torch.cuda.is_available():
+        return
+    cut = []
+    for name, scales in stored.items():
+        weight = stored.get(name.removesuffix("_scale_inv"))
+        if name.endswith("_scale_inv") and weight is not None:
+            sizes = zip(weight.shape, scales.shape, block, strict=False)
+            if any(count > 1 and size != count * width for size, count, width in sizes):
+                cut.append(
+                    f"{name.removesuffix('_scale_inv')} {list(weight.shape)}, {list(scales.shape)} blocks"
+                )
+    if cut:
+        raise TeacherError(
+            "transformers cannot dequantise these FP8 weights without a GPU: tensors end within a block\n"
+            + bullets(cut),
+            where=path,
+            expected=f"whole blocks of {list(block)}",
+            remedy="use the model in bf16, or a GPU",
+        )
 
 
 @contextmanager
