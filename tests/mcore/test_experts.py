@@ -180,6 +180,7 @@ def start_from(folder: str, checkpoint: str, out: str) -> None:
                     start_from_hf(
                         student,
                         check_hf_weights(Path(folder)),
+                        family="qwen3_moe",
                         model=model,
                         vocab_size=VOCAB_SIZE,
                         max_positions=SEQ_LEN,
