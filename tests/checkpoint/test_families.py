@@ -348,7 +348,12 @@ def save_random(name: str, folder: Path) -> None:
     if hasattr(config, "rope_parameters") and name == "Ministral3Config":
         config.rope_parameters["original_max_position_embeddings"] = 16
     torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -111,7 +111,7 @@ def test_what_cannot_be_used_is_named(model_folder, tmp_path):
     with pytest.raises(TeacherError, match=r"seq_len = 65.*at most 64"):
         open_hf(model_folder, seq_len=65)
     (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
-    with pytest.raises(TeacherError, match="does not know models of this type.*no_such_model"):
+    with pytest.raises(TeacherError, match=r"does not know models of this type.*no_such_model"):
         open_hf(tmp_path)
 
 
