@@ -60,6 +60,7 @@ _FUNCTION = (
     "qk_norm",
     "qk_norm_whole",
     "attention_output_bias",
+    "attention_sinks",
     "mlp_bias",
     "norm_epsilon",
     "norm_placement",
@@ -255,8 +256,7 @@ def _function(model: ModelConfig) -> dict[str, Any]:
         "kv_channels": model.kv_channels or model.hidden_size // heads,
         "activation": activation_of(model)[1],
         # Coefficients of the routers' losses are a matter of training.
-        "experts": model.experts
-        and model.experts.model_dump(include={"number", "per_token", "weights_of_chosen"}),
+        "experts": model.experts and model.experts.model_dump(exclude={"load_balancing", "z_loss"}),
         "attention_layers": shortest_pattern(
             [model.attention_of(layer) for layer in range(model.num_layers)]
         ),

@@ -327,7 +327,8 @@ def _layer_bytes(job: StudentJob, recomputed: frozenset[str]) -> float:
     attention = e * (hidden + kept + query) + softmax + _window_bytes(job, query)
     if model.qk_norm or model.qk_norm_whole:
         attention += norm_bytes(job, query) + norm_bytes(job, key)
-    inner = 0.0 if "mlp" in recomputed else (5 if llama else 2) * _inner_width(job)
+    columns = 8 if model.experts and model.experts.swiglu_limit else 5 if llama else 2
+    inner = 0.0 if "mlp" in recomputed else columns * _inner_width(job)
     feed_forward = e * (hidden + inner)
     if model.experts is not None and "mlp" not in recomputed:
         # Every copy of a position on its way to an expert and back, and fp32 logits and probabilities of the router.

@@ -39,6 +39,8 @@ def layer_shapes(model: ModelConfig, tensor: int) -> list[Shape]:
     ]
     if model.experts is not None:
         shapes.append((model.experts.number, hidden))
+        if model.experts.biases:
+            shapes.append((model.experts.number,))
     if not llama:
         shapes += [(hidden,), (qkv,), (inner,), (hidden,)]
     if model.qkv_bias:
@@ -49,6 +51,8 @@ def layer_shapes(model: ModelConfig, tensor: int) -> list[Shape]:
         shapes += [(width,), (width,)]
     if model.qk_norm_whole:
         shapes += [(heads,), (groups * width // tensor,)]
+    if model.attention_sinks:
+        shapes.append((model.num_attention_heads // tensor,))
     if model.attention_output_bias:
         shapes.append((hidden,))
     if model.mlp_bias and model.experts is None:
@@ -59,7 +63,12 @@ def layer_shapes(model: ModelConfig, tensor: int) -> list[Shape]:
 def expert_shapes(model: ModelConfig) -> list[Shape]:
     """Return the shapes of the parameters of one expert, which one rank holds whole."""
     hidden, width = model.hidden_size, model.ffn_hidden_size
-    return [(2 * width, hidden), (hidden, width)]
+    biased = model.experts is not None and model.experts.biases
+    return [
+        (2 * width, hidden),
+        (hidden, width),
+        *([(2 * width,), (hidden,)] if biased else []),
+    ]
 
 
 def rank_expert_shapes(model: ModelConfig, parallel: ParallelConfig, *, stage: int) -> list[Shape]:

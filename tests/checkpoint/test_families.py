@@ -173,6 +173,34 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         ),
         999_885_952,
     ),
+    "gpt-oss-20b, dequantised": (
+        facts(
+            "gpt_oss",
+            201088,
+            (24, 2880, 2880, 64, 8),
+            131072,
+            head_dim=64,
+            attention_bias=True,
+            rms_norm_eps=1e-5,
+            rope_theta=150000,
+            rope_scaling={
+                "rope_type": "yarn",
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 4096,
+            },
+            layer_types=["sliding_attention", "full_attention"] * 12,
+            sliding_window=128,
+            num_local_experts=32,
+            num_experts_per_tok=4,
+            swiglu_limit=7.0,
+            router_aux_loss_coef=0.9,
+            tie_word_embeddings=False,
+        ),
+        20_914_757_184,
+    ),
     "Qwen3-30B-A3B": (
         facts(
             "qwen3_moe",
@@ -254,6 +282,7 @@ PIECES: dict[str, dict[str, Any]] = {
         "windowed_rotary_base": 50.5,
     },
     "experts": {"experts": {"number": 6, "per_token": 2}},
+    "sinks": {"attention_sinks": True, "attention_layers": "wf", "sliding_window": 5},
     "all": {
         "attention_layers": "wfn",
         "sliding_window": 5,
@@ -325,6 +354,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "rope_theta": 10000.0,
             "partial_rotary_factor": 0.5,
         },
+    },
+    "GptOssConfig": {
+        "head_dim": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "sliding_window": 7,
+        "swiglu_limit": 0.5,
+        "pad_token_id": 0,
     },
     "Qwen3MoeConfig": {"head_dim": 8, "num_experts": 8, "num_experts_per_tok": 3},
     "Gemma3TextConfig": {"sliding_window": 7, "head_dim": 8, "pad_token_id": 0},
@@ -441,7 +478,7 @@ def test_a_window_shortens_the_sums_of_attention():
         ({"arch": "gpt2", "norm_placement": "reordered"}, "only for arch: llama"),
         ({"arch": "gpt2", **PIECES["experts"]}, "experts: only for arch: llama"),
         ({**PIECES["experts"], "spec": "te"}, "spec: te has no layers with experts"),
-        ({**PIECES["experts"], "mlp_bias": True}, "experts have no biases"),
+        ({**PIECES["experts"], "mlp_bias": True}, "mlp_bias: not of experts"),
         ({**PIECES["experts"], "init": "fan_in"}, "fan_in is not derived for experts"),
         ({"experts": {"number": 4, "per_token": 5}}, "per_token: 5 of number: 4 experts"),
         ({"experts": {"number": 4, "per_token": 1}}, "weight would be 1 whatever"),
@@ -453,7 +490,7 @@ def test_pieces_that_do_not_go_together_are_refused(settings, reason):
         ModelConfig(**{**sizes, **settings})
 
 
-@pytest.mark.parametrize("pieces", ["window", "temperature", "yarn", "experts", "all"])
+@pytest.mark.parametrize("pieces", ["window", "temperature", "yarn", "experts", "sinks", "all"])
 def test_the_signal_of_fresh_weights_is_not_predicted_where_it_is_not_derived(pieces):
     from distill_pretrain.mcore.init.theory import predict
 

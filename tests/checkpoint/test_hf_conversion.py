@@ -41,7 +41,7 @@ EXPERT_LAYOUTS: dict[str, dict[str, int]] = {
     "tp2 ep4": {"tensor": 2, "expert": 4},
     "pp2 ep2": {"pipeline": 2, "expert": 2},
 }
-FAMILIES_WITH_EXPERTS = ("qwen3_moe", "qwen3_moe-all")
+FAMILIES_WITH_EXPERTS = ("qwen3_moe", "qwen3_moe-all", "gpt_oss")
 EVERY_LAYOUT = {**LAYOUTS, **MORE_LAYOUTS, **EXPERT_LAYOUTS}
 SHAPE = {
     "vocab_size": VOCAB_SIZE,
@@ -91,6 +91,14 @@ EXPERTS = {
     "num_experts_per_tok": 3,
     "moe_intermediate_size": 24,
 }
+GPT_OSS = {
+    "head_dim": 16,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 3,
+    "sliding_window": 7,
+    "swiglu_limit": 0.3,
+    "rope_parameters": {**YARN, "truncate": False},
+}
 OLMO3_ROPE = {
     "rope_parameters": {
         "full_attention": {**YARN, "attention_factor": 1.2},
@@ -132,6 +140,7 @@ def family_configs() -> dict[str, Any]:
         "phi3": ("Phi3", {**PHI3, "rope_parameters": PHI3_ROPE}),
         "olmo3": ("Olmo3", {"sliding_window": 7, **OLMO3_ROPE}),
         "qwen3_moe": ("Qwen3Moe", {**EXPERTS, "norm_topk_prob": True}),
+        "gpt_oss": ("GptOss", GPT_OSS),
         "qwen3_moe-all": ("Qwen3Moe", {**EXPERTS, "attention_bias": True}),
     }
     biases = {"attention_bias": True, "mlp_bias": True}

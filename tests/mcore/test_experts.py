@@ -16,7 +16,15 @@ from distill_pretrain.mcore.model.layout import check_layout
 from distill_pretrain.processes.process import process_group, released_groups
 from tests.support.checkpoints import save_student
 from tests.support.distributed import run_distributed
-from tests.support.layouts import EXPERTS, SEQ_LEN, VOCAB_SIZE, make_job, run_cases, take_step
+from tests.support.layouts import (
+    EXPERTS,
+    GPT_OSS,
+    SEQ_LEN,
+    VOCAB_SIZE,
+    make_job,
+    run_cases,
+    take_step,
+)
 from tests.support.training import run_trainer
 
 STEPS = 4
@@ -48,24 +56,33 @@ LAYOUTS = {
 }
 
 
-def cases(layouts, steps=STEPS):
+OF_GPT_OSS = (
+    "tensor 2, expert 2, distributed optimizer",
+    "context 2, expert 4",
+    "pipeline 2, expert 2",
+)
+
+
+def cases(layouts, model=EXPERTS, steps=STEPS):
     return {
-        name: {"model": EXPERTS, "parallel": parallel, "kd": True, "steps": steps}
+        name: {"model": model, "parallel": parallel, "kd": True, "steps": steps}
         for name, parallel in layouts.items()
     }
 
 
 def test_curves_equal_one_process():
-    reference = run_cases(cases({"one": {}}))["one"]
-    found = run_distributed(run_cases, 4, cases=cases(LAYOUTS))
-    worst = {
-        layout: {
+    one = {"one": {}}
+    references = run_cases({"qwen": cases(one)["one"], "gpt-oss": cases(one, GPT_OSS)["one"]})
+    some = {f"gpt-oss, {name}": LAYOUTS[name] for name in OF_GPT_OSS}
+    found = run_distributed(run_cases, 4, cases={**cases(LAYOUTS), **cases(some, GPT_OSS)})
+    worst = {}
+    for layout, curves in found.items():
+        reference = references["gpt-oss" if layout.startswith("gpt-oss") else "qwen"]
+        worst[layout] = {
             term: max(abs(a - b) for a, b in zip(values, reference[term], strict=True))
             for term, values in curves.items()
         }
-        for layout, curves in found.items()
-    }
-    assert set(reference) == {
+    assert set(references["qwen"]) == {
         "loss",
         "ce",
         "kl",
@@ -288,8 +305,8 @@ def test_gradients_have_both_losses_of_the_routers_as_a_plain_formula_says(folde
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_grouped_products_are_the_experts_one_after_another(folder, dtype):
-    from distill_pretrain.checkpoint.hf import load_hf_weights, read_hf_model
+@pytest.mark.parametrize("model", [EXPERTS, GPT_OSS], ids=["qwen", "gpt-oss"])
+def test_grouped_products_are_the_experts_one_after_another(model, dtype):
     from distill_pretrain.mcore.model.chunks import build_model_chunks
     from distill_pretrain.mcore.runtime.parallel import model_parallel
 
@@ -297,27 +314,28 @@ def test_grouped_products_are_the_experts_one_after_another(folder, dtype):
         pytest.skip("this torch has no grouped product")
     with process_group(), model_parallel(ParallelConfig(), seed=0):
         chunks = build_model_chunks(
-            read_hf_model(folder).model,
+            ModelConfig(**{**model, "init_std": 0.3}),
             ParallelConfig(),
             vocab_size=VOCAB_SIZE,
             seq_len=SEQ_LEN,
             precision="fp32",
-            seed=None,
+            seed=0,
         )
-        load_hf_weights(chunks, folder)
         experts = chunks[0].decoder.layers[0].mlp.experts.to(dtype)
         draw = torch.Generator().manual_seed(0)
         tokens = torch.randn(20, 32, generator=draw).to(dtype)
         weights = torch.rand(20, generator=draw)
-        counts = torch.tensor([4, 0, 3, 6, 1, 0, 2, 4])
+        counts = torch.tensor([4, 0, 3, 6, 1, 0, 2, 4] if model is EXPERTS else [7, 0, 12, 1])
+        for name, parameter in experts.named_parameters():
+            if name.endswith("bias"):
+                parameter.data.normal_(generator=draw)
         outputs, gradients = [], []
-        for compute in (lambda *given: experts(*given)[0], experts.grouped):
+        for grouped in (False, True):
             given = tokens.clone().requires_grad_()
             experts.zero_grad()
-            outputs.append(compute(given, counts, weights))
+            outputs.append(experts.computed(given, counts, weights, grouped=grouped))
             outputs[-1].float().square().sum().backward()
-            first = [expert.linear_fc1.weight.grad for expert in experts.local_experts]
-            gradients.append([given.grad, *first])
+            gradients.append([given.grad, *(p.grad for p in experts.parameters())])
         tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {}
         torch.testing.assert_close(*outputs, **tolerance)
         torch.testing.assert_close(*gradients, **tolerance)

@@ -102,6 +102,19 @@ CASES |= {
         "parallel": {"tensor": 2, "sequence_parallel": True, "distributed_optimizer": True},
         "precision": "bf16",
     },
+    "gpt-oss bf16": {
+        "model": {
+            **LLAMA,
+            "attention_sinks": True,
+            "qkv_bias": True,
+            "attention_output_bias": True,
+            "attention_layers": "wf",
+            "sliding_window": 16,
+            "num_query_groups": 2,
+            "experts": {"number": 4, "per_token": 2, "biases": True, "swiglu_limit": 7.0},
+        },
+        "precision": "bf16",
+    },
     "experts, selective recomputation": {"model": EXPERTS, "parallel": {"recompute": "selective"}},
 }
 CASES |= {

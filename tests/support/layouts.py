@@ -49,6 +49,18 @@ EXPERTS = {
     "experts": {"number": 8, "per_token": 3, "load_balancing": 0.05, "z_loss": 0.01},
 }
 
+GPT_OSS = {
+    **LLAMA,
+    "num_layers": 2,
+    "attention_sinks": True,
+    "attention_layers": "wf",
+    "sliding_window": 7,
+    "qkv_bias": True,
+    "attention_output_bias": True,
+    "yarn": {"factor": 4.0, "original_positions": 8, "truncate": False},
+    "experts": {"number": 4, "per_token": 2, "biases": True, "swiglu_limit": 0.2},
+}
+
 
 class WalkPlan:
     """Sequences that walk a fixed permutation with noise: learnable in tens of steps."""

@@ -18,6 +18,7 @@ DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _KEYS = (
     "activation",
     "attention_output_bias",
+    "attention_sinks",
     "attention_scale_width",
     "attention_temperature",
     "embedding_scale",
@@ -34,6 +35,7 @@ _KEYS = (
     "zero_centred_norms",
 )
 NO_ROPE, WINDOW = "attention_layers: n", "attention_layers: w"
+EXPERT_BIASES, CLAMPED_SWIGLU = "experts: biases", "experts: swiglu_limit"
 REORDERED, SANDWICH = "norm_placement: reordered", "norm_placement: sandwich"
 
 
@@ -44,6 +46,10 @@ def pieces_of(model: ModelConfig) -> frozenset[str]:
     if model.activation == activation_of(model.model_copy(update={"activation": None}))[1]:
         found -= {"activation"}
     found |= {f"attention_layers: {kind}" for kind in model.attention_kinds - {"f"}}
+    if model.experts is not None and model.experts.biases:
+        found.add(EXPERT_BIASES)
+    if model.experts is not None and model.experts.swiglu_limit is not None:
+        found.add(CLAMPED_SWIGLU)
     if model.norm_placement != "pre":
         found.add(f"norm_placement: {model.norm_placement}")
     return frozenset(found)
@@ -164,6 +170,13 @@ def wrong_types(raw: Raw) -> list[str]:
     return problems
 
 
+_DEQUANTISED = {
+    "mxfp4": "; transformers stores them in bf16: AutoModelForCausalLM.from_pretrained(FOLDER, dtype='bfloat16', "
+    "quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(OTHER)"
+}
+"""Method of quantising -> how to undo it."""
+
+
 def general_problems(raw: Raw, *, experts: bool = False) -> list[str]:
     """Say what no family can be.
 
@@ -184,7 +197,8 @@ def general_problems(raw: Raw, *, experts: bool = False) -> list[str]:
     quantised = raw.get("quantization_config")
     if quantised:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        problems.append(f"quantization_config: the weights are quantised ({method})")
+        remedy = _DEQUANTISED.get(str(method), "")
+        problems.append(f"quantization_config: the weights are quantised ({method}){remedy}")
     if dtype_of(raw) not in DTYPE_NAMES:
         problems.append(f"dtype: {dtype_of(raw)} (supported: {', '.join(DTYPE_NAMES)})")
     return problems

@@ -81,6 +81,7 @@ def predict(
             "embedding_scale",
             "zero_centred_norms",
             "experts",
+            "attention_sinks",
         )
         if getattr(model, name)
     ]

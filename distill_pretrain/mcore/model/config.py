@@ -60,6 +60,8 @@ class ModelConfig(Section):
     """RMSNorm over each head's query and key, as in Qwen3 (llama)."""
     qk_norm_whole: bool = False
     """RMSNorm over the queries, and the keys, of all heads together, as in Olmo 2 and 3 (llama)."""
+    attention_sinks: bool = False
+    """A learned logit for each head that takes its share of attention and adds nothing, as in gpt-oss (llama)."""
     attention_output_bias: bool = False
     """Bias on the projection that writes attention to the stream (llama)."""
     mlp_bias: bool = False
@@ -152,7 +154,7 @@ class ModelConfig(Section):
                 f"rotary_fraction: {self.rotary_fraction} of {width} channels are {turned}; RoPE turns pairs of them"
             )
         if self.mlp_bias and self.experts is not None:
-            raise ValueError("mlp_bias: experts have no biases; set mlp_bias: false")
+            raise ValueError("mlp_bias: not of experts; set experts.biases")
         if self.qk_norm and self.qk_norm_whole:
             raise ValueError("qk_norm and qk_norm_whole: only one can be set")
 
@@ -218,6 +220,7 @@ OF_BRANCHES = ("reordered", "sandwich")
 """Values of norm_placement that normalise the branches' outputs."""
 
 _OWN_MODULES = (
+    "attention_sinks",
     "rope_linear_factor",
     "windowed_rotary_base",
     "zero_centred_norms",

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from distill_pretrain.errors import LayoutError
 from distill_pretrain.mcore.model.config import ModelConfig, ParallelConfig
 from distill_pretrain.mcore.model.expert_names import LOCAL, is_of_expert
+from distill_pretrain.mcore.model.own_attention import with_bias
 from distill_pretrain.mcore.model.parts import ExpertsConfig
 from distill_pretrain.mcore.runtime.core import (
     MLPSubmodules,
@@ -63,7 +64,22 @@ def experts_settings(model: ModelConfig, parallel: ParallelConfig) -> dict[str, 
         "moe_token_dispatcher_type": "alltoall",
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": 1,
+        **_clamped_swiglu(model.experts),
     }
+
+
+def _clamped_swiglu(experts: ExpertsConfig) -> dict[str, Any]:
+    """The fields for gpt-oss's feed-forward block."""
+    if experts.swiglu_limit is None:
+        return {}
+    return {
+        "activation_func": partial(_swish, experts.swiglu_alpha),
+        "activation_func_clamp_value": experts.swiglu_limit,
+    }
+
+
+def _swish(alpha: float, x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(alpha * x)
 
 
 class _WithLosses(torch.autograd.Function):
@@ -104,11 +120,15 @@ class Router(TopKRouter):
     def __init__(self, *args: Any, experts: ExpertsConfig, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self._experts = experts
+        if experts.biases:
+            self.bias = torch.nn.Parameter(self.weight.detach().new_zeros(experts.number))
+            self.bias.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
         self.noted: torch.Tensor | None = None
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """Compute logits in fp32, [s, b, E] of [s, b, H]; megatron-core's own needs Transformer Engine (0.16)."""
-        return F.linear(input.float(), self.weight.float())
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(input.float(), self.weight.float(), bias)
 
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
@@ -170,7 +190,9 @@ def router_losses(chunks: Sequence[torch.nn.Module], sequences: int) -> torch.Te
 
 
 class Experts(SequentialMLP):
-    """The experts of this rank: megatron-core's, one after another, or in grouped products where these run.
+    """The experts of this rank: megatron-core's, computed one after another, or in grouped products where these run.
+
+    Megatron-core's own order cannot add biases where an expert is whole: it adds them in place, to a view.
 
     Args:
         submodules: linear layers of an expert.
@@ -189,24 +211,54 @@ class Experts(SequentialMLP):
 
     def forward(
         self, tokens: torch.Tensor, tokens_per_expert: torch.Tensor, weights: torch.Tensor
-    ) -> Any:
+    ) -> tuple[torch.Tensor, None]:
         """Compute the outputs, times their weights, of tokens [M, H] in the order of the experts."""
-        if not can_group(tokens, self.config.moe_ffn_hidden_size, self.num_local_experts):
-            return super().forward(tokens, tokens_per_expert, weights)
-        return self.grouped(tokens, tokens_per_expert, weights), None
+        groups = can_group(tokens, self.config.moe_ffn_hidden_size, self.num_local_experts)
+        return self.computed(tokens, tokens_per_expert, weights, grouped=groups), None
 
-    def grouped(
-        self, tokens: torch.Tensor, tokens_per_expert: torch.Tensor, weights: torch.Tensor
+    def computed(
+        self,
+        tokens: torch.Tensor,
+        tokens_per_expert: torch.Tensor,
+        weights: torch.Tensor,
+        *,
+        grouped: bool,
     ) -> torch.Tensor:
-        """Do the same in two products over all experts of this rank."""
+        """Do the same, in two products over all experts of this rank or in two for each."""
         counts = tokens_per_expert.to(tokens.device)
-        ends = counts.cumsum(0).to(torch.int32)
-        inner = F.grouped_mm(tokens, self._stacked("linear_fc1", "weight").mT, offs=ends)
+        multiply = self._grouped if grouped else self._one_by_one
+        inner = self._with_biases("linear_fc1", multiply("linear_fc1", tokens, counts), counts)
         gate, up = inner.chunk(2, dim=-1)
-        hidden = self.config.activation_func(gate) * up * weights[:, None]
-        return F.grouped_mm(
-            hidden.to(tokens.dtype), self._stacked("linear_fc2", "weight").mT, offs=ends
-        )
+        limit = self.config.activation_func_clamp_value
+        if limit is not None:
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit) + 1
+        hidden = (self.config.activation_func(gate) * up * weights[:, None]).to(tokens.dtype)
+        outer = multiply("linear_fc2", hidden, counts)
+        return self._with_biases("linear_fc2", outer, counts, weights)
+
+    def _grouped(self, linear: str, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """All experts' products in one."""
+        ends = counts.cumsum(0).to(torch.int32)
+        return F.grouped_mm(x, self._stacked(linear, "weight").mT, offs=ends)
+
+    def _one_by_one(self, linear: str, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """Products of one expert after another."""
+        parts = x.split(counts.tolist())
+        layers = [getattr(expert, linear) for expert in self.local_experts]
+        return torch.cat([layer(part)[0] for layer, part in zip(layers, parts, strict=True)])
+
+    def _with_biases(
+        self,
+        linear: str,
+        x: torch.Tensor,
+        counts: torch.Tensor,
+        weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Add each expert's bias, where they have any, times the weights of its tokens."""
+        if getattr(self.local_experts[0], linear).bias is None:
+            return x
+        biases = self._stacked(linear, "bias").repeat_interleave(counts, 0)
+        return x + (biases if weights is None else (biases * weights[:, None]).to(x.dtype))
 
     def _stacked(self, linear: str, kind: str) -> torch.Tensor:
         """Parameters of all experts of this rank: [e, ...]."""
@@ -231,10 +283,10 @@ def use_experts(layer: Any, experts: ExpertsConfig) -> None:
     mlp = layer.submodules.mlp
     # A partial function from megatron-core 0.17 on.
     submodules = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
-    linears = MLPSubmodules(
-        linear_fc1=tensor_parallel.ColumnParallelLinear,
-        linear_fc2=tensor_parallel.RowParallelLinear,
-    )
+    first, second = tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear
+    if experts.biases:
+        first, second = with_bias(first), with_bias(second)
+    linears = MLPSubmodules(linear_fc1=first, linear_fc2=second)
     submodules.experts = _class_with(Experts, submodules=linears)
     submodules.router = _class_with(Router, experts=experts)
 
@@ -273,6 +325,5 @@ def mark_experts(gpt: torch.nn.Module) -> None:
         if is_of_expert(name):
             parameter.allreduce = False  # type: ignore[attr-defined]
             parameter.sequence_parallel = False  # type: ignore[attr-defined]
-            if not getattr(parameter, "tensor_model_parallel", False):
-                # No copy of another tensor-parallel rank's, which would not count in the gradient norm.
-                tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+            # No copy of another tensor-parallel rank's, which would not count in the gradient norm.
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]

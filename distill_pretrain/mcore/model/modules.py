@@ -29,7 +29,12 @@ from distill_pretrain.mcore.init.layers import (
 from distill_pretrain.mcore.model.config import ModelConfig
 from distill_pretrain.mcore.model.experts import use_experts
 from distill_pretrain.mcore.model.layout import require_spec
-from distill_pretrain.mcore.model.own_attention import OwnAttention, rotaries_of, with_bias
+from distill_pretrain.mcore.model.own_attention import (
+    OwnAttention,
+    Sinks,
+    rotaries_of,
+    with_bias,
+)
 from distill_pretrain.mcore.runtime.core import (
     MegatronModule,
     TransformerConfig,
@@ -108,10 +113,12 @@ class SDPAttention(MegatronModule):
     Attributes:
         model: architecture, of subclasses for models with windows or an attention temperature (`attention_of`).
         window: places that a query of this layer sees, its own included; None for all before.
+        sinks: of a model with attention_sinks.
     """
 
     model: ModelConfig | None = None
     window: int | None = None
+    sinks: Sinks | None
 
     def __init__(
         self,
@@ -129,6 +136,8 @@ class SDPAttention(MegatronModule):
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         if self.model is not None and self.model.attention_of(layer_number - 1) == "w":
             self.window = self.model.sliding_window
+        has_sinks = self.model is not None and self.model.attention_sinks
+        self.sinks = Sinks(config) if has_sinks else None
 
     def forward(
         self,
@@ -195,16 +204,37 @@ class SDPAttention(MegatronModule):
             q = q * self._temperatures(self.model, num_keys - num_queries, num_keys).to(q)
         if self.window is not None and self.window < num_keys:
             return self._attend_in_window(q, k, v, dropout, self.window)
-        return F.scaled_dot_product_attention(
+        return self._product(q, k, v, None, dropout)
+
+    def _product(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        dropout: float,
+    ) -> torch.Tensor:
+        """Attend under a mask bool[queries, keys]; None for each query to its own place and those before."""
+        width, scale = q.size(3), self.softmax_scale
+        if self.sinks is not None:
+            scale = scale or width**-0.5
+            q, k, v = self.sinks(q, k, v, scale)
+            mask = None if mask is None else F.pad(mask, (1, 0), value=True)
+        num_queries, num_keys = q.size(2), k.size(2)
+        causal = mask is None and num_queries == num_keys
+        if mask is None and not causal:
+            mask = _lower_right(num_queries, num_keys)
+        out = F.scaled_dot_product_attention(
             q,
             k,
             v,
-            attn_mask=_lower_right(num_queries, num_keys) if num_queries < num_keys else None,
+            attn_mask=mask,
             dropout_p=dropout,
-            is_causal=num_queries == num_keys,
-            scale=self.softmax_scale,
+            is_causal=causal,
+            scale=scale,
             enable_gqa=q.size(1) != k.size(1),
         )
+        return out[..., :width]
 
     @staticmethod
     def _temperatures(model: ModelConfig, start: int, stop: int) -> torch.Tensor:
@@ -224,17 +254,9 @@ class SDPAttention(MegatronModule):
             start = max(0, first - window + 1)
             places = torch.arange(start, last, device=q.device)
             back = torch.arange(first, last, device=q.device)[:, None] - places
-            outputs.append(
-                F.scaled_dot_product_attention(
-                    own,
-                    k[:, :, start:last],
-                    v[:, :, start:last],
-                    attn_mask=(back >= 0) & (back < window),
-                    dropout_p=dropout,
-                    scale=self.softmax_scale,
-                    enable_gqa=q.size(1) != k.size(1),
-                )
-            )
+            mask = (back >= 0) & (back < window)
+            keys, values = k[:, :, start:last], v[:, :, start:last]
+            outputs.append(self._product(own, keys, values, mask, dropout))
             first = last
         return torch.cat(outputs, dim=2)
 
@@ -264,7 +286,8 @@ class SDPAttention(MegatronModule):
 
 def attention_of(model: ModelConfig) -> type[SDPAttention]:
     """Return the core attention of a model."""
-    if "w" not in model.attention_layers and model.attention_temperature is None:
+    plain = "w" not in model.attention_layers and model.attention_temperature is None
+    if plain and not model.attention_sinks:
         return SDPAttention
 
     class Attention(SDPAttention):

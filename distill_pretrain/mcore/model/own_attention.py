@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from distill_pretrain.mcore.model.config import ModelConfig, YarnConfig
 from distill_pretrain.mcore.runtime.core import (
@@ -21,6 +22,9 @@ from distill_pretrain.mcore.runtime.core import (
     parallel_state,
     tensor_parallel,
 )
+
+_SINK_CHANNELS = 8
+"""Channels that a head has more for its sink: kernels want multiples of 8."""
 
 
 def yarn_frequencies(yarn: YarnConfig, base: float, width: int) -> torch.Tensor:
@@ -196,6 +200,52 @@ def rotaries_of(model: ModelConfig, config: TransformerConfig) -> dict[str, Rota
     if own_base is not None or (model.yarn is not None and model.yarn.full_layers_only):
         windowed = Rotary(model, config, base=own_base or model.rotary_base, scaled=False)
     return {"f": everywhere, "w": windowed, "n": None}
+
+
+class Sinks(torch.nn.Module):
+    """A learned logit for each head of this rank, of a key that every query sees and whose value is 0."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        heads = config.num_attention_heads // config.tensor_model_parallel_size
+        self.weight = torch.nn.Parameter(torch.zeros(heads, dtype=config.params_dtype))
+        tensor_parallel.set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Add that key in front, so that any kernel of attention computes it.
+
+        One more channel does it: the logit in queries, 1 in that key and 0 in all others. There are as many more as
+        kernels ask for.
+
+        Args:
+            q: [b, n, s, h].
+            k: [b, g, S, h].
+            v: [b, g, S, h].
+            scale: of products, before the softmax.
+
+        Returns:
+            q [b, n, s, h + 8], k and v [b, g, S + 1, h + 8].
+        """
+        own = (self.weight / scale).to(q.dtype)[:, None, None].expand(*q.shape[:3], 1)
+        q = torch.cat((q, own, q.new_zeros(*q.shape[:3], _SINK_CHANNELS - 1)), dim=3)
+        first = k.new_zeros(*k.shape[:2], 1, k.size(3) + _SINK_CHANNELS)
+        first[..., k.size(3)] = 1
+        k = torch.cat((first, F.pad(k, (0, _SINK_CHANNELS))), dim=2)
+        return q, k, F.pad(v, (0, _SINK_CHANNELS, 1, 0))
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Describe the logits, which tensor-parallel ranks share out as they do the heads."""
+        result: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True), prefix, {"weight": 0}, sharded_offsets
+        )
+        return result
 
 
 def with_bias(linear: type) -> type:

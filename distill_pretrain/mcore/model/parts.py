@@ -44,6 +44,12 @@ class ExpertsConfig(Section):
     """Experts that a token takes, those of its largest router logits."""
     weights_of_chosen: bool = True
     """A token's experts are weighted by a softmax over their logits alone; false: over those of all experts."""
+    biases: bool = False
+    """Biases on router and experts, as in gpt-oss."""
+    swiglu_limit: float | None = Field(default=None, gt=0, le=1e6)
+    """gpt-oss's SwiGLU: gates at most this, and the other half within plus and minus this, plus 1; null means no."""
+    swiglu_alpha: float = Field(default=1.702, gt=0, le=1e6)
+    """swiglu_limit: gates are multiplied by the sigmoid of themselves times this."""
     load_balancing: float = Field(default=1e-3, ge=0, le=1e6)
     """Coefficient of the load-balancing loss in training, of each layer and sequence (arXiv 2101.03961); 0 for none."""
     z_loss: float = Field(default=0.0, ge=0, le=1e6)

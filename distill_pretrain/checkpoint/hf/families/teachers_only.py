@@ -15,7 +15,6 @@ FAMILIES = tuple(
         ("deepseek_v3", "DeepSeek-V3", f"{_LATENT}, and {_EXPERTS}"),
         ("gemma2", "Gemma 2", "soft-capped logits"),
         ("gemma4_text", "Gemma 4 (text)", "embeddings in every layer and two widths of heads"),
-        ("gpt_oss", "gpt-oss", f"{_EXPERTS}, learned sinks and clamped SwiGLU"),
         ("llama4_text", "Llama 4 (text)", f"{_EXPERTS} and chunked attention"),
         ("mixtral", "Mixtral", _EXPERTS),
         ("qwen3_5_moe_text", "Qwen3.5-MoE (text)", f"{_DELTA_NETS}, and {_EXPERTS}"),
