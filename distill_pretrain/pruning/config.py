@@ -83,7 +83,8 @@ class PruneConfig(Section):
     """From a trained model to smaller ones."""
 
     source: Path
-    """Hugging Face folder (llama, mistral, qwen2, qwen3), or run or checkpoint folder of this project (arch llama)."""
+    """Hugging Face folder of a family that is pruned (see the table of families), or run or checkpoint folder of this
+    project of the same pieces."""
     output_dir: Path
     """Folder that receives a Hugging Face folder for each target, report.md, scores.png and scores.json."""
     targets: dict[str, TargetConfig] | None = Field(default=None, min_length=1)
@@ -102,8 +103,8 @@ class PruneConfig(Section):
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the forward passes; what is written are the source's own numbers, in its own precision."""
     rescale_norms: bool = True
-    """Where hidden channels go, multiply each RMSNorm's weight by what the smaller mean square changed, as measured;
-    false leaves the weights as they are, as Minitron does."""
+    """Where channels of an RMSNorm go, multiply its weight by what the smaller mean square changed, as measured; false
+    leaves the weights as they are, as Minitron does."""
     threads: int = Field(default=0, ge=0, le=1024)
     """CPU threads; 0 means all cores."""
 

@@ -77,14 +77,21 @@ def build_model(
 
 @contextmanager
 def without_layers(model: Any, removed: Sequence[int]) -> Iterator[None]:
-    """Leave layers out of a model inside the block."""
-    layers = model.model.layers
-    kept = [layer for number, layer in enumerate(layers) if number not in set(removed)]
-    model.model.layers = torch.nn.ModuleList(kept)
+    """Leave layers out of a model inside the block; the others keep their kind of attention."""
+    trunk = model.model
+    layers, config = trunk.layers, trunk.config
+    kinds = getattr(config, "layer_types", None)
+    kept = [number for number in range(len(layers)) if number not in set(removed)]
+    trunk.layers = torch.nn.ModuleList([layers[number] for number in kept])
+    if kinds:
+        # Some classes look a layer's kind up by its place.
+        config.layer_types = [kinds[number] for number in kept]
     try:
         yield
     finally:
-        model.model.layers = layers
+        trunk.layers = layers
+        if kinds:
+            config.layer_types = kinds
 
 
 @torch.no_grad()

@@ -4,8 +4,9 @@ Shapes: B sequences of a micro-batch, L positions, n layers, H hidden_size, F ff
 
 Widths are scored as Minitron does (arXiv 2407.14679, section 2.2 and table 13): the magnitude of an activation, its
 mean over the positions of a sequence, and the root of the sum of squares over the sequences. For hidden channels these
-are the outputs of the layers' norms (all layers added up), for feed-forward channels the input of the down projection,
-for heads the Euclidean norm of their output. Depth is scored by block influence (arXiv 2403.03853).
+are what the layers' two branches read (all layers added up; of most families the outputs of norms), for feed-forward
+channels the input of the down projection, for heads the Euclidean norm of their output. Depth is scored by block
+influence (arXiv 2403.03853).
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ from typing import Any
 import torch
 
 _SIMILARITY_CHUNK = 256
-_NORMS = ("input_layernorm", "post_attention_layernorm")
+_NORMS = (
+    *("input_layernorm", "post_attention_layernorm"),
+    *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+)
+"""Norms over hidden channels that the layers of a family may have, before a branch or after it."""
 
 Tokens = torch.Tensor
 """int64[B, L]."""
@@ -33,8 +38,8 @@ class Scores:
         heads: [n, h].
         ffn: [n, F].
         hidden: [H].
-        norm_shares: name of an RMSNorm's weight -> [H], the mean of (x^2 + eps) / (mean square of x + eps), where x is
-            its input.
+        norm_shares: name of an RMSNorm's weight -> a number for each of its channels, the mean of (x^2 + eps) / (mean
+            square of x + eps), where x is its input. Norms of single heads, which stay whole, are left out.
     """
 
     similarity: torch.Tensor
@@ -67,7 +72,7 @@ class Scores:
 
 @torch.no_grad()
 def collect_scores(model: Any, batches: Iterable[Tokens]) -> Scores:
-    """Score a causal LM of transformers (llama, mistral, qwen2, qwen3) on sequences without padding.
+    """Score a causal LM of transformers, of a family that is pruned, on sequences without padding.
 
     Args:
         model: in evaluation mode, on its device; left as it was.
@@ -98,36 +103,46 @@ class _Collector:
     def hooks(self) -> Iterable[tuple[torch.nn.Module, Any]]:
         """Yield modules and what is to be called after each; the order of calls is that of the model."""
         for number, layer in enumerate(self._trunk.layers):
-            for norm in _NORMS:
-                yield (
-                    getattr(layer, norm),
-                    self._norm_hook(
-                        f"model.layers.{number}.{norm}.weight", is_point=norm == _NORMS[0]
-                    ),
-                )
+            for name, norm in self._norms_of(layer):
+                yield norm, self._norm_hook(f"model.layers.{number}.{name}.weight")
+            yield layer.self_attn.q_proj, self._channels_hook(f"hidden.{number}.attention")
+            yield layer.mlp.gate_proj, self._channels_hook(f"hidden.{number}.mlp")
             yield layer.self_attn.o_proj, self._heads_hook(f"heads.{number}")
-            yield layer.mlp.down_proj, self._ffn_hook(f"ffn.{number}")
-        yield self._trunk.norm, self._norm_hook("model.norm.weight", is_point=True, is_scored=False)
+            yield layer.mlp.down_proj, self._channels_hook(f"ffn.{number}")
+            yield layer, self._point
+        yield self._trunk.norm, self._norm_hook("model.norm.weight")
+        yield self._trunk.norm, self._point
+
+    def _norms_of(self, layer: Any) -> Iterable[tuple[str, Any]]:
+        """A layer's norms whose channels may go: over the stream, and over all heads at once."""
+        for name in _NORMS:
+            if hasattr(layer, name):
+                yield name, getattr(layer, name)
+        for name in ("q_norm", "k_norm"):
+            norm = getattr(layer.self_attn, name, None)
+            if norm is not None and norm.weight.numel() > self._head_width:
+                yield f"self_attn.{name}", norm
 
     def _add(self, name: str, magnitudes: torch.Tensor) -> None:
         """Add the mean of `magnitudes` [B, L, C] over L, squared and summed over B."""
         squares = magnitudes.mean(dim=1, dtype=torch.float64).square().sum(dim=0)
         self._squares[name] = self._squares.get(name, 0.0) + squares
 
-    def _norm_hook(self, name: str, *, is_point: bool, is_scored: bool = True) -> Any:
+    def _norm_hook(self, name: str) -> Any:
         def hook(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            x = inputs[0].float()
-            squares, epsilon = x.square(), module.variance_epsilon
+            squares = inputs[0].float().square()
+            # Gemma's norms call it eps.
+            epsilon = getattr(module, "variance_epsilon", None) or module.eps
             shares = (squares + epsilon) / (squares.mean(dim=-1, keepdim=True) + epsilon)
             total = shares.sum(dim=(0, 1), dtype=torch.float64)
             self._shares[name] = self._shares.get(name, 0.0) + total
-            if is_scored:
-                self._add(f"hidden.{name}", output.abs())
-            if is_point:
-                # A layer's first norm sees the residual stream as it enters the layer.
-                self._points.append(torch.nn.functional.normalize(x, dim=-1).flatten(0, 1))
 
         return hook
+
+    def _point(self, module: Any, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
+        """Keep the residual stream as it entered a layer, or the final norm."""
+        x = inputs[0].float()
+        self._points.append(torch.nn.functional.normalize(x, dim=-1).flatten(0, 1))
 
     def _heads_hook(self, name: str) -> Any:
         def hook(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -136,7 +151,7 @@ class _Collector:
 
         return hook
 
-    def _ffn_hook(self, name: str) -> Any:
+    def _channels_hook(self, name: str) -> Any:
         return lambda module, inputs, output: self._add(name, inputs[0].abs())
 
     def end_batch(self) -> None:

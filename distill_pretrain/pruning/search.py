@@ -15,7 +15,14 @@ import numpy as np
 from distill_pretrain.errors import ConfigError
 from distill_pretrain.mcore.model.config import ModelConfig
 from distill_pretrain.pruning.config import TargetConfig
-from distill_pretrain.pruning.shapes import Shape, fixed_sizes, num_parameters, with_shape
+from distill_pretrain.pruning.shapes import (
+    Shape,
+    fixed_sizes,
+    num_parameters,
+    shape_of,
+    why_not_computed,
+    with_shape,
+)
 
 LEAST_SHARE = 0.25
 """A size that is searched for stays at least this share of the source's."""
@@ -39,6 +46,8 @@ class Sensitivity:
         whole: loss of the source.
         sizes: "num_layers", "hidden_size", "ffn_hidden_size" -> {size: loss}, the source's own size included.
         heads: {(query heads, groups): loss}.
+
+    What no class computes alone is left out, and foreseen to cost nothing.
     """
 
     whole: float
@@ -47,7 +56,7 @@ class Sensitivity:
 
     def predicted(self, shape: Shape) -> float:
         """Predict the loss of a shape as if what its sizes cost added up; between measured sizes in a straight line."""
-        total = self.heads[shape.num_attention_heads, shape.num_query_groups]
+        total = self.heads.get((shape.num_attention_heads, shape.num_query_groups), self.whole)
         for name, losses in self.sizes.items():
             at = sorted(losses)
             alone = float(np.interp(getattr(shape, name), at, [losses[size] for size in at]))
@@ -86,8 +95,17 @@ def require_findable(
             _shapes(name, target, source, vocab_size)
 
 
-def measure(source: Shape, target: TargetConfig, loss_of: LossOf) -> Sensitivity:
-    """Measure what each size that a target searches for costs alone, and what those cost that it names."""
+def measure(
+    source: Shape,
+    target: TargetConfig,
+    loss_of: LossOf,
+    *,
+    is_computed: Callable[[Shape], bool] = lambda shape: True,
+) -> Sensitivity:
+    """Measure what each size that a target searches for costs alone, and what those cost that it names.
+
+    Shapes that are not `is_computed` are not measured.
+    """
     whole = loss_of(source)
     free, fixed = _free(target, source), fixed_sizes(target, source)
     sizes: dict[str, dict[int, float]] = {}
@@ -97,12 +115,12 @@ def measure(source: Shape, target: TargetConfig, loss_of: LossOf) -> Sensitivity
         sizes[name] = {
             size: whole if size == own else loss_of(replace(source, **{name: size}))
             for size in sorted(wanted | {own})
+            if size == own or is_computed(replace(source, **{name: size}))
         }
     heads = {
-        (query, groups): loss_of(
-            replace(source, num_attention_heads=query, num_query_groups=groups)
-        )
+        (query, groups): loss_of(shape)
         for query, groups in _heads(target, source)
+        if is_computed(shape := replace(source, num_attention_heads=query, num_query_groups=groups))
     }
     return Sensitivity(whole=whole, sizes=sizes, heads=heads)
 
@@ -129,7 +147,12 @@ def search(
     shapes = _shapes(name, target, source, vocab_size)
     order = list(shapes)
     if len(order) > candidates:
-        sensitivity = measure(Shape.of(source), target, loss_of)
+        sensitivity = measure(
+            Shape.of(source),
+            target,
+            loss_of,
+            is_computed=lambda shape: why_not_computed(source, shape) is None,
+        )
         # Equal predictions: the larger model first.
         order.sort(key=lambda shape: (sensitivity.predicted(shape), -shapes[shape]))
     losses = {shape: loss_of(shape) for shape in order[:candidates]}
@@ -196,10 +219,17 @@ def _shapes(
     """Return shapes that have nearly the target's number of parameters, and no more.
 
     Raises:
-        ConfigError: the smallest has more, or all have far fewer.
+        ConfigError: the smallest has more, all have far fewer, or no class of transformers computes any.
     """
     assert target.parameters is not None
     every = dict(_fitting(target, source, vocab_size))
+    if not every:
+        raise ConfigError(
+            "no class of transformers computes any shape within the search",
+            where=f"prune.targets.{name}",
+            found=why_not_computed(source, shape_of(target, Shape.of(source))),
+            remedy="give other sizes, or let the search change more of them (search: both)",
+        )
     fitting = {shape: n for shape, n in every.items() if n <= target.parameters}
     if not fitting:
         raise ConfigError(
@@ -238,6 +268,8 @@ def _fitting(
             num_attention_heads=heads,
             num_query_groups=groups,
         )
+        if why_not_computed(model, shape) is not None:
+            continue
         least = num_parameters(with_shape(model, shape), vocab_size=vocab_size)
         # A channel has a row of gate, a row of up and a column of down.
         each = 3 * hidden * layers

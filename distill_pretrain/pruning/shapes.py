@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from distill_pretrain.checkpoint.hf.family import shortest_pattern
-from distill_pretrain.checkpoint.hf.registry import correspondence
-from distill_pretrain.errors import ConfigError
+from distill_pretrain.checkpoint.hf.registry import correspondence, family_of
+from distill_pretrain.errors import CheckpointError, ConfigError
 from distill_pretrain.mcore.model.config import ModelConfig
 from distill_pretrain.pruning.config import TargetConfig
 
@@ -60,7 +60,21 @@ def with_shape(
     kept = range(shape.num_layers) if layers is None else layers
     kinds = shortest_pattern([model.attention_of(layer) for layer in kept])
     update = {**vars(shape), "kv_channels": width, "attention_layers": kinds}
+    if "w" not in kinds:
+        update["sliding_window"] = None
+    if model.embedding_scale is not None:
+        # What every class that scales its embedding takes.
+        update["embedding_scale"] = float(shape.hidden_size) ** 0.5
     return model.model_copy(update=update)
+
+
+def why_not_computed(model: ModelConfig, shape: Shape) -> str | None:
+    """Say why no class of transformers computes a model in a shape; None where one does."""
+    try:
+        family_of(with_shape(model, shape))
+    except CheckpointError as error:
+        return f"{error.found}"
+    return None
 
 
 def num_parameters(model: ModelConfig, *, vocab_size: int) -> int:
@@ -109,6 +123,9 @@ def require_reachable(
     problems = []
     for name, target in targets.items():
         found = _problems(target, whole)
+        if target.parameters is None and not found:
+            reason = why_not_computed(source, shape_of(target, whole))
+            found += [] if reason is None else [reason]
         if target.parameters is not None and target.parameters >= total:
             found.append(f"parameters: {target.parameters:,}; the source has {total:,}")
         elif target.parameters is None and not found and shape_of(target, whole) == whole:

@@ -32,11 +32,15 @@ _AXES: dict[str, tuple[str, ...]] = {
     "mlp.down_proj.bias": ("hidden",),
     "self_attn.q_norm.weight": ("all",),
     "self_attn.k_norm.weight": ("all",),
+    "pre_feedforward_layernorm.weight": ("hidden",),
+    "post_feedforward_layernorm.weight": ("hidden",),
     "mlp.gate_proj.weight": ("ffn", "hidden"),
     "mlp.up_proj.weight": ("ffn", "hidden"),
     "mlp.down_proj.weight": ("hidden", "ffn"),
 }
 """Tensor, below its layer if it is in one -> what its rows (and columns) are."""
+_OF_WHOLE_NORMS = {"self_attn.q_norm.weight": ("heads",), "self_attn.k_norm.weight": ("groups",)}
+"""The same of norms over all queries, or keys, at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,7 @@ class Cut:
         source: name of the larger model's tensor.
         axes: along each axis the places that are kept; None means all.
         scale: factor on its numbers.
+        offset: of a norm that multiplies by its weight and so much: the factor is on the sum.
     """
 
     name: str
@@ -56,6 +61,7 @@ class Cut:
     source: str
     axes: tuple[torch.Tensor | None, ...]
     scale: float = 1.0
+    offset: float = 0.0
 
     def read(self, files: WeightFiles) -> torch.Tensor:
         """Read the tensor, as it is stored."""
@@ -64,7 +70,8 @@ class Cut:
             if places is not None:
                 values = values.index_select(axis, places)
         if self.scale != 1.0:
-            values = (values.double() * self.scale).to(values.dtype)
+            scaled = (values.double() + self.offset) * self.scale - self.offset
+            values = scaled.to(values.dtype)
         assert tuple(values.shape) == self.shape, (self.name, values.shape)
         return values
 
@@ -73,6 +80,7 @@ def cuts(
     pruned: ModelConfig,
     kept: Kept,
     *,
+    source: ModelConfig,
     vocab_size: int,
     norm_shares: Mapping[str, torch.Tensor] | None,
 ) -> Iterator[Cut]:
@@ -81,15 +89,19 @@ def cuts(
     Args:
         pruned: its architecture.
         kept: what of the source it has.
+        source: architecture that it is cut out of.
         vocab_size: rows of the embedding.
         norm_shares: see `Scores`; None leaves the weights of the norms as they are.
     """
     width = pruned.kv_channels
     assert width is not None
+    axes_of = {**_AXES, **(_OF_WHOLE_NORMS if pruned.qk_norm_whole else {})}
+    factors = _embedding_factors(pruned, source)
+    offset = 1.0 if pruned.zero_centred_norms else 0.0
     for name, shape in (
         correspondence(pruned, vocab_size=vocab_size, max_positions=0).shapes().items()
     ):
-        layer, inner, source = _place(name, kept)
+        layer, inner, origin = _place(name, kept)
         places = {
             "all": None,
             "hidden": torch.tensor(kept.hidden),
@@ -97,26 +109,47 @@ def cuts(
             "groups": _channels(kept.groups[layer], width),
             "ffn": torch.tensor(kept.ffn[layer]),
         }
-        scale = 1.0
-        if norm_shares is not None and source in norm_shares:
-            scale = norm_scale(norm_shares[source], kept.hidden)
-        axes = tuple(places[axis] for axis in _AXES[inner])
-        yield Cut(name=name, shape=shape, source=source, axes=axes, scale=scale)
+        scale = factors.get(name, 1.0)
+        axes = tuple(places[axis] for axis in axes_of[inner])
+        if norm_shares is not None and origin in norm_shares:
+            assert axes[0] is not None
+            scale *= norm_scale(norm_shares[origin], axes[0])
+        is_norm = inner.endswith("norm.weight")
+        yield Cut(
+            name=name,
+            shape=shape,
+            source=origin,
+            axes=axes,
+            scale=scale,
+            offset=offset if is_norm else 0.0,
+        )
 
 
-def norm_scale(shares: torch.Tensor, hidden: tuple[int, ...]) -> float:
+def _embedding_factors(pruned: ModelConfig, source: ModelConfig) -> dict[str, float]:
+    """Factors that make up for another scale of the embedding, which is the root of the width: the function stays.
+
+    Of a tied head the final norm takes the embedding's factor back.
+    """
+    if pruned.embedding_scale is None or source.embedding_scale is None:
+        return {}
+    factor = source.embedding_scale / pruned.embedding_scale
+    embedding = {"model.embed_tokens.weight": factor}
+    return {**embedding, "model.norm.weight": 1 / factor} if pruned.tie_embeddings else embedding
+
+
+def norm_scale(shares: torch.Tensor, places: torch.Tensor) -> float:
     """Return the factor on an RMSNorm's weight that makes up for a mean square over fewer channels; 1 where none goes.
 
     It is the root mean square, over positions, of rms(kept channels) / rms(all channels): without it the norm's output
     shrinks by as much where the channels that stay are the large ones.
 
     Args:
-        shares: float64[H] of `Scores.norm_shares`.
-        hidden: channels kept.
+        shares: float64[C] of `Scores.norm_shares`.
+        places: int64, channels of the norm that are kept.
     """
-    if len(hidden) == len(shares):
+    if len(places) == len(shares):
         return 1.0
-    return math.sqrt(float(shares[torch.tensor(hidden)].mean()))
+    return math.sqrt(float(shares[places].mean()))
 
 
 def _place(name: str, kept: Kept) -> tuple[int, str, str]:

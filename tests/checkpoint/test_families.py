@@ -434,7 +434,8 @@ def test_a_layer_that_stays_keeps_its_kind_of_attention(tmp_path):
     kept = choose(collect_scores(model, [tokens]), Shape.of(source.model), shape, (1, 3))
     smaller = with_shape(source.model, shape, kept.layers)
     assert (source.model.attention_layers, smaller.attention_layers) == ("fffn", "fn")
-    pieces = list(cuts(smaller, kept, vocab_size=150, norm_shares=None))
+    of_source = {"source": source.model, "vocab_size": 150}
+    pieces = list(cuts(smaller, kept, **of_source, norm_shares=None))
     write_folder(tmp_path / "out", source, source.config_of(smaller), pieces, {})
     assert read_hf_model(tmp_path / "out").model == smaller
     assert open_weights(tmp_path / "out", model=smaller, vocab_size=150, seq_len=32)
@@ -444,9 +445,36 @@ def test_a_layer_that_stays_keeps_its_kind_of_attention(tmp_path):
         assert torch.equal(pruned(tokens).logits, expected)
 
 
-def test_families_that_are_pruned_are_those_of_pre_norms():
-    pruned = {name for name, family in families().items() if family.prunes}
-    assert pruned == {"llama", "mistral", "ministral3", "qwen2", "qwen3", "smollm3"}
+@pytest.mark.parametrize("name", ["Gemma3TextConfig", "Olmo3Config"])
+def test_a_pruned_folder_is_the_same_model_here(one_process, name, tmp_path):
+    from distill_pretrain.pruning.choice import choose
+    from distill_pretrain.pruning.folder import Source, write_folder
+    from distill_pretrain.pruning.model import load_model
+    from distill_pretrain.pruning.scores import collect_scores
+    from distill_pretrain.pruning.shapes import Shape, with_shape
+    from distill_pretrain.pruning.slicing import cuts
+
+    save_random(name, tmp_path / "source")
+    source = Source.open(tmp_path / "source")
+    whole = load_model(tmp_path / "source", "fp32", torch.device("cpu"))
+    tokens = torch.randint(0, 150, (2, 48), generator=torch.Generator().manual_seed(0))
+    sizes = {"num_layers": 3, "hidden_size": 24, "num_query_groups": 1, "num_attention_heads": 2}
+    shape = Shape(**{**vars(Shape.of(source.model)), **sizes})
+    scores = collect_scores(whole, [tokens])
+    kept = choose(scores, Shape.of(source.model), shape, (0, 1, 3))
+    smaller = with_shape(source.model, shape, kept.layers)
+    of_source = {"source": source.model, "vocab_size": 150}
+    pieces = list(cuts(smaller, kept, **of_source, norm_shares=scores.norm_shares))
+    write_folder(tmp_path / "out", source, source.config_of(smaller), pieces, {})
+    engine = open_engine("megatron", tmp_path / "out", "fp32", vocab_size=150, seq_len=64)
+    with torch.no_grad():
+        expected = load_model(tmp_path / "out", "fp32", torch.device("cpu"))(tokens).logits
+    torch.testing.assert_close(engine.logits(tokens), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_families_of_the_kind_of_llama_are_pruned():
+    dense = {name for name, family in families().items() if family.arch == "llama"}
+    assert {name for name, family in families().items() if family.prunes} == dense
 
 
 def test_a_window_shortens_the_sums_of_attention():

@@ -135,7 +135,7 @@ def family_configs() -> dict[str, Any]:
     own_class = {
         "smollm3": ("SmolLM3", {"pad_token_id": None, "tie_word_embeddings": False}),
         "ministral3": ("Ministral3", {"head_dim": 16, **rope(MINISTRAL_ROPE)}),
-        "olmo2": ("Olmo2", {"attention_bias": True}),
+        "olmo2": ("Olmo2", {"attention_bias": True, "head_dim": 16}),
         "gemma3": ("Gemma3Text", GEMMA3),
         "phi3": ("Phi3", {**PHI3, "rope_parameters": PHI3_ROPE}),
         "olmo3": ("Olmo3", {"sliding_window": 7, **OLMO3_ROPE}),
@@ -589,7 +589,6 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("olmo3", {"layer_types": ["chunked_attention"] * 4}, "layer_types: chunked_attention"),
     ("olmo3", {"layer_types": ["sliding_attention"] * 3}, "3 of them for 4 layers"),
     ("olmo3", {"sliding_window": None}, r"sliding_window: None \(layers have one"),
-    ("olmo3", {"head_dim": 16}, "head_dim: 16"),
     (
         "olmo3",
         {

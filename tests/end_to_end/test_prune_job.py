@@ -17,6 +17,7 @@ from distill_pretrain.checkpoint.hf.config import read_hf_model
 from distill_pretrain.checkpoint.store import find_checkpoint
 from distill_pretrain.cli.main import main
 from distill_pretrain.corpus.token_writer import TokenIndexWriter
+from distill_pretrain.errors import ConfigError
 from distill_pretrain.pruning import pruner
 from tests.support.hf_folders import write_llama9
 from tests.support.jobs import Job, run_cli
@@ -161,6 +162,51 @@ def test_the_function_returns_what_was_made(folder):
     assert report.models["half"].shape.num_layers == 2 and report.shape.num_layers == 4
     assert report.models["80k"].parameters <= 80_000
     assert (folder / "out" / "80k" / "model.safetensors").is_file()
+
+
+@pytest.fixture
+def gemma(folder: Path) -> Path:
+    """The same with a folder of Gemma 3, whose class wants a width that the heads divide."""
+    import transformers
+
+    shutil.rmtree(folder / "source")
+    config = transformers.Gemma3TextConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=8,
+        max_position_embeddings=64,
+        sliding_window=7,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        query_pre_attn_scalar=8,
+        pad_token_id=None,
+        initializer_range=0.3,
+    )
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "source")
+    return folder
+
+
+def test_what_the_class_of_a_family_refuses_is_refused_or_not_searched(gemma):
+    import transformers
+
+    width = {"hidden_size": 40, "num_query_groups": 3, "num_attention_heads": 6}
+    with pytest.raises(ConfigError, match=r"targets\.t: a width that the heads do not divide"):
+        distill_pretrain.prune_model(recipe(gemma, targets={"t": width}))
+    searched = {**width, "parameters": "30k"}
+    with pytest.raises(ConfigError, match="no class of transformers computes any shape within"):
+        distill_pretrain.prune_model(recipe(gemma, targets={"t": searched}))
+    targets = {"found": {"parameters": "30k"}, "full": {"num_layers": 1, "layer_score": "loss"}}
+    report = distill_pretrain.prune_model(recipe(gemma, targets=targets, candidates=2))
+    model = report.models["found"].model
+    assert model.hidden_size % model.num_attention_heads == 0 and model.hidden_size < 48
+    for name in targets:
+        small = transformers.AutoModelForCausalLM.from_pretrained(gemma / "out" / name)
+        assert small.num_parameters() == report.models[name].parameters
+        assert read_hf_model(gemma / "out" / name).model == report.models[name].model
 
 
 def set_config(folder: Path, **changes: Any) -> None:

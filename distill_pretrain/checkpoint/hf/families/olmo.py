@@ -60,21 +60,6 @@ def _section(raw: Raw) -> dict[str, Any]:
     }
 
 
-def _cannot_write(model: ModelConfig) -> str | None:
-    if (model.kv_channels or model.hidden_size // model.num_attention_heads) * (
-        model.num_attention_heads
-    ) != model.hidden_size:
-        return f"kv_channels: {model.kv_channels}; olmo has hidden_size / num_attention_heads"
-    return half_of_the_biases(model)
-
-
-def _head_width(raw: Raw) -> list[str]:
-    width, hidden, heads = (raw.get(k) for k in ("head_dim", "hidden_size", "num_attention_heads"))
-    if width and isinstance(hidden, int) and isinstance(heads, int) and width * heads != hidden:
-        return [f"head_dim: {width} (hidden_size / num_attention_heads is expected)"]
-    return []
-
-
 def _types(raw: Raw) -> list[Any]:
     """Kinds of the layers; those of the class where config.json does not say."""
     found: list[Any] | None = raw.get("layer_types")
@@ -87,14 +72,14 @@ def _types(raw: Raw) -> list[Any]:
 def _window_problems(raw: Raw) -> list[str]:
     layers, window = raw.get("num_hidden_layers"), raw.get("sliding_window")
     if not isinstance(layers, int):
-        return _head_width(raw)
+        return []
     types = _types(raw)
     problems = [f"layer_types: {kind}" for kind in sorted({str(t) for t in types} - set(_KINDS))]
     if len(types) != layers:
         problems.append(f"layer_types: {len(types)} of them for {layers} layers")
     if "sliding_attention" in types and (not isinstance(window, int) or window < 1):
         problems.append(f"sliding_window: {window} (layers have one)")
-    return problems + _head_width(raw)
+    return problems
 
 
 def _window_section(raw: Raw) -> dict[str, Any]:
@@ -154,7 +139,7 @@ def _rotary_config(model: ModelConfig) -> dict[str, Any]:
 def _cannot_write_windows(model: ModelConfig) -> str | None:
     if model.yarn is not None and not (model.yarn.full_layers_only and model.yarn.truncate):
         return "yarn of olmo3 is for full layers only, and truncates"
-    return _cannot_write(model)
+    return half_of_the_biases(model)
 
 
 def _window_keys(model: ModelConfig) -> dict[str, Any]:
@@ -177,11 +162,9 @@ FAMILIES = (
         keys=lambda model: {"attention_bias": model.attention_output_bias},
         always=_ALWAYS,
         options=ATTENTION_BIASES,
-        problems=_head_width,
         section=_section,
-        cannot_write=_cannot_write,
+        cannot_write=half_of_the_biases,
         tensors=OlmoTensors,
-        prunes=False,
     ),
     llama_like(
         model_type="olmo3",
@@ -195,7 +178,6 @@ FAMILIES = (
         section=_window_section,
         cannot_write=_cannot_write_windows,
         tensors=OlmoTensors,
-        prunes=False,
         scalings=frozenset({"yarn"}),
         rotary=(_rotary_problems, _rotary_section, _rotary_config),
     ),
