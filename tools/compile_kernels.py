@@ -23,12 +23,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from distill_pretrain.kernels.cuda import nvrtc
 from distill_pretrain.kernels.cuda.backend import OPTIONS
 from distill_pretrain.kernels.cuda.launcher import KernelSource
+from distill_pretrain.kernels.sparse_kd.launch import CAPPED
 from distill_pretrain.kernels.sparse_kd.launch import SOURCE as SPARSE_KD
 from distill_pretrain.kernels.teacher_sampling import SOURCE as TEACHER_SAMPLING
 from tools.kernel_budget import BYTES, STAGES
 from tools.sass import DisassemblerMissing, MainPath, disassembled, main_path, read_code
 
-SOURCES = (SPARSE_KD, TEACHER_SAMPLING)
+SOURCES = (SPARSE_KD, CAPPED, TEACHER_SAMPLING)
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 COUNTED_ARCHITECTURES = ("sm_90", "sm_100")
 MOST_SPILLED_BYTES = 32

@@ -17,6 +17,7 @@ from distill_pretrain.contracts import SparseTargets
 from distill_pretrain.errors import ConfigError, LossInputError, require_whole
 from distill_pretrain.kernels.chunked_head.op import chunked_head
 from distill_pretrain.kernels.cuda.backend import Implementation
+from distill_pretrain.kernels.sparse_kd.launch import source_of
 from distill_pretrain.kernels.sparse_kd.loss import Loss
 from distill_pretrain.kernels.sparse_kd.op import sparse_kd
 from distill_pretrain.kernels.sparse_kd.settings import TERMS, LossKeywords, LossSettings
@@ -323,7 +324,9 @@ class _Rows:
             vocab_size=size,
             num_columns=num_columns,
             tensor_group=None,
-            backend=choose_backend(implementation, self.labels.device, None),
+            backend=choose_backend(
+                implementation, self.labels.device, None, source=source_of(settings)
+            ),
         )
         if loss.kd_scale is None:
             return loss

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from distill_pretrain.errors import ConfigError
 from distill_pretrain.kernels.cuda.backend import Backend, Implementation, loading_problem
+from distill_pretrain.kernels.cuda.launcher import KernelSource
 from distill_pretrain.kernels.sparse_kd.launch import SOURCE
 from distill_pretrain.kernels.sparse_kd.problem import MAX_COLUMNS, MAX_ENTRIES
 
@@ -49,13 +50,17 @@ class LossBackend:
 
 
 def choose_backend(
-    implementation: Implementation, device: torch.device, group: dist.ProcessGroup | None
+    implementation: Implementation,
+    device: torch.device,
+    group: dist.ProcessGroup | None,
+    *,
+    source: KernelSource = SOURCE,
 ) -> LossBackend:
     """Choose what computes the loss of logits on `device`, the same on every rank of `group`.
 
     Every rank of the group calls it, since ranks whose rows are split over them must issue the same collectives.
     "auto" takes the kernels where all of the ranks can run them; where a GPU is there but the kernels are not, the
-    group's first rank warns. On CPUs "auto" asks no other rank.
+    group's first rank warns. On CPUs "auto" asks no other rank. `source` has the kernels that the loss needs.
 
     Raises:
         ConfigError: "cuda" is asked for and some rank cannot run the kernels; on every rank.
@@ -69,7 +74,7 @@ def choose_backend(
         )
     if implementation == "reference" or (implementation == "auto" and device.type != "cuda"):
         return LossBackend(name="reference")
-    problem = _first_of_all(loading_problem(SOURCE, device), group)
+    problem = _first_of_all(loading_problem(source, device), group)
     is_insisted = implementation == "cuda"
     if problem is None:
         return LossBackend(name="cuda", is_insisted=is_insisted)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from distill_pretrain.contracts import LogitsEngine, TokenBatch
 from distill_pretrain.errors import ConfigError, LossInputError
+from distill_pretrain.kernels.sparse_kd.cap import cap_slope, soft_capped
 from distill_pretrain.kernels.sparse_kd.divergences import DIVERGENCES
 from distill_pretrain.kernels.sparse_kd.settings import TERMS, Divergence, LossSettings
 from distill_pretrain.losses.checks import require_columns, require_labels
@@ -63,13 +64,15 @@ class _DenseKD(torch.autograd.Function):
                 if selection.by == "teacher_entropy":
                     found = row_entropies(teacher[:, :vocab_size], None)
                 else:
-                    found = row_entropies(logits[:, sequence, :num_columns], tensor_group)
+                    own = logits[:, sequence, :num_columns]
+                    found = row_entropies(own, tensor_group, cap=settings.logit_cap)
                 chosen = selection.chosen(found.unsqueeze(-1), chosen.unsqueeze(-1)).squeeze(-1)
             teacher = teacher[:, columns]
             for first in range(0, logits.size(0), rows):
                 span = slice(first, first + rows)
+                student = soft_capped(logits[span, sequence, :num_columns], settings.logit_cap)
                 chunk = _Chunk(
-                    logits[span, sequence, :num_columns].float(),
+                    student,
                     teacher[span].float(),
                     labels[span, sequence],
                     chosen[span],
@@ -78,7 +81,10 @@ class _DenseKD(torch.autograd.Function):
                     settings=settings,
                     tensor_group=tensor_group,
                 )
-                grad[span, sequence, :num_columns] = chunk.gradient(divergence)
+                gradient = chunk.gradient(divergence)
+                if settings.logit_cap:
+                    gradient *= cap_slope(student, settings.logit_cap)
+                grad[span, sequence, :num_columns] = gradient
                 terms[:, span, sequence] = chunk.terms
         ctx.save_for_backward(grad)
         ctx.logits_dtype = logits.dtype
@@ -284,6 +290,7 @@ class TeacherObjective(Objective):
         vocab_size: V.
         tensor_group: ranks that hold the other columns; None when this rank holds them all.
         decay_left: see `Objective`.
+        logit_cap: see `Objective`.
     """
 
     def __init__(
@@ -294,9 +301,14 @@ class TeacherObjective(Objective):
         vocab_size: int,
         tensor_group: dist.ProcessGroup | None,
         decay_left: Callable[[int], float] | None = None,
+        logit_cap: float | None = None,
     ) -> None:
         super().__init__(
-            config, vocab_size=vocab_size, tensor_group=tensor_group, decay_left=decay_left
+            config,
+            vocab_size=vocab_size,
+            tensor_group=tensor_group,
+            decay_left=decay_left,
+            logit_cap=logit_cap,
         )
         assert teacher.vocab_size == vocab_size, (teacher.vocab_size, vocab_size)
         self.teacher = teacher

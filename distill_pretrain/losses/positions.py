@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from distill_pretrain.contracts import NO_ENTRY, SparseTargets
+from distill_pretrain.kernels.sparse_kd.cap import soft_capped
 from distill_pretrain.losses.config import ObjectiveConfig, Positions
 
 CHUNK_ELEMENTS = 1 << 22
@@ -63,21 +64,23 @@ class Selection:
         return torch.zeros_like(candidates).scatter_(0, order, is_first) & candidates
 
 
-def row_entropies(logits: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Compute the entropy of softmax(logits) in nats, fp32[T], from this rank's real columns [T, n].
+def row_entropies(
+    logits: torch.Tensor, group: dist.ProcessGroup | None, *, cap: float = 0.0
+) -> torch.Tensor:
+    """Compute the entropy of softmax(logits, capped) in nats, fp32[T], from this rank's real columns [T, n].
 
     In plain PyTorch on any device; with a group, every rank of it calls this, and gets the same numbers.
     """
     largest = logits.new_full((len(logits),), -math.inf, dtype=torch.float32)
     if logits.size(-1):
-        largest = logits.amax(-1).float()
+        largest = soft_capped(logits.amax(-1), cap)
     if group is not None:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
     sums = largest.new_zeros(2, len(logits))
     size = max(1, CHUNK_ELEMENTS // max(1, logits.size(-1)))
     for first in range(0, len(logits), size):
         rows = slice(first, first + size)
-        shifted = logits[rows].float() - largest[rows].unsqueeze(-1)
+        shifted = soft_capped(logits[rows], cap) - largest[rows].unsqueeze(-1)
         weights = shifted.exp()
         sums[0, rows] = weights.sum(-1)
         # exp(s) s, where 0 times -inf is 0.

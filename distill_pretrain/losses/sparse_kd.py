@@ -15,6 +15,7 @@ from distill_pretrain.errors import ConfigError, LossInputError
 from distill_pretrain.kernels.chunked_head.op import chunked_head
 from distill_pretrain.kernels.cuda.backend import Implementation
 from distill_pretrain.kernels.sparse_kd import reference
+from distill_pretrain.kernels.sparse_kd.launch import source_of
 from distill_pretrain.kernels.sparse_kd.loss import Loss
 from distill_pretrain.kernels.sparse_kd.op import sparse_kd
 from distill_pretrain.kernels.sparse_kd.settings import TERMS, LossSettings
@@ -69,7 +70,8 @@ def sparse_kd_loss(
     """
     _require_inputs(logits, labels, targets, vocab_size, tensor_group)
     if not isinstance(implementation, LossBackend):
-        implementation = choose_backend(implementation, logits.device, tensor_group)
+        source = source_of(settings)
+        implementation = choose_backend(implementation, logits.device, tensor_group, source=source)
     loss = prepare_loss(
         labels,
         targets,
@@ -151,6 +153,7 @@ class DistillationObjective(Objective):
         tensor_group: ranks that hold the other columns; None when this rank holds them all.
         chunk_tokens: ask for hidden states, and make the logits of so many tokens at a time; None asks for logits.
         decay_left: see `Objective`.
+        logit_cap: see `Objective`.
 
     Raises:
         ConfigError: "cuda" is asked for and some rank of `tensor_group` cannot run the kernels.
@@ -164,11 +167,18 @@ class DistillationObjective(Objective):
         tensor_group: dist.ProcessGroup | None,
         chunk_tokens: int | None = None,
         decay_left: Callable[[int], float] | None = None,
+        logit_cap: float | None = None,
     ) -> None:
         super().__init__(
-            config, vocab_size=vocab_size, tensor_group=tensor_group, decay_left=decay_left
+            config,
+            vocab_size=vocab_size,
+            tensor_group=tensor_group,
+            decay_left=decay_left,
+            logit_cap=logit_cap,
         )
-        self.backend = choose_backend(config.kernel, local_device(), tensor_group)
+        self.backend = choose_backend(
+            config.kernel, local_device(), tensor_group, source=source_of(self.settings)
+        )
         self.selection = Selection.of(config)
         self.chunk_tokens = chunk_tokens
         self.takes_hidden = chunk_tokens is not None
@@ -240,7 +250,8 @@ class DistillationObjective(Objective):
     def _entropies(self, logits: torch.Tensor) -> torch.Tensor:
         """The student's entropies, fp32[T], of this rank's columns [T, V_pad / tp]."""
         columns = column_slice(logits, self.vocab_size, self.tensor_group)
-        return row_entropies(logits[:, : columns.stop - columns.start], self.tensor_group)
+        real = logits[:, : columns.stop - columns.start]
+        return row_entropies(real, self.tensor_group, cap=self.settings.logit_cap)
 
     def _loss(self, batch: TokenBatch, targets: SparseTargets | None, *, num_columns: int) -> Loss:
         return prepare_loss(

@@ -6,6 +6,7 @@ Shapes: B sequences, L positions, T = L * B tokens, V real vocabulary, V_pad pad
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,7 @@ class Objective:
         vocab_size: V.
         tensor_group: ranks that hold the other columns; None when this rank holds them all.
         decay_left: of the learning rate, by step; see `value_at`. None: the rate does not decay.
+        logit_cap: the model's logits are this times tanh(z / this) of the z that come in; None for z themselves.
     """
 
     TERMS = ("loss", *ALWAYS_REPORTED)
@@ -56,16 +58,19 @@ class Objective:
         vocab_size: int,
         tensor_group: dist.ProcessGroup | None,
         decay_left: Callable[[int], float] | None = None,
+        logit_cap: float | None = None,
     ) -> None:
         self.config = config
         self.vocab_size = vocab_size
         self.tensor_group = tensor_group
         self.decay_left = decay_left or (lambda step: 1.0)
+        self.logit_cap = logit_cap or 0.0
         self.begin_step(1)
 
     def begin_step(self, step: int) -> None:
         """Take the settings of optimizer step `step`, counted from 1 over the whole run, resumed or not."""
-        self.settings = self.config.at(step, self.decay_left(step))
+        settings = self.config.at(step, self.decay_left(step))
+        self.settings = replace(settings, logit_cap=self.logit_cap)
 
     @property
     def moving(self) -> dict[str, float]:

@@ -35,6 +35,8 @@ BUCKET_ALIGNMENT = 128
 
 LOSS_CHUNK_ELEMENTS = 1 << 18
 """Of the loss's temporaries in plain PyTorch: `CHUNK_ELEMENTS` of its reference."""
+CAPPED_SCORES = 1 << 24
+"""Scores of soft-capped attention that are there at a time: `BLOCK_ELEMENTS` of mcore/model/capped_attention.py."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +153,9 @@ def rank_memory(job: StudentJob, stage: int) -> RankMemory:
         activations=activations,
         loss=loss,
         # By the time a layer is computed again, what the loss kept is gone.
-        temporaries=max(at_loss, _layer_temporaries(job), _recomputed_bytes(job) - loss),
+        temporaries=max(
+            at_loss, _layer_temporaries(job) + _capped_scores(job), _recomputed_bytes(job) - loss
+        ),
         step_temporaries=0 if job.optimizer.offload else MASTER_BYTES * local,
     )
 
@@ -310,7 +314,7 @@ def _layer_bytes(job: StudentJob, recomputed: frozenset[str]) -> float:
     # Grouped heads in fp32 are repeated before attention (mcore/model/modules.py).
     repeated = job.precision == "fp32" and groups != model.num_attention_heads
     context = job.parallel.context
-    softmax = 4 * model.num_attention_heads / t
+    softmax = 4 * model.num_attention_heads / t if model.attention_logit_cap is None else 0.0
     if "core_attn" in recomputed:
         kept = mixed + (query + key if llama else 0)
         softmax = 0.0
@@ -345,11 +349,20 @@ def _window_bytes(job: StudentJob, query: float) -> float:
     A window of queries at a time makes an output, all of them joined again, and a mask of twice as many keys.
     """
     model, window = job.model, job.model.sliding_window
-    if window is None or window >= job.seq_len:
+    # Under a cap neither outputs nor masks of single blocks are kept.
+    if window is None or window >= job.seq_len or model.attention_logit_cap is not None:
         return 0.0
     kinds = [model.attention_of(layer) for layer in range(model.num_layers)]
     masks = 2 * window * (1 + job.bytes_per_activation) / job.micro_batch_size
     return kinds.count("w") / len(kinds) * (job.bytes_per_activation * query + masks)
+
+
+def _capped_scores(job: StudentJob) -> int:
+    """Bytes of a block's scores in soft-capped attention, in fp32 and some six times, with their gradients."""
+    if job.model.attention_logit_cap is None:
+        return 0
+    heads = job.model.num_attention_heads // job.parallel.tensor
+    return 24 * min(CAPPED_SCORES, heads * job.positions * job.seq_len)
 
 
 def _head_bytes(job: StudentJob) -> int:

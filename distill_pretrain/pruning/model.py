@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from distill_pretrain.checkpoint.hf.files import DTYPES
 from distill_pretrain.contracts import IGNORED_LABEL
 from distill_pretrain.errors import CheckpointError, MissingDependency
+from distill_pretrain.teacher.engines.known_head import finish_of
 from distill_pretrain.teacher.engines.weights import quiet
 
 _HEAD_CHUNK = 1024
@@ -104,12 +105,13 @@ def mean_loss(model: Any, batches: Sequence[Batch], *, vocab_size: int) -> float
         vocab_size: V of the corpus; further columns are padding and left out of the softmax.
     """
     total, count = 0.0, 0
+    finish = finish_of(model.config) or (lambda logits: logits)
     for tokens, labels in batches:
         hidden = model.model(input_ids=tokens.to(model.device), use_cache=False)[0].flatten(0, 1)
         expected = labels.to(model.device).flatten()
         for start in range(0, len(hidden), _HEAD_CHUNK):
             stop = start + _HEAD_CHUNK
-            logits = model.lm_head(hidden[start:stop])[:, :vocab_size].float()
+            logits = finish(model.lm_head(hidden[start:stop])[:, :vocab_size]).float()
             losses = F.cross_entropy(
                 logits, expected[start:stop], reduction="none", ignore_index=IGNORED_LABEL
             )

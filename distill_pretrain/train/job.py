@@ -127,10 +127,11 @@ def make_objective(
     vocab_size: int,
     tensor_group: dist.ProcessGroup,
     decay_left: Callable[[int], float] | None = None,
+    logit_cap: float | None = None,
 ) -> Objective:
     """Make the loss of a recipe; a teacher, where it has one, is asked on the last pipeline stage alone.
 
-    `decay_left` is the learning rate's by step, for weights that go with its decay.
+    `decay_left` is the learning rate's by step, for weights that go with its decay; `logit_cap` the student's.
     """
     if teacher is not None:
         return TeacherObjective(
@@ -139,12 +140,14 @@ def make_objective(
             vocab_size=vocab_size,
             tensor_group=tensor_group,
             decay_left=decay_left,
+            logit_cap=logit_cap,
         )
     return DistillationObjective(
         objective,
         vocab_size=vocab_size,
         tensor_group=tensor_group,
         decay_left=decay_left,
+        logit_cap=logit_cap,
         chunk_tokens=objective.chunk_tokens(on_gpu=local_device().type == "cuda"),
     )
 
@@ -276,6 +279,7 @@ def train_student(
                 vocab_size=vocab_size,
                 tensor_group=groups.tensor,
                 decay_left=partial(optimizer.decay_left, steps=train.steps),
+                logit_cap=model.logit_cap,
             )
             scores_kl = teacher is not None or data.held_out_cache is not None
             teacher = None

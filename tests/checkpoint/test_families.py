@@ -173,6 +173,24 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         ),
         999_885_952,
     ),
+    "gemma-2-2b": (
+        facts(
+            "gemma2",
+            256000,
+            (26, 2304, 9216, 8, 4),
+            8192,
+            head_dim=256,
+            query_pre_attn_scalar=256,
+            hidden_act="gelu_pytorch_tanh",
+            hidden_activation="gelu_pytorch_tanh",
+            rms_norm_eps=1e-6,
+            rope_theta=10000.0,
+            sliding_window=4096,
+            attn_logit_softcapping=50.0,
+            final_logit_softcapping=30.0,
+        ),
+        2_614_341_888,
+    ),
     "gpt-oss-20b, dequantised": (
         facts(
             "gpt_oss",
@@ -283,8 +301,15 @@ PIECES: dict[str, dict[str, Any]] = {
     },
     "experts": {"experts": {"number": 6, "per_token": 2}},
     "sinks": {"attention_sinks": True, "attention_layers": "wf", "sliding_window": 5},
+    "caps": {
+        "attention_layers": "wf",
+        "sliding_window": 5,
+        "attention_logit_cap": 1.0,
+        "logit_cap": 2.0,
+    },
     "all": {
         "attention_layers": "wfn",
+        "attention_logit_cap": 1.0,
         "sliding_window": 5,
         "attention_temperature": 0.5,
         "attention_temperature_positions": 6,
@@ -365,6 +390,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "Qwen3MoeConfig": {"head_dim": 8, "num_experts": 8, "num_experts_per_tok": 3},
     "Gemma3TextConfig": {"sliding_window": 7, "head_dim": 8, "pad_token_id": 0},
+    "Gemma2Config": {
+        "sliding_window": 7,
+        "head_dim": 8,
+        "pad_token_id": 0,
+        "query_pre_attn_scalar": 8,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 5.0,
+    },
 }
 LIKE_LLAMA = {
     "hidden_size": 32,
@@ -445,7 +478,7 @@ def test_a_layer_that_stays_keeps_its_kind_of_attention(tmp_path):
         assert torch.equal(pruned(tokens).logits, expected)
 
 
-@pytest.mark.parametrize("name", ["Gemma3TextConfig", "Olmo3Config"])
+@pytest.mark.parametrize("name", ["Gemma2Config", "Gemma3TextConfig", "Olmo3Config"])
 def test_a_pruned_folder_is_the_same_model_here(one_process, name, tmp_path):
     from distill_pretrain.pruning.choice import choose
     from distill_pretrain.pruning.folder import Source, write_folder
@@ -472,9 +505,61 @@ def test_a_pruned_folder_is_the_same_model_here(one_process, name, tmp_path):
     torch.testing.assert_close(engine.logits(tokens), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_families_of_the_kind_of_llama_are_pruned():
-    dense = {name for name, family in families().items() if family.arch == "llama"}
-    assert {name for name, family in families().items() if family.prunes} == dense
+@pytest.mark.parametrize("chunk_tokens", [None, 20])
+def test_training_and_scoring_see_the_capped_logits_of_transformers(
+    one_process, chunk_tokens, tmp_path
+):
+    from distill_pretrain.checkpoint.hf import load_hf_weights
+    from distill_pretrain.contracts import TokenBatch
+    from distill_pretrain.losses.config import ObjectiveConfig
+    from distill_pretrain.losses.sparse_kd import DistillationObjective
+    from distill_pretrain.mcore.model.chunks import build_model_chunks
+
+    save_random("Gemma2Config", tmp_path)
+    tokens = torch.randint(0, 150, (2, 33), generator=torch.Generator().manual_seed(0))
+    whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    logits = whole(tokens[:, :-1]).logits
+    labels = tokens[:, 1:]
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), reduction="sum"
+    )
+    expected.backward()
+    model = read_hf_model(tmp_path).model
+    loss = DistillationObjective(
+        ObjectiveConfig(),
+        vocab_size=150,
+        tensor_group=None,
+        chunk_tokens=chunk_tokens,
+        logit_cap=model.logit_cap,
+    )
+    (chunk,) = build_model_chunks(
+        model,
+        ParallelConfig(),
+        vocab_size=150,
+        seq_len=32,
+        precision="fp32",
+        seed=None,
+        loss_function=loss,
+    )
+    load_hf_weights([chunk], tmp_path)
+    places = torch.arange(32).expand(2, 32)
+    batch = TokenBatch(tokens=tokens[:, :-1], labels=labels, targets=None)
+    sums = chunk(tokens[:, :-1], places, None, labels=batch)
+    sums[0].backward()
+    torch.testing.assert_close(sums[0], expected, rtol=1e-6, atol=0)
+    theirs = whole.model.layers[0].mlp.down_proj.weight.grad
+    ours = dict(chunk.named_parameters())["decoder.layers.0.mlp.linear_fc2.weight"].grad
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    engine = open_engine("megatron", tmp_path, "fp32", vocab_size=150, seq_len=64)
+    scored = torch.cat([part.logits for part in engine.chunks(tokens[:, :-1])])
+    torch.testing.assert_close(scored.view_as(logits), logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(engine.logits(tokens[:, :-1]), logits, rtol=1e-5, atol=1e-5)
+
+
+def test_dense_families_of_the_kind_of_llama_are_pruned():
+    pruned = {name for name, family in families().items() if family.prunes}
+    likes = {"llama", "mistral", "ministral3", "qwen2", "qwen3", "smollm3"}
+    assert pruned == likes | {"gemma2", "gemma3_text", "olmo2", "olmo3"}
 
 
 def test_a_window_shortens_the_sums_of_attention():
@@ -489,9 +574,15 @@ def test_a_window_shortens_the_sums_of_attention():
     [
         ({"norm_placement": "reordered", "init": "deepscale"}, "deepscale is not derived"),
         ({"norm_placement": "sandwich", "init": "completep"}, "completep is not derived"),
-        ({"embedding_scale": 8.0, "init": "fan_in"}, "fan_in is not derived for zero_cent"),
         ({"rotary_fraction": 0.45}, "rotary_fraction: 0.45 of 8 channels are 3"),
         ({"arch": "gpt2", "rotary_fraction": 0.5}, "rotary_fraction: only for arch: llama"),
+        ({"embedding_scale": 8.0, "init": "fan_in"}, "fan_in is not derived for embedding_scale"),
+        (
+            {"attention_logit_cap": 5.0, "attention_sinks": True},
+            "attention_sinks and attention_log",
+        ),
+        ({"logit_cap": 30.0, "init": "xavier"}, "xavier is not derived for logit_cap"),
+        ({"attention_logit_cap": 50.0, "spec": "te"}, "spec: te has no layers with attention_log"),
         ({"attention_layers": "wf"}, "sliding_window: None"),
         ({"sliding_window": 9}, "attention_layers: f"),
         ({"attention_temperature": 0.1}, "set both or none"),
@@ -518,7 +609,9 @@ def test_pieces_that_do_not_go_together_are_refused(settings, reason):
         ModelConfig(**{**sizes, **settings})
 
 
-@pytest.mark.parametrize("pieces", ["window", "temperature", "yarn", "experts", "sinks", "all"])
+@pytest.mark.parametrize(
+    "pieces", ["window", "temperature", "yarn", "experts", "sinks", "caps", "all"]
+)
 def test_the_signal_of_fresh_weights_is_not_predicted_where_it_is_not_derived(pieces):
     from distill_pretrain.mcore.init.theory import predict
 

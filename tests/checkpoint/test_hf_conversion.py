@@ -83,6 +83,15 @@ GEMMA3 = {
     },
 }
 GEMMA3["layer_types"] = GEMMA3["layer_types"][:4]
+GEMMA2 = {
+    "head_dim": 16,
+    "sliding_window": 7,
+    "query_pre_attn_scalar": 2,
+    "pad_token_id": 0,
+    # Scores and logits of these models are of this size.
+    "attn_logit_softcapping": 1.5,
+    "final_logit_softcapping": 4.0,
+}
 PHI3 = {"pad_token_id": 0, "sliding_window": 11, "head_dim": 16}
 PHI3_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
 EXPERTS = {
@@ -136,6 +145,7 @@ def family_configs() -> dict[str, Any]:
         "smollm3": ("SmolLM3", {"pad_token_id": None, "tie_word_embeddings": False}),
         "ministral3": ("Ministral3", {"head_dim": 16, **rope(MINISTRAL_ROPE)}),
         "olmo2": ("Olmo2", {"attention_bias": True, "head_dim": 16}),
+        "gemma2": ("Gemma2", GEMMA2),
         "gemma3": ("Gemma3Text", GEMMA3),
         "phi3": ("Phi3", {**PHI3, "rope_parameters": PHI3_ROPE}),
         "olmo3": ("Olmo3", {"sliding_window": 7, **OLMO3_ROPE}),
@@ -295,6 +305,17 @@ CURVE_MODELS: dict[str, dict[str, Any]] = {
         "rope_linear_factor": 2.0,
         "tie_embeddings": True,
     },
+    "gemma2": {
+        "norm_placement": "sandwich",
+        "activation": "gelu_tanh",
+        "zero_centred_norms": True,
+        "embedding_scale": 5.5,
+        "attention_layers": "wf",
+        "sliding_window": 7,
+        "attention_logit_cap": 2.0,
+        "logit_cap": 3.0,
+        "tie_embeddings": True,
+    },
     # SmolLM3's layers, Ministral 3's queries and Llama's biases.
     "rest": {
         "attention_layers": "fn",
@@ -325,7 +346,7 @@ def train_alike() -> dict[str, dict[str, dict[str, list[float]]]]:
                 model={**LLAMA, "num_layers": 2, **pieces},
                 parallel=parallel,
                 kd=False,
-                steps=4 if name == "qwen" or "context" in parallel else 20,
+                steps=4 if name in ("qwen", "gemma2") or "context" in parallel else 20,
             )
             for layout, parallel in CURVE_LAYOUTS.items()
         }
@@ -573,6 +594,9 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"rope_scaling": {"type": "linear", "factor": 0}}, "linear rope scaling with fact"),
     ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping: 30.0"),
     ("gemma3", {"hidden_activation": "relu"}, "hidden_activation: relu"),
+    ("gemma2", {"final_logit_softcapping": -1}, "final_logit_softcapping: -1"),
+    ("gemma2", {"attn_logit_softcapping": "x"}, "attn_logit_softcapping: x"),
+    ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention: True"),
     ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic rope scaling"),
     ("llama", {"rope_scaling": {"rope_type": "longrope"}}, "longrope rope scaling"),
     ("llama", {"rope_scaling": {**LLAMA3_ROPE, "high_freq_factor": 2}}, "high_freq_factor 2"),

@@ -11,9 +11,17 @@ from typing import Any
 
 from distill_pretrain.kernels.cuda.launcher import KERNELS, KernelSource, Launcher
 from distill_pretrain.kernels.sparse_kd import launch
-from tests.kernels.sparse_kd_cases import check, mutation_checks, run
+from tests.kernels.sparse_kd_cases import (
+    Case,
+    Expected,
+    capped_checks,
+    check,
+    mutation_checks,
+    run,
+)
 from tests.support.emulation import EmulationError, emulated
 
+Checks = Sequence[tuple[Case, Expected, str, int]]
 SYNC = "    __syncthreads();\n"
 
 # Name: the texts to replace (each is there once), and what replaces them.
@@ -54,8 +62,8 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
     ],
     "no barrier between bulk and entries (fused)": [
         (
-            SYNC + "    write_entries<GENERAL>(a, row, view, begin, end, picks, subtracted",
-            "    write_entries<GENERAL>(a, row, view, begin, end, picks, subtracted",
+            SYNC + "    write_entries<GENERAL, CAPPED>(a, row, view, begin, end, picks, subtracted",
+            "    write_entries<GENERAL, CAPPED>(a, row, view, begin, end, picks, subtracted",
         )
     ],
     "no barrier between bulk and entries (gradient)": [
@@ -173,6 +181,31 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
     ],
 }
 
+CAPPED_MUTANTS: dict[str, list[tuple[str, str]]] = {
+    "sums are of logits that are not capped": [
+        ("values[i] = seen<CAPPED>(values[i], settings);\n    }", "values[i] += 0.0f;\n    }")
+    ],
+    "the gradient is at logits that are not capped": [
+        ("const float logit = seen<CAPPED>(values[i], settings);", "const float logit = values[i];")
+    ],
+    "the entries' logits are not capped": [
+        (
+            "seen<CAPPED>(Format<T>::value(view.aligned[position]), settings)",
+            "Format<T>::value(view.aligned[position])",
+        )
+    ],
+    "the gradient stops before the cap": [
+        ("        if (CAPPED) values[i] *= slope<CAPPED>(logit, settings);\n", "")
+    ],
+    "the entries' gradient stops before the cap": [
+        ("CAPPED ? gradient * slope<CAPPED>(picks[i], settings) : gradient", "gradient")
+    ],
+    "the slope is not squared": [("1.0f - share * share", "1.0f - share")],
+    "columns of -inf are capped": [("!CAPPED || logit == -infinity()", "!CAPPED")],
+}
+"""Those of the kernels that cap logits."""
+MUTANTS |= CAPPED_MUTANTS
+
 
 @dataclass(frozen=True)
 class Renamed:
@@ -207,22 +240,24 @@ def noticed(names: Sequence[str | None], folder: Path) -> Iterator[str | None]:
     text = ""
     for number, name in enumerate(names):
         space = f"mutant_{number}"
+        source = launch.CAPPED if name in CAPPED_MUTANTS else launch.SOURCE
         text += mutated(name).replace("namespace sparse_kd", f"namespace {space}")
         kernels += [
             in_namespace(kernel, space)
-            for kernel in launch.SOURCE.kernels
+            for kernel in source.kernels
             if "bf16" in kernel or "<" not in kernel
         ]
     shutil.copytree(KERNELS / "cuda", folder / "cuda", ignore=shutil.ignore_patterns("*.py", "__*"))
     (folder / "mutants").mkdir()
     (folder / "mutants/all.cuh").write_text(text, "utf-8")
     source = KernelSource(folder="mutants", entry="all.cuh", kernels=tuple(kernels))
-    for number in range(len(names)):
-        yield first_failure(source, f"mutant_{number}", folder)
+    for number, name in enumerate(names):
+        checks = capped_checks() if name in CAPPED_MUTANTS else mutation_checks()
+        yield first_failure(source, f"mutant_{number}", folder, checks)
 
 
-def first_failure(source: KernelSource, namespace: str, folder: Path) -> str | None:
-    for case, expected, layout, schedule in mutation_checks():
+def first_failure(source: KernelSource, namespace: str, folder: Path, checks: Checks) -> str | None:
+    for case, expected, layout, schedule in checks:
         launcher = emulated(source, schedule=schedule, folder=folder, optimised=False)
         # Where rows are a multiple of eight apart, padding vectors are whole.
         gap, start = (8, 0) if schedule % 2 == 0 else (3, 1)

@@ -47,7 +47,8 @@ def to_gpu(parts):
 
 
 def run_on_gpu(case: Case, layout: str, **options) -> Result:
-    result = run(launcher_for(launch.SOURCE, GPU), to_gpu(case), layout, **options)
+    source = launch.CAPPED if case.logit_cap else launch.SOURCE
+    result = run(launcher_for(source, GPU), to_gpu(case), layout, **options)
     return Result(**{name: value.cpu() for name, value in vars(result).items()})
 
 
@@ -62,6 +63,18 @@ def test_the_loss_equals_the_dense_definition_in_every_layout(dtype, temperature
             if layout != "fused, a cluster" or shape:
                 for blocks in (SMALL, launch.BLOCKS):
                     check(run_on_gpu(case, layout, blocks=blocks), expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_capped_logits_do_so_too(dtype, form):
+    case = make_case(
+        form, 2.5, dtype, seed=3, num_rows=4, vocab_size=2603, padded=2608, num_entries=40
+    )
+    case = replace(case, logit_cap=4.0)
+    expected = expected_of(case)
+    for layout in LAYOUTS:
+        check(run_on_gpu(case, layout), expected)
 
 
 @pytest.mark.parametrize("layout", ["one rank", "four ranks", "fused, a cluster"])

@@ -62,6 +62,24 @@ def test_loss_and_gradient_equal_the_dense_definition_in_every_layout(
             check(run(launcher, case, layout, gap=gap, start=start), expected)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_capped_logits_have_the_loss_and_the_gradient_of_the_dense_definition(dtype, form):
+    launcher = emulated(launch.CAPPED)
+    shapes = (
+        {"seed": 1, "padded": 272, "duplicates": True},
+        {"seed": 3, "num_rows": 4, "vocab_size": 2603, "padded": 2608, "num_entries": 40},
+    )
+    for number, shape in enumerate(shapes):
+        # Logits are up to 16: most are far into one cap, few into the other.
+        case = make_case(form, (1.0, 2.5)[number], dtype, **shape)
+        case = replace(case, logit_cap=(4.0, 30.0)[number])
+        expected = expected_of(case)
+        for layout in LAYOUTS:
+            if layout != "fused, a cluster" or number:
+                check(run(launcher, case, layout), expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_labels_alone_need_no_targets(launcher, dtype):
     case = replace(make_case("drop", 1.0, dtype), targets=None, kd_scale=None)
@@ -234,6 +252,7 @@ def test_broken_kernels_are_noticed(tmp_path):
         "no barrier between bulk and entries (gradient)",
         "the bucket does not push its columns up",
         "duplicates count twice",
+        "the entries' gradient stops before the cap",
     ]
     right, *found = noticed([None, *broken], tmp_path)
     assert right is None

@@ -82,6 +82,19 @@ CASES |= {
         },
         "precision": "bf16",
     },
+    "gemma 2, tp": {
+        "model": {
+            **LLAMA,
+            "norm_placement": "sandwich",
+            "zero_centred_norms": True,
+            "num_query_groups": 2,
+            "attention_layers": "wf",
+            "sliding_window": 16,
+            "attention_logit_cap": 50.0,
+            "logit_cap": 30.0,
+        },
+        "parallel": {"tensor": 2, "sequence_parallel": True},
+    },
     "biases, attention temperature, yarn, layers without rope": {
         "model": {
             **LLAMA,
@@ -188,6 +201,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
                 vocab_size=job.vocab_size,
                 tensor_group=groups.tensor,
                 chunk_tokens=job.chunk_tokens,
+                logit_cap=job.model.logit_cap,
             )
             student = student_class(job.optimizer)(
                 model=job.model,

@@ -51,6 +51,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "olmo2": {},
     "olmo3": {"sliding_window": 5, "layer_types": KINDS},
+    "gemma2": {
+        **GEMMA3,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+        "tie_word_embeddings": True,
+    },
     "gemma3_text": {**GEMMA3, "tie_word_embeddings": True},
     "gemma3_text untied": {**GEMMA3, "tie_word_embeddings": False},
 }

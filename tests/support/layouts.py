@@ -194,6 +194,7 @@ def make_job(
             vocab_size=VOCAB_SIZE,
             tensor_group=groups.tensor,
             chunk_tokens=chunk_tokens,
+            logit_cap=model_config.logit_cap,
         ),
         num_terms=len(DistillationObjective.TERMS),
     )

@@ -17,12 +17,14 @@ DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 _KEYS = (
     "activation",
+    "attention_logit_cap",
     "attention_output_bias",
     "attention_sinks",
     "attention_scale_width",
     "attention_temperature",
     "embedding_scale",
     "experts",
+    "logit_cap",
     "mlp_bias",
     "qk_norm",
     "qk_norm_whole",

@@ -231,6 +231,7 @@ def _measure(
                 ObjectiveConfig(ce_weight=1.0, kd_weight=0.0),
                 vocab_size=sequences.vocab_size,
                 tensor_group=groups.tensor,
+                logit_cap=model.logit_cap,
             ),
         )
         if checkpoint is not None:

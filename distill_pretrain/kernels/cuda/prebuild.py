@@ -23,7 +23,7 @@ def sources() -> list[KernelSource]:
     """Return the kernel sources of every folder of kernels with host code."""
     names = sorted(path.parent.name for path in KERNELS.glob("*/launch.py"))
     modules = [importlib.import_module(f"distill_pretrain.kernels.{name}.launch") for name in names]
-    return [module.SOURCE for module in modules]
+    return [source for module in modules for source in getattr(module, "SOURCES", (module.SOURCE,))]
 
 
 def prebuild(folder: Path, architectures: Sequence[str] = ARCHITECTURES) -> list[str]:

@@ -21,7 +21,7 @@ from distill_pretrain.kernels.sparse_kd.problem import (
     Problem,
     require_vector,
 )
-from distill_pretrain.kernels.sparse_kd.settings import TERMS
+from distill_pretrain.kernels.sparse_kd.settings import TERMS, LossSettings
 
 MAX_CLUSTER = 8
 FUSED_BYTES = 64
@@ -35,19 +35,28 @@ STATISTICS = 9
 PARTIAL_BYTES, ENTRY_BYTES, STATISTICS_BYTES, SCALARS_BYTES = 32, 8, 4 * STATISTICS, 4 * SCALARS
 VECTOR_BYTES = 16
 
-SOURCE = KernelSource(
-    folder="sparse_kd",
-    entry="sparse_kd.cuh",
-    kernels=(
-        *(
-            f"sparse_kd::{stage}<{dtype}, {general}>"
-            for stage in ("row_statistics", "gradient", "fused")
-            for dtype in DTYPES.values()
-            for general in ("false", "true")
-        ),
-        "sparse_kd::combine",
-    ),
-)
+
+def _source(more: str) -> KernelSource:
+    """The kernels with such template arguments behind dtype and GENERAL."""
+    stages = (
+        f"sparse_kd::{stage}<{dtype}, {general}{more}>"
+        for stage in ("row_statistics", "gradient", "fused")
+        for dtype in DTYPES.values()
+        for general in ("false", "true")
+    )
+    return KernelSource(
+        folder="sparse_kd", entry="sparse_kd.cuh", kernels=(*stages, "sparse_kd::combine")
+    )
+
+
+SOURCE, CAPPED = _source(""), _source(", true")
+"""The kernels, and those for models that cap their logits: a process compiles what it needs."""
+SOURCES = (SOURCE, CAPPED)
+
+
+def source_of(settings: LossSettings) -> KernelSource:
+    """Return what a launcher for a loss must be of."""
+    return CAPPED if settings.logit_cap else SOURCE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +131,7 @@ def combine(
     """Combine the ranks' maxima and sums into loss and gradient scalars, the same bits on every rank.
 
     Args:
-        launcher: of `SOURCE`.
+        launcher: of `source_of` the loss's settings.
         problem: the loss.
         statistics: fp32[ranks, T, 9] of all ranks, in rank order.
         blocks: threads.
@@ -164,7 +173,7 @@ def gradient_(
     """Overwrite the logits with the loss's gradient by them, and return them.
 
     Args:
-        launcher: of `SOURCE`.
+        launcher: of `source_of` the loss's settings.
         problem: the loss.
         picks: fp32[T, 1+K] of `row_statistics`.
         scalars: fp32[T, 8] of `combine`.
@@ -197,7 +206,7 @@ def fused_(
     """Compute the loss, and its gradient over the logits, in one read and one write; for rows that are whole.
 
     Args:
-        launcher: of `SOURCE`.
+        launcher: of `source_of` the loss's settings.
         problem: the loss; of one rank, and one that `fits_fused`.
         grad_losses: fp32[T] at any stride, the incoming gradient, known beforehand; None for one.
         blocks: threads.
@@ -270,7 +279,8 @@ def _launch(
 
 def _kernel(stage: str, problem: Problem) -> str:
     general = "true" if problem.is_general else "false"
-    return f"sparse_kd::{stage}<{DTYPES[problem.logits.dtype]}, {general}>"
+    more = ", true" if problem.is_capped else ""
+    return f"sparse_kd::{stage}<{DTYPES[problem.logits.dtype]}, {general}{more}>"
 
 
 def _floats(problem: Problem, *shape: int) -> torch.Tensor:

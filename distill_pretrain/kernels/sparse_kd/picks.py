@@ -10,6 +10,8 @@ from functools import cached_property
 
 import torch
 
+from distill_pretrain.kernels.sparse_kd.cap import soft_capped
+
 
 @dataclass(frozen=True, kw_only=True)
 class Picks:
@@ -46,9 +48,11 @@ def pick_columns(ids: torch.Tensor, *, first_column: int, num_columns: int) -> P
     return Picks(relative=relative, columns=relative.clamp(0, num_columns - 1))
 
 
-def picked_logits(logits: torch.Tensor, maxima: torch.Tensor, picks: Picks) -> torch.Tensor:
-    """Return z - max at the picks' columns, fp32[T, M], of logits [T, n] and maxima fp32[T]."""
-    return logits.gather(-1, picks.columns).float().sub_(maxima.unsqueeze(-1))
+def picked_logits(
+    logits: torch.Tensor, maxima: torch.Tensor, picks: Picks, cap: float
+) -> torch.Tensor:
+    """Return z - max at the picks' columns, fp32[T, M], of logits [T, n], capped, and maxima fp32[T]."""
+    return soft_capped(logits.gather(-1, picks.columns), cap).sub_(maxima.unsqueeze(-1))
 
 
 def removed(picks: Picks) -> torch.Tensor:

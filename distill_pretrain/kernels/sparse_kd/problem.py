@@ -85,13 +85,18 @@ class Problem:
         return self.loss.row_temperature != 1.0 or with_targets
 
     @property
+    def is_capped(self) -> bool:
+        """Whether the kernels that cap logits are needed."""
+        return self.loss.settings.logit_cap > 0
+
+    @property
     def has_bucket(self) -> bool:
         """Whether targets give mass to all other ids as a whole."""
         return self.loss.targets is not None and self.loss.targets.bucket is not None
 
 
-_SETTINGS = ("ce_weight", "z_loss")
-"""Those of the loss's settings that the kernels read as they are, in the order of `Arguments`."""
+_SETTINGS = ("ce_weight", "z_loss", "logit_cap")
+"""Those of the loss's settings that the kernels read as they are."""
 
 
 class Arguments(ctypes.Structure):
@@ -113,7 +118,7 @@ class Arguments(ctypes.Structure):
                 *("ids_are_wide", "vectors_per_block"),
             )
         ),
-        *((name, ctypes.c_float) for name in (*_SETTINGS, "temperature")),
+        *((name, ctypes.c_float) for name in ("ce_weight", "z_loss", "temperature", "logit_cap")),
     ]
 
     num_ranks: int

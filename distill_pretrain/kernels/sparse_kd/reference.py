@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from distill_pretrain.kernels.sparse_kd.cap import cap_slope, soft_capped
 from distill_pretrain.kernels.sparse_kd.loss import Loss
 from distill_pretrain.kernels.sparse_kd.picks import Picks, pick_columns, picked_logits, removed
 from distill_pretrain.kernels.sparse_kd.targets import RowTargets
@@ -54,11 +55,11 @@ class RowScalars:
 
 
 def row_maxima(
-    logits: torch.Tensor, targets: RowTargets | None, *, first_column: int
+    logits: torch.Tensor, targets: RowTargets | None, *, first_column: int, cap: float = 0.0
 ) -> torch.Tensor:
     """Return the largest logit of each row of [T, n], and with a bucket the largest outside the targets.
 
-    Either is -inf where there is none.
+    Either is -inf where there is none. Of capped logits they are the capped largest ones.
 
     Returns:
         fp32[1, T]; with a bucket fp32[2, T], so that the last one is what the columns outside are relative to.
@@ -67,7 +68,7 @@ def row_maxima(
     has_bucket = targets is not None and targets.bucket is not None
     if num_columns == 0:
         return logits.new_full((1 + has_bucket, num_rows), -math.inf, dtype=torch.float32)
-    largest = logits.amax(dim=-1).float()
+    largest = soft_capped(logits.amax(dim=-1), cap)
     if targets is None or not has_bucket:
         return largest.unsqueeze(0)
     picks = pick_columns(targets.ids, first_column=first_column, num_columns=num_columns)
@@ -76,7 +77,7 @@ def row_maxima(
     for rows in _row_chunks(logits):
         others = logits[rows].scatter_add(-1, picks.columns[rows], without[rows])
         outside[rows] = others.amax(-1)
-    return torch.stack((largest, outside))
+    return torch.stack((largest, soft_capped(outside, cap)))
 
 
 def row_sums(
@@ -87,6 +88,7 @@ def row_sums(
     *,
     first_column: int,
     temperature: float,
+    cap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute this rank's part of the row's sums, fp32[T, 6] as `NUM_SUMS` says; those that no target needs are 0.
 
@@ -97,6 +99,7 @@ def row_sums(
         targets: None for K = 0.
         first_column: global id of the first column.
         temperature: tau.
+        cap: of the logits, or 0.
 
     Returns:
         The sums; and for the gradient, fp32[T, 1+K], of each target from the second column on: s = z - max, left out
@@ -113,10 +116,10 @@ def row_sums(
     if num_columns == 0:
         return packed, picked, probs
     picks = pick_columns(labels.unsqueeze(-1), first_column=first_column, num_columns=num_columns)
-    packed[:, 4] = torch.where(picks.owned, picked_logits(logits, largest, picks), 0.0).squeeze(-1)
+    packed[:, 4] = torch.where(picks.owned, picked_logits(logits, largest, picks, cap), 0.0)[:, 0]
     if targets is not None:
         picks = pick_columns(targets.ids, first_column=first_column, num_columns=num_columns)
-        at_targets = picked_logits(logits, largest, picks)
+        at_targets = picked_logits(logits, largest, picks, cap)
         torch.mul(targets.probs, picks.owned, out=probs[:, 1:])
         if outside:
             picked[:, 1:] = at_targets
@@ -125,7 +128,7 @@ def row_sums(
     # With a bucket `base` is m_o, the maximum outside the targets: sums of those columns are exact there, however far
     # below the row's maximum m they lie. They are moved to m at the end, where the targets' own terms join them.
     for rows in _row_chunks(logits):
-        exponentials = _shifted(logits[rows], base[rows])
+        exponentials = _shifted(logits[rows], base[rows], cap)
         if outside:
             # What is above 0 is a target's, which `_sum` takes out.
             exponentials.clamp_(max=0.0)
@@ -302,6 +305,7 @@ def gradient_(
     *,
     first_column: int,
     temperature: float,
+    cap: float = 0.0,
 ) -> None:
     """Compute the gradient of the loss by the logits [T, n] in fp32, and write it over them.
 
@@ -333,8 +337,10 @@ def gradient_(
     at_both = (at_one + at_tau).unsqueeze(-1)
     for rows in _row_chunks(logits):
         chunk = logits[rows]
-        in_place = chunk.dtype == torch.float32
-        shifted = chunk.sub_(base[rows].unsqueeze(-1)) if in_place else _shifted(chunk, base[rows])
+        in_place = chunk.dtype == torch.float32 and not cap
+        shifted = (
+            chunk.sub_(base[rows].unsqueeze(-1)) if in_place else _shifted(chunk, base[rows], cap)
+        )
         if scalars.at_tau_kept is not None:
             shifted.scatter_add_(-1, picks.columns[rows], without[rows])
         if temperature == 1.0:
@@ -347,13 +353,15 @@ def gradient_(
         gradient.scatter_add_(-1, label.columns[rows], at_label[rows])
         if targets is not None:
             gradient.scatter_add_(-1, picks.columns[rows], at_targets[rows])
+        if cap:
+            gradient.mul_(cap_slope(soft_capped(chunk, cap), cap))
         if not in_place:
             chunk.copy_(gradient)
 
 
-def _shifted(logits: torch.Tensor, maxima: torch.Tensor) -> torch.Tensor:
+def _shifted(logits: torch.Tensor, maxima: torch.Tensor, cap: float) -> torch.Tensor:
     """Logits minus their row's maximum in fp32, a new tensor."""
-    return torch.sub(logits.float(), maxima.unsqueeze(-1))
+    return torch.sub(soft_capped(logits, cap), maxima.unsqueeze(-1))
 
 
 def _sum(exponentials: torch.Tensor, without: Picks | None) -> torch.Tensor:

@@ -43,6 +43,7 @@ class LossSettings:
             so with residual "ghost" at temperature 1, and only targets that were cut off, not sampled.
         tail_weight: with residual "decoupled", weight of the term that tells kept ids from all others.
         token_weighting: "teacher_confidence" multiplies a position's divergence by its target's largest probability.
+        logit_cap: the model's logits are c tanh(z / c) of what it is given; 0 for z itself.
 
     Raises:
         ConfigError: a setting is none.
@@ -58,6 +59,7 @@ class LossSettings:
     divergence: Divergence = "forward_kl"
     tail_weight: float = 1.0
     token_weighting: TokenWeighting = "none"
+    logit_cap: float = 0.0
 
     def __post_init__(self) -> None:
         for name in TERMS.values():
@@ -65,6 +67,7 @@ class LossSettings:
         self._require("temperature", "more than 0", self.temperature > 0)
         self._require("smoothing", "at least 0 and less than 1", 0 <= self.smoothing < 1)
         self._require("tail_weight", "at least 0", self.tail_weight >= 0)
+        self._require("logit_cap", "at least 0", self.logit_cap >= 0)
         divergences = get_args(Divergence)
         self._require("divergence", ", ".join(divergences), self.divergence in divergences)
         if self.divergence != "forward_kl":
@@ -128,3 +131,4 @@ class LossKeywords(TypedDict, total=False):
     divergence: Divergence
     tail_weight: float
     token_weighting: TokenWeighting
+    logit_cap: float

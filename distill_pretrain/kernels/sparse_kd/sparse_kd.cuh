@@ -9,6 +9,9 @@
 // s is a logit less the largest one known, q = softmax(z / tau); "kept" columns are those that a target names, where
 // targets have a bucket for the others. The others' sums are relative to a maximum of their own: beside a kept column of
 // which the student is sure they are less than fp32 holds, and the gradient needs their ratios.
+//
+// CAPPED kernels compute the loss of z' = cap tanh(z / cap), and its gradient by z: in all but the first and the last step
+// a logit is z'. They are a source of their own in launch.py, and cost models without a cap nothing.
 #pragma once
 #include "../cuda/device.cuh"
 
@@ -37,7 +40,7 @@ struct Arguments {
     float* terms;              // [3, T]: cross-entropy, KL, lse^2
     i64 row_stride, grad_stride;
     i32 num_rows, num_columns, num_entries, num_ranks, rank, vocab_size, ids_are_wide, vectors_per_block;
-    float ce_weight, z_loss, temperature;
+    float ce_weight, z_loss, temperature, logit_cap;
 };
 
 // What a part of a row (a rank's, or a block's of a cluster) says of it, relative to its own maximum.
@@ -69,12 +72,28 @@ struct Entry {
 };
 
 struct Settings {
-    float inverse_tau;
+    float inverse_tau, cap, inverse_cap;
     bool is_tempered, has_floor, has_bucket;
 };
 
 __device__ __forceinline__ Settings settings_of(const Arguments& a) {
-    return {1.0f / a.temperature, a.temperature != 1.0f, a.floors != nullptr, a.buckets != nullptr};
+    return {1.0f / a.temperature, a.logit_cap,          1.0f / a.logit_cap, a.temperature != 1.0f,
+            a.floors != nullptr,  a.buckets != nullptr};
+}
+
+// A logit as the loss sees it; -inf, a column that does not count, stays.
+template <bool CAPPED>
+__device__ __forceinline__ float seen(float logit, const Settings& settings) {
+    if (!CAPPED || logit == -infinity()) return logit;
+    return settings.cap * tanhf(logit * settings.inverse_cap);
+}
+
+// Its derivative, 1 - (z' / cap)^2, from the logit seen; 0 at -inf.
+template <bool CAPPED>
+__device__ __forceinline__ float slope(float seen_logit, const Settings& settings) {
+    if (!CAPPED) return 1.0f;
+    const float share = seen_logit * settings.inverse_cap;
+    return fmaxf(1.0f - share * share, 0.0f);
 }
 
 __device__ __forceinline__ float not_written() { return -infinity(); }
@@ -216,11 +235,15 @@ __device__ __forceinline__ Partial merged(Partial a, Partial b, const Settings& 
 }
 
 // `real` and `kept` have a bit per value of the vector; a column that is not real must be -inf.
-template <bool GENERAL, class T>
+template <bool GENERAL, bool CAPPED, class T>
 __device__ __forceinline__ void accumulate(Partial& partial, const Vector<T>& vector, u32 real, u32 kept,
                                            const Settings& settings) {
     float values[Vector<T>::SIZE];
     vector.unpack(values);
+    if (CAPPED) {
+#pragma unroll
+        for (int i = 0; i < Vector<T>::SIZE; ++i) values[i] = seen<CAPPED>(values[i], settings);
+    }
     if (GENERAL && kept != 0) {
 #pragma unroll
         for (int i = 0; i < Vector<T>::SIZE; ++i) {
@@ -300,13 +323,14 @@ __device__ __forceinline__ u32 kept_bits(const u32* bits, i32 vector) {
     return bits[first / 32] >> first % 32 & ((1u << Vector<T>::SIZE) - 1);
 }
 
-// Logits of the label and of the targets at positions [begin, end), 0 for the others.
-template <class T>
-__device__ __forceinline__ void pick(float* picks, const Arguments& a, i64 row, const Row<T>& view, i32 begin, i32 end) {
+// Logits of the label and of the targets at positions [begin, end), as the loss sees them; 0 for the others.
+template <bool CAPPED, class T>
+__device__ __forceinline__ void pick(float* picks, const Arguments& a, i64 row, const Row<T>& view, i32 begin, i32 end,
+                                     const Settings& settings) {
     for (i32 i = threadIdx.x; i <= a.num_entries; i += blockDim.x) {
         const i64 id = i == 0 ? a.labels[row] : id_at(a, row, i - 1);
         const i32 position = view.position_of(id, begin, end);
-        picks[i] = position < 0 ? 0.0f : Format<T>::value(view.aligned[position]);
+        picks[i] = position < 0 ? 0.0f : seen<CAPPED>(Format<T>::value(view.aligned[position]), settings);
     }
 }
 
@@ -547,21 +571,23 @@ __device__ __forceinline__ float gradient_at(float logit, const Bulk& bulk, floa
     return bulk.plain * exponential + bulk.tempered * other - floor;
 }
 
-template <bool GENERAL, class T>
+template <bool GENERAL, bool CAPPED, class T>
 __device__ __forceinline__ void write_gradient(const Row<T>& view, i32 index, const Vector<T>& vector,
                                                const BulkScalars& scalars, const Settings& settings) {
     float values[Vector<T>::SIZE];
     vector.unpack(values);
 #pragma unroll
     for (int i = 0; i < Vector<T>::SIZE; ++i) {
-        values[i] = gradient_at<GENERAL>(values[i], scalars.bulk, scalars.floor, settings);
+        const float logit = seen<CAPPED>(values[i], settings);
+        values[i] = gradient_at<GENERAL>(logit, scalars.bulk, scalars.floor, settings);
+        if (CAPPED) values[i] *= slope<CAPPED>(logit, settings);
     }
     view.store(index, Vector<T>::pack(values));
 }
 
 // Overwrite the columns at positions [begin, end) that the label and the targets name. Never corrected from the bulk,
 // which is already rounded, and at kept columns relative to another maximum: it may be infinite there.
-template <bool GENERAL, class T>
+template <bool GENERAL, bool CAPPED, class T>
 __device__ __forceinline__ void write_entries(const Arguments& a, i64 row, const Row<T>& view, i32 begin, i32 end,
                                               const float* picks, const float* subtracted, const RowScalars& scalars,
                                               float incoming, const Settings& settings) {
@@ -574,12 +600,14 @@ __device__ __forceinline__ void write_entries(const Arguments& a, i64 row, const
         if (position < 0 || taken == not_written()) continue;
         const Bulk columns = GENERAL && i > 0 ? times(scalars.kept, incoming) : outside.bulk;
         const float bulk = gradient_at<GENERAL>(picks[i], columns, outside.floor, settings);
-        view.aligned[position] = Format<T>::rounded(bulk - taken * incoming);
+        const float gradient = bulk - taken * incoming;
+        view.aligned[position] =
+            Format<T>::rounded(CAPPED ? gradient * slope<CAPPED>(picks[i], settings) : gradient);
     }
 }
 
 // A block per row. Shared memory: 32 Partials; with buckets, a bit per position.
-template <class T, bool GENERAL>
+template <class T, bool GENERAL, bool CAPPED = false>
 __global__ void __launch_bounds__(THREADS) row_statistics(const Arguments a) {
     SHARED_MEMORY(shared);
     Partial* const partials = reinterpret_cast<Partial*>(shared);
@@ -591,7 +619,7 @@ __global__ void __launch_bounds__(THREADS) row_statistics(const Arguments a) {
     const i32 end = view.real_end > view.offset ? view.real_end : 0;
     const i32 num_vectors = (end + Vector<T>::SIZE - 1) / Vector<T>::SIZE;
     float* const picks = a.picks + row * (1 + a.num_entries);
-    pick(picks, a, row, view, 0, end);
+    pick<CAPPED>(picks, a, row, view, 0, end, settings);
     if (GENERAL && settings.has_bucket) mark_kept(kept, a, row, view, 0, end);
 
     Partial partial = nothing();
@@ -612,7 +640,7 @@ __global__ void __launch_bounds__(THREADS) row_statistics(const Arguments a) {
                 real_here = view.real_bits(vector);
                 if (settings.has_bucket) kept_here = kept_bits<T>(kept, vector);
             }
-            accumulate<GENERAL>(partial, loaded[i], real_here, kept_here, settings);
+            accumulate<GENERAL, CAPPED>(partial, loaded[i], real_here, kept_here, settings);
         }
     }
     partial = block_merged<GENERAL>(partial, partials, settings);
@@ -641,7 +669,7 @@ __global__ void __launch_bounds__(THREADS) combine(const Arguments a) {
 }
 
 // A block per row (x) and chunk of vectors_per_block vectors (y).
-template <class T, bool GENERAL>
+template <class T, bool GENERAL, bool CAPPED = false>
 __global__ void __launch_bounds__(THREADS) gradient(const Arguments a) {
     const i64 row = blockIdx.x;
     const i32 thread = threadIdx.x, num_threads = blockDim.x;
@@ -664,18 +692,18 @@ __global__ void __launch_bounds__(THREADS) gradient(const Arguments a) {
 #pragma unroll
         for (int i = 0; i < TILE; ++i) {
             const i32 vector = first + i * num_threads;
-            if (vector < end) write_gradient<GENERAL>(view, vector, loaded[i], scalars, settings);
+            if (vector < end) write_gradient<GENERAL, CAPPED>(view, vector, loaded[i], scalars, settings);
         }
     }
     __syncthreads();
     const i64 first_pick = row * (1 + a.num_entries);
-    write_entries<GENERAL>(a, row, view, begin * Vector<T>::SIZE, end * Vector<T>::SIZE, a.picks + first_pick,
-                           a.subtracted + first_pick, row_scalars, incoming, settings);
+    write_entries<GENERAL, CAPPED>(a, row, view, begin * Vector<T>::SIZE, end * Vector<T>::SIZE, a.picks + first_pick,
+                                   a.subtracted + first_pick, row_scalars, incoming, settings);
 }
 
 // A cluster per row, which it holds in registers: loss, and the gradient over the logits, in one read and one write.
 // Shared memory: K Entries, 8 Statistics, 32 Partials, RowScalars, 3 K + 2 floats; with buckets, a bit per position.
-template <class T, bool GENERAL>
+template <class T, bool GENERAL, bool CAPPED = false>
 __global__ void __launch_bounds__(FUSED_THREADS) fused(const Arguments a) {
     constexpr int SIZE = Vector<T>::SIZE;
     cluster_arrive();  // a block's shared memory may be written once the block has started: waited for below
@@ -700,7 +728,7 @@ __global__ void __launch_bounds__(FUSED_THREADS) fused(const Arguments a) {
 #pragma unroll
     for (int i = 0; i < TILE; ++i) loaded[i] = view.load(first + i * num_threads);
 
-    pick(picks, a, row, view, begin, end);
+    pick<CAPPED>(picks, a, row, view, begin, end, settings);
     read_entries(entries, a, row, thread, num_threads);
     if (GENERAL && settings.has_bucket) mark_kept(kept, a, row, view, begin, end);
     __syncthreads();
@@ -712,7 +740,7 @@ __global__ void __launch_bounds__(FUSED_THREADS) fused(const Arguments a) {
         const i32 vector = first + i * num_threads;
         u32 kept_here = 0;
         if (GENERAL && settings.has_bucket) kept_here = kept_bits<T>(kept, vector - begin / SIZE);
-        accumulate<GENERAL>(partial, loaded[i], GENERAL ? view.real_bits(vector) : 0, kept_here, settings);
+        accumulate<GENERAL, CAPPED>(partial, loaded[i], GENERAL ? view.real_bits(vector) : 0, kept_here, settings);
     }
     partial = block_merged<GENERAL>(partial, partials, settings);
     cluster_wait();
@@ -735,10 +763,10 @@ __global__ void __launch_bounds__(FUSED_THREADS) fused(const Arguments a) {
     for (int i = 0; i < TILE; ++i) {
         const i32 vector = first + i * num_threads;
         if (scalars.is_active == 0.0f) loaded[i] = Vector<T>::filled(0);
-        if (vector * SIZE < view.end) write_gradient<GENERAL>(view, vector, loaded[i], scalars, settings);
+        if (vector * SIZE < view.end) write_gradient<GENERAL, CAPPED>(view, vector, loaded[i], scalars, settings);
     }
     __syncthreads();
-    write_entries<GENERAL>(a, row, view, begin, end, picks, subtracted, *shared_scalars, incoming, settings);
+    write_entries<GENERAL, CAPPED>(a, row, view, begin, end, picks, subtracted, *shared_scalars, incoming, settings);
 }
 
 }  // namespace sparse_kd

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from distill_pretrain.kernels.cuda.backend import Backend, launcher_for
+from distill_pretrain.kernels.cuda.launcher import Launcher
 from distill_pretrain.kernels.sparse_kd import launch, reference
 from distill_pretrain.kernels.sparse_kd.coarse import Coarse, compare
 from distill_pretrain.kernels.sparse_kd.loss import Loss
@@ -75,7 +76,7 @@ def forward(logits: torch.Tensor, loss: Loss) -> Forward:
     """Compute the loss of logits [T, n]; with a group, every rank of it calls this."""
     if loss.backend == "reference":
         return _reference_forward(logits, loss)
-    launcher, problem = launcher_for(launch.SOURCE, logits.device), _problem(logits, loss)
+    launcher, problem = _launcher(logits, loss), _problem(logits, loss)
     statistics, picks = launch.row_statistics(launcher, problem)
     if loss.form != "forward_kl":
         return _coarse_kernel_forward(_gathered(statistics, loss.group), picks, loss)
@@ -93,7 +94,7 @@ def gradient_(logits: torch.Tensor, loss: Loss, saved: Saved, grad_losses: torch
         _reference_gradient_(logits, loss, saved, grad_losses)
         return
     launch.gradient_(
-        launcher_for(launch.SOURCE, logits.device),
+        _launcher(logits, loss),
         _problem(logits, loss),
         saved.picks,
         saved.scalars,
@@ -113,11 +114,15 @@ def loss_and_gradient_(
     if is_plain and loss.group is None and loss.backend == "cuda":
         problem, blocks = _problem(logits, loss), _blocks(logits.device)
         if launch.fits_fused(problem, blocks=blocks):
-            return launch.fused_(launcher_for(launch.SOURCE, logits.device), problem, blocks=blocks)
+            return launch.fused_(_launcher(logits, loss), problem, blocks=blocks)
     seen = forward(logits, loss)
     weights = torch.ones_like(seen.losses) if row_weights is None else row_weights
     gradient_(logits, loss, seen.saved, weights)
     return seen.losses, seen.terms
+
+
+def _launcher(logits: torch.Tensor, loss: Loss) -> Launcher:
+    return launcher_for(launch.source_of(loss.settings), logits.device)
 
 
 def _blocks(device: torch.device) -> launch.Blocks:
@@ -166,7 +171,9 @@ def _real_columns(logits: torch.Tensor, loss: Loss) -> tuple[int, int]:
 def _reference_forward(logits: torch.Tensor, loss: Loss) -> Forward:
     first, num_columns = _real_columns(logits, loss)
     real = logits[:, :num_columns]
-    maxima = reference.row_maxima(real, loss.targets, first_column=first)
+    maxima = reference.row_maxima(
+        real, loss.targets, first_column=first, cap=loss.settings.logit_cap
+    )
     _all_reduce(maxima, dist.ReduceOp.MAX, loss.group)
     sums, picked, probs = reference.row_sums(
         real,
@@ -175,6 +182,7 @@ def _reference_forward(logits: torch.Tensor, loss: Loss) -> Forward:
         loss.targets,
         first_column=first,
         temperature=loss.row_temperature,
+        cap=loss.settings.logit_cap,
     )
     _all_reduce(sums, dist.ReduceOp.SUM, loss.group)
     coarse = None
@@ -215,6 +223,7 @@ def _reference_gradient_(
         grad_losses,
         first_column=first,
         temperature=loss.row_temperature,
+        cap=loss.settings.logit_cap,
     )
     logits[:, num_columns:] = 0
 

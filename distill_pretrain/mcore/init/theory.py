@@ -77,6 +77,8 @@ def predict(
             "yarn",
             "attention_temperature",
             "attention_scale_width",
+            "attention_logit_cap",
+            "logit_cap",
             "qk_norm_whole",
             "embedding_scale",
             "zero_centred_norms",

@@ -210,7 +210,7 @@ def build_model_chunks(
             rotary_percent=model.rotary_fraction,
             vp_stage=vp_stage,
         )
-        gpt.loss_function = loss_function
+        gpt.loss_function, gpt.logit_cap = loss_function, model.logit_cap
         if model.embedding_scale is not None and gpt.pre_process:
             gpt.embedding.register_forward_hook(partial(_scaled_embedding, model.embedding_scale))
         if config.recompute_granularity == "selective" and "mlp" in config.recompute_modules:

@@ -54,6 +54,10 @@ class ModelConfig(Section):
     """See attention_temperature."""
     attention_scale_width: int | None = Field(default=None, ge=1, le=1 << 20)
     """Products of queries and keys are divided by the root of this (llama); null means the width of a head."""
+    attention_logit_cap: float | None = Field(default=None, gt=0, le=1e6)
+    """Those quotients s become this * tanh(s / this) (llama); null means that they stay."""
+    logit_cap: float | None = Field(default=None, gt=0, le=1e6)
+    """The model's logits z become this * tanh(z / this) (llama); null means that they stay."""
     qkv_bias: bool = False
     """Biases on the query, key and value projections, as in Qwen2 (llama)."""
     qk_norm: bool = False
@@ -155,6 +159,8 @@ class ModelConfig(Section):
             )
         if self.mlp_bias and self.experts is not None:
             raise ValueError("mlp_bias: not of experts; set experts.biases")
+        if self.attention_sinks and self.attention_logit_cap is not None:
+            raise ValueError("attention_sinks and attention_logit_cap: only one can be set")
         if self.qk_norm and self.qk_norm_whole:
             raise ValueError("qk_norm and qk_norm_whole: only one can be set")
 
@@ -192,13 +198,9 @@ class ModelConfig(Section):
                 f"init: {self.init} is not derived for norm_placement: {self.norm_placement}, whose branches are "
                 "normalised before they are added; set init: megatron, xavier or fan_in"
             )
-        scaled = self.zero_centred_norms or self.embedding_scale is not None
-        if scaled and self.init != "megatron":
-            raise ValueError(
-                f"init: {self.init} is not derived for zero_centred_norms and embedding_scale; set init: megatron"
-            )
-        if self.experts is not None and self.init != "megatron":
-            raise ValueError(f"init: {self.init} is not derived for experts; set init: megatron")
+        own = [name for name in _NOT_DERIVED if getattr(self, name)]
+        if own and self.init != "megatron":
+            raise ValueError(f"init: {self.init} is not derived for {', '.join(own)}; set megatron")
         only = {"completep": "pre", "deepnorm": "post"}.get(self.init)
         if only not in (None, self.norm_placement):
             raise ValueError(
@@ -227,6 +229,7 @@ _OWN_MODULES = (
     "yarn",
     "attention_layers",
     "attention_temperature",
+    "attention_logit_cap",
     "qk_norm_whole",
     "attention_output_bias",
     "mlp_bias",
@@ -239,8 +242,14 @@ _LLAMA_ONLY = (
     "qk_norm",
     "embedding_scale",
     "attention_scale_width",
+    "logit_cap",
     *_OWN_MODULES,
 )
+_NOT_DERIVED = (
+    *("experts", "zero_centred_norms", "embedding_scale"),
+    *("attention_logit_cap", "logit_cap"),
+)
+"""Keys that no initialisation but megatron's is derived for."""
 
 
 class ParallelConfig(Section):

@@ -25,12 +25,14 @@ class ForwardOnly:
 
     Attributes:
         head: [V_own, H], this rank's columns of the LM head; None on all but the last pipeline stage.
+        logit_cap: of the model; what the head makes of hidden states is not capped.
     """
 
     def __init__(self, chunk: torch.nn.Module) -> None:
         self._chunk = chunk.eval()
         self._gpt = unwrap(chunk)
         self.head: torch.Tensor | None = None
+        self.logit_cap: float | None = self._gpt.logit_cap
         if self._gpt.post_process:
             tied = self._gpt.share_embeddings_and_output_weights
             weight = (

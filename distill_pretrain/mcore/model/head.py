@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from distill_pretrain.contracts import TokenBatch
+from distill_pretrain.kernels.sparse_kd.cap import soft_capped
 from distill_pretrain.mcore.runtime.core import tensor_parallel
 
 LossFunction = Callable[[torch.Tensor, TokenBatch], torch.Tensor]
@@ -60,17 +61,25 @@ class LossGivenIn:
     """Mixed into GPTModel or HybridModel: sparse targets reach the last pipeline stage as `labels`."""
 
     loss_function: LossFunction | None = None
+    logit_cap: float | None = None
+    """The logits are this * tanh(z / this) of the LM head's z, which is what a loss function is given."""
     post_process: bool
     output_layer: Any
 
     def forward(self, *inputs: Any, labels: TokenBatch | None = None, **settings: Any) -> Any:
-        """Do what megatron-core does here, but give hidden states in place of logits to a loss that takes them."""
+        """Do what megatron-core does here, but give hidden states in place of logits to a loss that takes them.
+
+        Logits that are returned are capped.
+        """
         head: Any = nullcontext()
         if self.post_process and labels is not None and self._takes_hidden:
             loss: Any = self.loss_function
             head = head_computes(self.output_layer, partial(loss.from_hidden, batch=labels))
         with head:
-            return super().forward(*inputs, labels=labels, **settings)  # type: ignore[misc]
+            output = super().forward(*inputs, labels=labels, **settings)  # type: ignore[misc]
+        if self.logit_cap and self.post_process and labels is None:
+            return soft_capped(output, self.logit_cap).to(output.dtype)
+        return output
 
     def compute_language_model_loss(self, labels: TokenBatch, logits: torch.Tensor) -> torch.Tensor:
         """Compute the loss terms of a micro-batch from logits [L, B, V/tp], unless the head has made them."""

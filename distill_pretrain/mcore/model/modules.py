@@ -26,6 +26,7 @@ from distill_pretrain.mcore.init.layers import (
     ReorderedLayer,
     SandwichLayer,
 )
+from distill_pretrain.mcore.model.capped_attention import capped_attention
 from distill_pretrain.mcore.model.config import ModelConfig
 from distill_pretrain.mcore.model.experts import use_experts
 from distill_pretrain.mcore.model.layout import require_spec
@@ -111,7 +112,7 @@ class SDPAttention(MegatronModule):
     Context-parallel ranks gather each other's keys and values; the backward pass scatters the sums of their gradients.
 
     Attributes:
-        model: architecture, of subclasses for models with windows or an attention temperature (`attention_of`).
+        model: architecture, of subclasses for models whose attention has pieces of its own (`attention_of`).
         window: places that a query of this layer sees, its own included; None for all before.
         sinks: of a model with attention_sinks.
     """
@@ -202,6 +203,11 @@ class SDPAttention(MegatronModule):
         num_queries, num_keys = q.size(2), k.size(2)
         if self.model is not None and self.model.attention_temperature is not None:
             q = q * self._temperatures(self.model, num_keys - num_queries, num_keys).to(q)
+        if self.model is not None and self.model.attention_logit_cap is not None:
+            cap, scale = self.model.attention_logit_cap, self.softmax_scale
+            return capped_attention(
+                q, k, v, cap=cap, scale=scale, window=self.window, dropout=dropout
+            )
         if self.window is not None and self.window < num_keys:
             return self._attend_in_window(q, k, v, dropout, self.window)
         return self._product(q, k, v, None, dropout)
@@ -286,8 +292,8 @@ class SDPAttention(MegatronModule):
 
 def attention_of(model: ModelConfig) -> type[SDPAttention]:
     """Return the core attention of a model."""
-    plain = "w" not in model.attention_layers and model.attention_temperature is None
-    if plain and not model.attention_sinks:
+    own = ("attention_temperature", "attention_logit_cap", "attention_sinks")
+    if "w" not in model.attention_layers and not any(getattr(model, name) for name in own):
         return SDPAttention
 
     class Attention(SDPAttention):

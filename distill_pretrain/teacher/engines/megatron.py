@@ -13,6 +13,7 @@ from distill_pretrain.checkpoint.store import find_checkpoint
 from distill_pretrain.checkpoint.whole import load_model_part, model_logits
 from distill_pretrain.contracts import LogitsChunk
 from distill_pretrain.errors import TeacherError, TokenizerMismatch
+from distill_pretrain.kernels.sparse_kd.cap import soft_capped
 from distill_pretrain.mcore.model.config import ParallelConfig
 from distill_pretrain.mcore.model.layout import scoring_layout
 from distill_pretrain.processes.process import local_device
@@ -64,12 +65,14 @@ class MegatronEngine:
         self._identity |= {k: v for k, v in (("tensor", tensor), ("pipeline", pipeline)) if v > 1}
         self._forward = ForwardOnly(self._model)
         self._head: ChunkedHead | None = None
+        cap = self._forward.logit_cap
         if self._forward.head is not None:
             self._head = ChunkedHead(
                 self._forward.head,
                 first_id=head_shard_rank() * len(self._forward.head),
                 vocab_size=vocab_size,
                 chunk_tokens=head_chunk_tokens,
+                finish=None if cap is None else (lambda z: soft_capped(z, cap).to(z.dtype)),
             )
 
     @property

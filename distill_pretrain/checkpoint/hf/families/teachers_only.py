@@ -13,7 +13,6 @@ FAMILIES = tuple(
     TeacherOnly(model_type=model_type, title=title, reason=reason)
     for model_type, title, reason in (
         ("deepseek_v3", "DeepSeek-V3", f"{_LATENT}, and {_EXPERTS}"),
-        ("gemma2", "Gemma 2", "soft-capped logits"),
         ("gemma4_text", "Gemma 4 (text)", "embeddings in every layer and two widths of heads"),
         ("llama4_text", "Llama 4 (text)", f"{_EXPERTS} and chunked attention"),
         ("mixtral", "Mixtral", _EXPERTS),
