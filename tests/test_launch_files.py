@@ -11,6 +11,10 @@ from shutil import which
 import pytest
 import yaml
 
+from distill_pretrain.config import load_recipe
+from distill_pretrain.jobs.comparison.plan import ComparisonPlan
+from distill_pretrain.jobs.recipe import Recipe
+from distill_pretrain.mcore.model.layout import check_layout
 from tools.version_matrix import COMBINATIONS
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +55,27 @@ def test_scripts_are_sound_bash():
         require_clean("bash", "-n", str(script))
         assert script.name == "cluster_env.sh" or script.stat().st_mode & 0o111, script
     require_clean(tool("shellcheck"), "-x", *map(str, SCRIPTS))
+
+
+@pytest.mark.parametrize("name", ["compare/cpu", "real_teacher/compare", "real_teacher/pruned"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_comparison_is_one_that_its_script_can_start(name: str, processes: int) -> None:
+    """As launch/*.sh do on a laptop: every cell's objective fits its set, and every layout its processes."""
+    recipe = load_recipe(Recipe, ROOT / f"launch/recipes/{name}.yaml")
+    for run in ComparisonPlan.of(recipe).runs:
+        job = run.recipe
+        assert job.data and job.model and job.train
+        check_layout(
+            job.model,
+            job.parallel,
+            world_size=processes,
+            micro_batch_size=job.train.micro_batch_size,
+            global_batch_size=job.train.global_batch_size,
+            seq_len=job.data.seq_len,
+            optimizer=job.optimizer,
+        )
+        needed = job.train.steps * job.train.global_batch_size
+        assert needed <= (job.data.num_sequences or needed), "a student sees sequences twice"
 
 
 def test_the_dockerfile_is_clean_and_its_copies_reach_it():
