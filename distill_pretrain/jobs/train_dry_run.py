@@ -25,8 +25,9 @@ from distill_pretrain.jobs.start import open_start, start_folder
 from distill_pretrain.jobs.train import require_training
 from distill_pretrain.mcore.model.layout import require_schedule
 from distill_pretrain.planning.figures import quantity
-from distill_pretrain.planning.memory import StudentJob, fullest_rank
+from distill_pretrain.planning.memory import fullest_rank
 from distill_pretrain.planning.parameters import num_parameters, rank_shapes
+from distill_pretrain.planning.student_job import StudentJob
 from distill_pretrain.processes.env import launch_world_size
 from distill_pretrain.train.config import TrainConfig
 

@@ -65,7 +65,7 @@ def test_a_gated_delta_net_needs_kernels_of_gpus():
     from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
-    from distill_pretrain.mcore.model.modules import RMSNorm
+    from distill_pretrain.mcore.model.norms import RMSNorm
     from distill_pretrain.mcore.runtime.core import TransformerConfig
 
     config = TransformerConfig(

@@ -16,8 +16,9 @@ from distill_pretrain.losses.config import ObjectiveConfig
 from distill_pretrain.losses.sparse_kd import DistillationObjective
 from distill_pretrain.mcore.model.config import ModelConfig, OptimizerConfig, ParallelConfig
 from distill_pretrain.mcore.model.layout import replica_size
-from distill_pretrain.planning.memory import StudentJob, fullest_rank, rank_memory
+from distill_pretrain.planning.memory import fullest_rank, rank_memory
 from distill_pretrain.planning.parameters import num_parameters, rank_shapes
+from distill_pretrain.planning.student_job import StudentJob
 from distill_pretrain.processes.process import process_group
 from tests.support.distributed import run_distributed
 from tests.support.live_memory import LiveMemory

@@ -16,7 +16,7 @@ from distill_pretrain.planning.figures import (
     Part,
     derived,
 )
-from distill_pretrain.planning.memory import StudentJob
+from distill_pretrain.planning.student_job import StudentJob
 from distill_pretrain.teacher.config import TeacherConfig
 
 TB = 1e12

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from distill_pretrain.mcore.model.config import checkpoint_bytes_per_parameter
 from distill_pretrain.planning.figures import Figure, Part
-from distill_pretrain.planning.memory import StudentJob
 from distill_pretrain.planning.parameters import num_parameters
+from distill_pretrain.planning.student_job import StudentJob
 from distill_pretrain.train.config import TrainConfig
 
 

@@ -20,8 +20,9 @@ from distill_pretrain.planning.evaluation import (
     evaluation_memory,
 )
 from distill_pretrain.planning.figures import Figure, Part, quantity
-from distill_pretrain.planning.memory import ACTIVATION_BYTES, GLIBC_KEEPS
+from distill_pretrain.planning.memory import GLIBC_KEEPS
 from distill_pretrain.planning.parameters import rank_shapes, stages
+from distill_pretrain.planning.student_job import ACTIVATION_BYTES
 from distill_pretrain.teacher.config import TeacherConfig
 
 _GB = 1e9

@@ -16,11 +16,11 @@ from distill_pretrain.planning.figures import Figure, Part, Table, quantity
 from distill_pretrain.planning.memory import (
     GLIBC_KEEPS,
     RankMemory,
-    StudentJob,
     cpu_process_bytes,
     fullest_rank,
 )
 from distill_pretrain.planning.parameters import active_parameters, num_parameters
+from distill_pretrain.planning.student_job import StudentJob
 
 TENSOR_SIZES = (1, 2, 4, 8)
 PIPELINE_SIZES = (1, 2, 4, 8)

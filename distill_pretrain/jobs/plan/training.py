@@ -22,8 +22,8 @@ from distill_pretrain.planning.figures import (
     derived,
     quantity,
 )
-from distill_pretrain.planning.memory import StudentJob
 from distill_pretrain.planning.parameters import active_parameters
+from distill_pretrain.planning.student_job import StudentJob
 
 
 def student_speed(recipe: Recipe, job: StudentJob, gpus: int) -> Figure:

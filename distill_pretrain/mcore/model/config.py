@@ -8,7 +8,13 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from distill_pretrain.config import Section
-from distill_pretrain.mcore.model.parts import ExpertsConfig, YarnConfig
+from distill_pretrain.mcore.model.parts import (
+    LLAMA_ONLY,
+    NOT_DERIVED,
+    OWN_MODULES,
+    ExpertsConfig,
+    YarnConfig,
+)
 
 
 class ModelConfig(Section):
@@ -123,12 +129,12 @@ class ModelConfig(Section):
     def own_modules(self) -> list[str]:
         """Keys that megatron-core's and Transformer Engine's layers do not have: they need modules of this project."""
         fields = type(self).model_fields
-        return [name for name in _OWN_MODULES if getattr(self, name) != fields[name].default]
+        return [name for name in OWN_MODULES if getattr(self, name) != fields[name].default]
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
         fields = type(self).model_fields
-        used = [name for name in _LLAMA_ONLY if getattr(self, name) != fields[name].default]
+        used = [name for name in LLAMA_ONLY if getattr(self, name) != fields[name].default]
         if self.norm_placement in OF_BRANCHES:
             used.append(f"norm_placement: {self.norm_placement}")
         if self.arch != "llama" and used:
@@ -198,7 +204,7 @@ class ModelConfig(Section):
                 f"init: {self.init} is not derived for norm_placement: {self.norm_placement}, whose branches are "
                 "normalised before they are added; set init: megatron, xavier or fan_in"
             )
-        own = [name for name in _NOT_DERIVED if getattr(self, name)]
+        own = [name for name in NOT_DERIVED if getattr(self, name)]
         if own and self.init != "megatron":
             raise ValueError(f"init: {self.init} is not derived for {', '.join(own)}; set megatron")
         only = {"completep": "pre", "deepnorm": "post"}.get(self.init)
@@ -220,36 +226,6 @@ class ModelConfig(Section):
 
 OF_BRANCHES = ("reordered", "sandwich")
 """Values of norm_placement that normalise the branches' outputs."""
-
-_OWN_MODULES = (
-    "attention_sinks",
-    "rope_linear_factor",
-    "windowed_rotary_base",
-    "zero_centred_norms",
-    "yarn",
-    "attention_layers",
-    "attention_temperature",
-    "attention_logit_cap",
-    "qk_norm_whole",
-    "attention_output_bias",
-    "mlp_bias",
-)
-_LLAMA_ONLY = (
-    "rotary_fraction",
-    "experts",
-    "rope_scaling_factor",
-    "qkv_bias",
-    "qk_norm",
-    "embedding_scale",
-    "attention_scale_width",
-    "logit_cap",
-    *_OWN_MODULES,
-)
-_NOT_DERIVED = (
-    *("experts", "zero_centred_norms", "embedding_scale"),
-    *("attention_logit_cap", "logit_cap"),
-)
-"""Keys that no initialisation but megatron's is derived for."""
 
 
 class ParallelConfig(Section):

@@ -1,4 +1,4 @@
-"""Sections within the section `model`: YaRN and experts."""
+"""Parts of the section `model`: the sections YaRN and experts within it, and the keys that not every model can have."""
 
 from __future__ import annotations
 
@@ -7,6 +7,38 @@ import math
 from pydantic import Field, model_validator
 
 from distill_pretrain.config import Section
+
+OWN_MODULES = (
+    "attention_sinks",
+    "rope_linear_factor",
+    "windowed_rotary_base",
+    "zero_centred_norms",
+    "yarn",
+    "attention_layers",
+    "attention_temperature",
+    "attention_logit_cap",
+    "qk_norm_whole",
+    "attention_output_bias",
+    "mlp_bias",
+)
+"""Keys that need modules of this project, which Transformer Engine's layers have no place for."""
+LLAMA_ONLY = (
+    "rotary_fraction",
+    "experts",
+    "rope_scaling_factor",
+    "qkv_bias",
+    "qk_norm",
+    "embedding_scale",
+    "attention_scale_width",
+    "logit_cap",
+    *OWN_MODULES,
+)
+"""Keys of arch: llama."""
+NOT_DERIVED = (
+    *("experts", "zero_centred_norms", "embedding_scale"),
+    *("attention_logit_cap", "logit_cap"),
+)
+"""Keys that no initialisation but megatron's is derived for."""
 
 
 class YarnConfig(Section):
