@@ -170,7 +170,7 @@ def test_context_parallel_ranks_attend_as_a_whole_sequence_does(size, monkeypatc
 
     attention = modules.SDPAttention.__new__(modules.SDPAttention)
     torch.nn.Module.__init__(attention)
-    attention.config, attention.softmax_scale = Config(), None
+    attention.config, attention.softmax_scale, attention.sinks = Config(), None, None
     for rank in range(size):
         monkeypatch.setattr(
             modules.parallel_state, "get_context_parallel_rank", lambda rank=rank: rank
