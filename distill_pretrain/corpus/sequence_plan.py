@@ -14,13 +14,15 @@ import numpy as np
 import numpy.typing as npt
 
 from distill_pretrain.contracts import IGNORED_LABEL
-from distill_pretrain.corpus.packing import Packing, best_fit
+from distill_pretrain.corpus.packing import Packing
+from distill_pretrain.corpus.plan_tables import Int64s, plan_tables
 from distill_pretrain.corpus.token_index import TokenIndex
 from distill_pretrain.errors import ConfigError, TokenDataError, require_whole
 from distill_pretrain.files.atomic import canonical_json
 
 PLAN_VERSION = 1
 PADDING_TOKEN = 0
+_CHUNK = 1 << 20
 
 
 class SequenceOutOfRange(TokenDataError, IndexError):
@@ -86,7 +88,10 @@ class SequencePlan:
         document_end: int | None = None,
         packing: PackingMode = "cut",
     ) -> None:
-        """Order the documents; O(D log D) time and O(D) memory, no token is read.
+        """Order the documents, or map the order that another process has stored; no token is read.
+
+        That takes O(D log D) time and O(D) memory, which from a million documents on is a file that the processes of a
+        node share (corpus/plan_tables.py).
 
         Raises:
             TokenDataError: the corpus is shorter than one sequence and its last label.
@@ -114,18 +119,21 @@ class SequencePlan:
         self.document_end = document_end
         self.packing = packing
         self._leaves_out = True
-        self._order = document_order(index.num_documents, seed)
-        self._ends = np.cumsum(index.document_lengths[self._order])
-        self._packed: Packing | None = None
-        if packing == "best_fit":
-            # Sequences in an order of their own.
-            self._packed = best_fit(
-                index.document_lengths,
-                self._order,
-                seq_len,
-                lambda count: document_order(count, seed ^ (1 << 63)),
-            )
+        self._tables = plan_tables(index, seq_len=seq_len, seed=seed, packing=packing)
+        if self._packed is not None:
             self.num_sequences = len(self._packed.starts) - 1
+
+    @property
+    def _order(self) -> Int64s:
+        return self._tables.order
+
+    @property
+    def _ends(self) -> Int64s:
+        return self._tables.ends
+
+    @property
+    def _packed(self) -> Packing | None:
+        return self._tables.packed
 
     @property
     def plan_id(self) -> str:
@@ -147,16 +155,20 @@ class SequencePlan:
     @property
     def shares(self) -> PlanShares:
         """How much of the plan is padding, and of the documents cut."""
-        lengths = self.index.document_lengths[self._order]
-        longer = lengths > self.seq_len
-        cut = longer
-        if self._packed is None:
-            firsts = (self._ends - lengths) // self.seq_len
-            cut = (lengths > 0) & (firsts != (self._ends - 1) // self.seq_len)
+        num_cut = num_longer = 0
+        for first in range(0, len(self._ends), _CHUNK):
+            ends = self._ends[first : first + _CHUNK]
+            starts = np.concatenate([self._ends[first - 1 : first] if first else [0], ends[:-1]])
+            longer = ends - starts > self.seq_len
+            cut = longer
+            if self._packed is None:
+                cut = (ends > starts) & (starts // self.seq_len != (ends - 1) // self.seq_len)
+            num_longer += int(longer.sum())
+            num_cut += int(cut.sum())
         return PlanShares(
             padding=1 - self.num_tokens / (self.num_sequences * self.seq_len),
-            cut=float(cut.mean()),
-            longer=float(longer.mean()),
+            cut=num_cut / len(self._ends),
+            longer=num_longer / len(self._ends),
         )
 
     def read(self, sequences: npt.ArrayLike) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
@@ -241,7 +253,7 @@ class SequencePlan:
         lasts, place = [], 0
         for document, offset, length in parts:
             place += length
-            if offset + length == self.index.document_lengths[document] and place <= len(inputs):
+            if offset + length == self.index.document_length(document) and place <= len(inputs):
                 lasts.append(place - 1)
         places = np.array(lasts, np.int64)
         found = np.flatnonzero(inputs == self.document_end)
@@ -277,7 +289,7 @@ class SequencePlan:
         columns = (packed.documents, packed.offsets, packed.lengths)
         parts = list(zip(*(column[first:stop].tolist() for column in columns), strict=True))
         document, offset, length = parts[-1]
-        if offset + length < self.index.document_lengths[document]:
+        if offset + length < self.index.document_length(document):
             parts[-1] = (document, offset, length + 1)
         return parts
 
@@ -288,7 +300,7 @@ class SequencePlan:
         while start < stop:
             document = int(self._order[place])
             end = int(self._ends[place])
-            offset = start - (end - int(self.index.document_lengths[document]))
+            offset = start - (int(self._ends[place - 1]) if place else 0)
             take = min(end, stop) - start
             if take > 0:
                 yield document, offset, take
@@ -324,23 +336,3 @@ def _whole_numbers(sequences: npt.ArrayLike) -> npt.NDArray[np.int64]:
             expected="integers",
         )
     return numbers.astype(np.int64).reshape(-1)
-
-
-def document_order(num_documents: int, seed: int) -> npt.NDArray[np.int64]:
-    """Order documents by a 64-bit hash of (seed, document number), ties by number; int64[D].
-
-    The hash is splitmix64 (Steele, Lea, Flood 2014) started at mix(seed); it is written out here
-    so that the order never depends on a library's generator.
-    """
-    golden = np.uint64(0x9E3779B97F4A7C15)
-    start = mix64(np.array([seed], np.uint64) + golden)
-    steps = np.arange(1, num_documents + 1, dtype=np.uint64)
-    return np.argsort(mix64(start + steps * golden), kind="stable")
-
-
-def mix64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Compute the output function of splitmix64 (Steele, Lea, Flood 2014), element by element."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: npt.NDArray[np.uint64] = x ^ (x >> np.uint64(31))
-    return mixed

@@ -105,6 +105,6 @@ def shown(tokenizer: TokenNames, token_id: int) -> str:
 
 def first_tokens(index: TokenIndex, tokenizer: Tokenizer) -> str:
     """Write the first tokens of the first document, one by one and as text."""
-    ids = index.read(0, 0, min(FIRST_TOKENS, int(index.document_lengths[0]))).tolist()
+    ids = index.read(0, 0, min(FIRST_TOKENS, index.document_length(0))).tolist()
     pieces = " ".join(tokenizer.id_to_piece(token_id) for token_id in ids)
     return f"{pieces!r}, as text {tokenizer.decode(ids)!r}"

@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import os
-import struct
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -19,23 +18,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from distill_pretrain.corpus.index_tables import IndexTables, damaged
 from distill_pretrain.corpus.loss_weights import SUFFIX as LOSS
 from distill_pretrain.corpus.loss_weights import LossWeights
 from distill_pretrain.errors import TokenDataError, TokenizerMismatch
 from distill_pretrain.files.atomic import canonical_json, publish_bytes, sha256_file
 
-IDX_MAGIC = b"MMIDIDX\x00\x00"
-IDX_HEADER = struct.Struct("<9sQBQQ")
-INTEGER_DTYPES: dict[int, type[np.integer[Any]]] = {
-    1: np.uint8,
-    2: np.int8,
-    3: np.int16,
-    4: np.int32,
-    5: np.int64,
-    8: np.uint16,
-}
 _SCAN_BYTES = 1 << 22
-_REBUILD = "tokenise the corpus again, or copy both files again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,19 +58,17 @@ class TokenIndex:
         dtype: stored integer type of a token.
         num_documents: D.
         num_tokens: tokens in all documents.
-        document_lengths: int64[D], tokens per document.
         loss: what of it the loss counts, PREFIX.loss; None where that is all.
     """
 
-    def __init__(self, prefix: Path, layout: _Layout) -> None:
+    def __init__(self, prefix: Path, tables: IndexTables) -> None:
         """Use `TokenIndex.open`."""
         self.prefix = prefix
-        self.dtype = layout.dtype
-        self.document_lengths = layout.document_lengths
-        self.num_documents = len(layout.document_lengths)
-        self.num_tokens = int(layout.document_lengths.sum())
-        self._document_starts = np.cumsum(layout.document_lengths) - layout.document_lengths
-        # Mapped, not read: the ranks of a node share its pages.
+        self.dtype = tables.dtype
+        self.num_documents = tables.num_documents
+        self.num_tokens = tables.num_tokens
+        # Mapped, not read, as the tables are: the ranks of a node share the pages.
+        self._tables = tables
         self._tokens = np.memmap(with_suffix(prefix, ".bin"), dtype=self.dtype, mode="r")
         self.loss: LossWeights | None = None
         if with_suffix(prefix, LOSS).exists():
@@ -97,7 +84,7 @@ class TokenIndex:
 
     @classmethod
     def open(cls, prefix: Path, *, vocab_size: int | None = None) -> TokenIndex:
-        """Open a corpus, checking its structure before it is mapped into memory.
+        """Open a corpus, checking its structure: its tables whole, unless its fingerprint says that they were.
 
         Args:
             prefix: path without suffix.
@@ -109,10 +96,23 @@ class TokenIndex:
             TokenizerMismatch: an id is at or above `vocab_size`.
         """
         prefix = Path(prefix)
-        index = cls(prefix, _read_layout(prefix))
+        index = cls(prefix, _checked_tables(prefix))
         if vocab_size is not None:
             index.check_vocabulary(vocab_size)
         return index
+
+    @cached_property
+    def document_lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of every document, int64[D]: memory of this process alone, which `document_length` needs none of."""
+        return self._tables.lengths_between(0, self.num_documents)
+
+    def document_length(self, document: int) -> int:
+        """Return how many tokens a document has."""
+        return self._tables.start_of(document + 1) - self._tables.start_of(document)
+
+    def lengths_between(self, first: int, stop: int) -> npt.NDArray[np.int64]:
+        """Return the tokens of the documents from `first` up to `stop`, int64[stop - first]."""
+        return self._tables.lengths_between(first, stop)
 
     @cached_property
     def fingerprint(self) -> TokenFingerprint:
@@ -168,7 +168,7 @@ class TokenIndex:
         """Read float32[length]: what the tokens that `read` gives weigh as labels; 0 is left out of the loss."""
         if self.loss is None:
             return np.ones(length, np.float32)
-        return self.loss.read(document, int(self._document_starts[document]) + offset, length)
+        return self.loss.read(document, self._tables.start_of(document) + offset, length)
 
     def read(self, document: int, offset: int, length: int) -> npt.NDArray[np.int32]:
         """Read tokens `offset` to `offset + length` of one document, int32[length].
@@ -183,21 +183,16 @@ class TokenIndex:
                 found=document,
                 expected=f"0 to {self.num_documents - 1}",
             )
-        if offset < 0 or length < 0 or offset + length > self.document_lengths[document]:
+        start, stop = self._tables.start_of(document), self._tables.start_of(document + 1)
+        if offset < 0 or length < 0 or start + offset + length > stop:
             raise TokenDataError(
                 "no such tokens in the document",
                 where=f"{self.prefix}, document {document}",
                 found=f"{length} tokens from {offset}",
-                expected=f"within its {self.document_lengths[document]} tokens",
+                expected=f"within its {stop - start} tokens",
             )
-        start = int(self._document_starts[document]) + offset
+        start += offset
         return np.array(self._tokens[start : start + length], dtype=np.int32)
-
-
-@dataclass(frozen=True)
-class _Layout:
-    dtype: np.dtype[Any]
-    document_lengths: npt.NDArray[np.int64]
 
 
 def with_suffix(prefix: Path, suffix: str) -> Path:
@@ -205,12 +200,8 @@ def with_suffix(prefix: Path, suffix: str) -> Path:
     return prefix.with_name(prefix.name + suffix)
 
 
-def _damaged(path: Path, what: str, found: object, expected: object) -> TokenDataError:
-    return TokenDataError(what, where=path, found=found, expected=expected, remedy=_REBUILD)
-
-
-def _read_layout(prefix: Path) -> _Layout:
-    """Everything the .idx implies, checked against itself and against the size of the .bin."""
+def _checked_tables(prefix: Path) -> IndexTables:
+    """The .idx, checked against itself and against the size of the .bin."""
     bin_path, idx_path = with_suffix(prefix, ".bin"), with_suffix(prefix, ".idx")
     for path in (bin_path, idx_path):
         if not path.is_file():
@@ -221,61 +212,19 @@ def _read_layout(prefix: Path) -> _Layout:
                 expected=f"{bin_path.name} and {idx_path.name} in one folder",
                 remedy="run `distill-pretrain tokenize`, or correct the prefix (without .bin/.idx)",
             )
-    idx_bytes = idx_path.stat().st_size
-    with open(idx_path, "rb") as file:
-        head = file.read(IDX_HEADER.size)
-        if len(head) < IDX_HEADER.size:
-            expected = f"at least {IDX_HEADER.size} bytes"
-            raise _damaged(idx_path, "the index is truncated", f"{len(head)} bytes", expected)
-        magic, version, code, num_sequences, num_bounds = IDX_HEADER.unpack(head)
-        if magic != IDX_MAGIC or version != 1:
-            found = f"{magic!r} version {version}"
-            raise _damaged(idx_path, "not a Megatron index", found, f"{IDX_MAGIC!r} version 1")
-        if code not in INTEGER_DTYPES:
-            what = "the index names no integer token type"
-            raise _damaged(idx_path, what, f"code {code}", f"one of {sorted(INTEGER_DTYPES)}")
-        table_bytes = num_sequences * (4 + 8) + num_bounds * 8
-        expected_bytes = IDX_HEADER.size + table_bytes
-        # A multimodal index adds one mode byte per sequence; the tokens are laid out the same.
-        if idx_bytes not in (expected_bytes, expected_bytes + num_sequences):
-            what = "the index has the wrong length"
-            raise _damaged(idx_path, what, f"{idx_bytes} bytes", f"{expected_bytes} bytes")
-        table = file.read(table_bytes)
-    lengths = np.frombuffer(table, "<i4", num_sequences).astype(np.int64)
-    pointers = np.frombuffer(table, "<i8", num_sequences, 4 * num_sequences)
-    bounds = np.frombuffer(table, "<i8", num_bounds, 12 * num_sequences)
-    dtype = np.dtype(INTEGER_DTYPES[code])
-    _check_tables(idx_path, lengths, pointers, bounds, dtype.itemsize)
-    found_bytes, implied = bin_path.stat().st_size, int(lengths.sum()) * dtype.itemsize
+    tables = IndexTables(idx_path)
+    # Who left a fingerprint had checked the tables: one process does for all.
+    known = _load_sidecar(with_suffix(prefix, ".fingerprint.json"), _stamp(prefix))
+    counts = (tables.num_documents, tables.num_tokens)
+    if known is None or (known.num_documents, known.num_tokens) != counts:
+        tables.check()
+    found_bytes, implied = bin_path.stat().st_size, tables.num_tokens * tables.dtype.itemsize
     if found_bytes != implied:
         what = "truncated .bin" if found_bytes < implied else "the .bin is longer than its index"
-        raise _damaged(bin_path, what, f"{found_bytes} bytes", f"{implied} bytes")
+        raise damaged(bin_path, what, f"{found_bytes} bytes", f"{implied} bytes")
     if implied == 0:
-        raise _damaged(bin_path, "the corpus is empty", "no tokens", "at least one document")
-    ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    return _Layout(dtype=dtype, document_lengths=np.diff(ends[bounds]))
-
-
-def _check_tables(
-    path: Path,
-    lengths: npt.NDArray[np.int64],
-    pointers: npt.NDArray[np.int64],
-    bounds: npt.NDArray[np.int64],
-    itemsize: int,
-) -> None:
-    if len(lengths) and int(lengths.min()) < 0:
-        what = "the index holds a negative sequence length"
-        raise _damaged(path, what, int(lengths.min()), "lengths >= 0")
-    expected = (np.cumsum(lengths) - lengths) * itemsize
-    if not np.array_equal(pointers, expected):
-        at = int(np.flatnonzero(pointers != expected)[0])
-        what = f"the byte offset of sequence {at} contradicts the lengths before it"
-        raise _damaged(path, what, int(pointers[at]), int(expected[at]))
-    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != len(lengths):
-        found = "none" if len(bounds) == 0 else f"{int(bounds[0])} to {int(bounds[-1])}"
-        raise _damaged(path, "document boundaries are wrong", found, f"0 to {len(lengths)}")
-    if np.any(np.diff(bounds) < 0):
-        raise _damaged(path, "document boundaries are wrong", "a decreasing pair", "ascending")
+        raise damaged(bin_path, "the corpus is empty", "no tokens", "at least one document")
+    return tables
 
 
 def _scan_bin(path: Path, dtype: np.dtype[Any]) -> tuple[str, int]:
@@ -289,7 +238,7 @@ def _scan_bin(path: Path, dtype: np.dtype[Any]) -> tuple[str, int]:
             if low < 0 or high >= 1 << 31:
                 bad = int(np.flatnonzero((ids < 0) | (ids >= 1 << 31))[0])
                 what = f"token {position + bad} of the corpus is no token id"
-                raise _damaged(path, what, int(ids[bad]), "0 to 2147483647")
+                raise damaged(path, what, int(ids[bad]), "0 to 2147483647")
             largest = max(largest, high)
             position += len(ids)
     return digest.hexdigest(), largest

@@ -11,16 +11,11 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from distill_pretrain.corpus.index_tables import IDX_HEADER, IDX_MAGIC, INTEGER_DTYPES
 from distill_pretrain.corpus.loss_marks import MOST_WEIGHT
 from distill_pretrain.corpus.loss_weights import SUFFIX as LOSS
 from distill_pretrain.corpus.loss_weights import LossWeightsWriter
-from distill_pretrain.corpus.token_index import (
-    IDX_HEADER,
-    IDX_MAGIC,
-    INTEGER_DTYPES,
-    TokenIndex,
-    with_suffix,
-)
+from distill_pretrain.corpus.token_index import TokenIndex, with_suffix
 from distill_pretrain.errors import TokenDataError, TokenizerMismatch
 from distill_pretrain.files.atomic import fsync_path, sha256_file
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from distill_pretrain.corpus.sequence_plan import mix64
+from distill_pretrain.corpus.document_order import mix64
 
 _ROUNDS = 6
 _U64 = np.uint64

@@ -48,7 +48,7 @@ def missing_bos(model: Path, index: TokenIndex) -> int | None:
     if not isinstance(bos, int) or (isinstance(known, int) and not 0 <= bos < known):
         return None
     for document in range(min(DOCUMENTS, index.num_documents)):
-        last = int(index.document_lengths[document]) - 1
+        last = index.document_length(document) - 1
         # Where one token ends every document, the next begins after it.
         if bos in (index.read(document, 0, 1)[0], index.read(document, last, 1)[0]):
             return None

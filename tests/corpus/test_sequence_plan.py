@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill_pretrain.contracts import IGNORED_LABEL
+from distill_pretrain.corpus.document_order import document_order, mix64
 from distill_pretrain.corpus.sequence_plan import (
     SequenceOutOfRange,
     SequencePlan,
-    document_order,
     pieces_of,
 )
 from distill_pretrain.errors import ConfigError, TokenDataError
@@ -100,8 +100,6 @@ GOLDEN_ID = "2a692f63ef29d3163fb86fda86a33c8462ab225e4d20f4aac163b3a27ed47c3e"
 
 def test_the_hash_is_splitmix64():
     # First outputs of the published generator with state 0: mix(golden), mix(2 * golden).
-    from distill_pretrain.corpus.sequence_plan import mix64
-
     golden = 0x9E3779B97F4A7C15
     states = np.array([golden, 2 * golden % (1 << 64)], np.uint64)
     assert mix64(states).tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4]

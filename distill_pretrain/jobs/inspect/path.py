@@ -105,7 +105,7 @@ def _show_tokens(prefix: Path) -> None:
         recorded = record.corpora.get(prefix.name)
         if recorded is not None and recorded != index.record:
             fact("warning", "tokens.json records another fingerprint: the files were changed")
-    first = index.read(0, 0, min(FIRST_TOKENS, int(index.document_lengths[0]))).tolist()
+    first = index.read(0, 0, min(FIRST_TOKENS, index.document_length(0))).tolist()
     fact("begins with", repr(tokenizer.decode(first)) if tokenizer else f"ids {first}")
 
 
