@@ -318,6 +318,10 @@ def _fits(tables: PlanTables, identity: dict[str, Any], index: TokenIndex) -> bo
     count = index.num_documents
     if len(order) != count or len(ends) != count or int(ends[-1]) != index.num_tokens:
         return False
+    if tables.packed is not None:
+        *parts, starts = tables.packed
+        if {len(part) for part in parts} != {int(starts[-1])}:
+            return False
     places = np.unique(np.linspace(0, count - 1, _PROBES).astype(np.int64))
     documents = order[places]
     if documents.min() < 0 or documents.max() >= count:

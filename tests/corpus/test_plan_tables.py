@@ -196,6 +196,16 @@ def test_a_damaged_or_foreign_stored_plan_is_built_again(
     assert built == [100]
 
 
+def test_a_stored_packing_of_other_sequences_is_built_again(in_memory, stored, prefix, monkeypatch):
+    index = TokenIndex.open(prefix)
+    other = SequencePlan(index, seq_len=17, seed=3, packing="best_fit")._tables.folder
+    folder = plan_of(prefix, packing="best_fit")._tables.folder
+    claim_to_be(folder, other, honest=True)
+    built = builds(monkeypatch)
+    require_equal(plan_of(prefix, packing="best_fit"), in_memory["best_fit"])
+    assert built == [100]
+
+
 def test_the_plans_of_an_index_that_is_no_more_are_removed(stored, prefix):
     first = plan_of(prefix)
     os.utime(f"{prefix}.idx", ns=(1, 1))
