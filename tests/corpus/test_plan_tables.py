@@ -154,7 +154,10 @@ def test_a_builder_that_was_killed_is_followed_by_another(in_memory, stored, pre
 
 def swap_two_places(folder: Path) -> None:
     order = np.load(folder / "order.npy", mmap_mode="r+")
-    order[[40, 41]] = order[[41, 40]]
+    # Where no sample of the tables looks.
+    looked_at = np.linspace(0, len(order) - 1, plan_tables._PROBES).astype(int)
+    a, b = np.setdiff1d(np.arange(len(order)), looked_at)[:2]
+    order[[a, b]] = order[[b, a]]
     order.flush()
 
 
