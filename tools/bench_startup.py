@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ import numpy as np
 import yaml
 from reporting import command_line, environment, write_json
 
+from distill_pretrain import SequencePlan, TokenIndex, write_cache
 from distill_pretrain.cli.main import VERBS
 from distill_pretrain.corpus.token_writer import TokenIndexWriter
 
@@ -83,6 +85,23 @@ def write_inputs(folder: Path) -> Path:
     return path
 
 
+def write_targets(folder: Path, recipe: Path) -> Path:
+    """A cache of the corpus, with the resolved recipe beside it that a capture leaves there; its path."""
+    plan = SequencePlan(TokenIndex.open(folder / "tokens"), seq_len=32, seed=1)
+    table = np.random.default_rng(1).standard_normal((256, 256)).astype(np.float32)
+    write_cache(
+        folder / "cache",
+        plan,
+        lambda tokens: table[tokens.numpy()],
+        vocab_size=256,
+        teacher={"name": "a random table"},
+        num_sequences=64,
+        sanity_gate="off",
+    )
+    shutil.copy(recipe, folder / "cache/recipe.yaml")
+    return folder / "cache"
+
+
 def best(found: list[Took]) -> Took:
     return Took(cpu=min(took.cpu for took in found), wall=min(took.wall for took in found))
 
@@ -99,6 +118,7 @@ def measure(rounds: int, folder: Path, trees: list[Path]) -> dict[str, list[Took
     commands = {f"{verb} --help": [verb, "--help"] for verb in VERBS}
     checkpoint = next((folder / "run-0-0/checkpoints").glob("step-*"))
     for name, path in (
+        ("cache", write_targets(folder, folder / "run-0-0/recipe.yaml")),
         ("corpus", folder / "tokens"),
         ("run", folder / "run-0-0"),
         ("checkpoint", checkpoint),
@@ -131,7 +151,9 @@ def main() -> None:
         command: {name: vars(one) for name, one in zip(names, took, strict=True)}
         for command, took in found.items()
     }
-    write_json(arguments.output, {**environment("torch", "megatron-core"), "seconds": seconds})
+    load = {"load_average_1_min": os.getloadavg()[0], "rounds": arguments.rounds}
+    found_here = {**environment("torch", "megatron-core"), **load, "seconds": seconds}
+    write_json(arguments.output, found_here)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,7 @@ def recipe_page() -> str:
 def _section(path: str, annotation: Any, above: set[type]) -> Iterator[str]:
     """The text of a section and the table of its keys, then the sections inside it."""
     from distill_pretrain.config.describe import default_text, type_text
+    from distill_pretrain.config.documentation import field_documentation
     from distill_pretrain.config.loader import section_of
 
     section = section_of(annotation)
@@ -71,13 +72,14 @@ def _section(path: str, annotation: Any, above: set[type]) -> Iterator[str]:
     yield "| key | type | default | meaning |"
     yield "|---|---|---|---|"
     inner = []
+    texts = field_documentation(section)
     for key, field in section.model_fields.items():
         nested = section_of(field.annotation)
         default = default_text(field).strip(" ()").removeprefix("default ")
         if nested is not None and not field.is_required() and default != "null":
             default = "its own defaults"
         kind = _cell(type_text(field.annotation))
-        meaning = _cell(field.description or "")
+        meaning = _cell(texts.get(key, ""))
         yield f"| `{path}.{key}` | {kind} | {_cell(default)} | {meaning} |"
         if nested is not None and nested not in above:
             inner.append((f"{path}.{key}", field.annotation, nested))

@@ -22,7 +22,7 @@ class Section(BaseModel):
         frozen=True,
         extra="forbid",
         allow_inf_nan=False,
-        use_attribute_docstrings=True,
+        defer_build=True,  # a command validates few of the sections, and --help none
         protected_namespaces=(),
     )
 

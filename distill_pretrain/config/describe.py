@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic.fields import FieldInfo
 
 from distill_pretrain.config.base import Section
+from distill_pretrain.config.documentation import field_documentation
 from distill_pretrain.config.loader import section_of
 
 NAMES = {
@@ -35,10 +36,11 @@ def _section_lines(schema: type[Section], name: str) -> Iterator[str]:
     if section is None:
         raise KeyError(f"{schema.__name__}.{name} is not a section")
     yield f"{name}:  {inspect.getdoc(section) or ''}".rstrip()
+    texts = field_documentation(section)
     for key, field in section.model_fields.items():
         yield f"  {key}: {type_text(field.annotation)}{default_text(field)}"
-        if field.description:
-            yield f"      {field.description}"
+        if key in texts:
+            yield f"      {texts[key]}"
 
 
 def type_text(annotation: Any) -> str:

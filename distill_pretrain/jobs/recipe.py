@@ -51,7 +51,7 @@ class Recipe(Section):
 
     corpus: CorpusConfig | None = None
     """Raw text (tokenize)."""
-    tokenizer: TokenizerConfig = TokenizerConfig()
+    tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
     """Tokenizer (tokenize)."""
     data: DataConfig | None = None
     """Tokenised corpus and cache (capture, verify, train, eval)."""
@@ -61,11 +61,11 @@ class Recipe(Section):
     """Targets and cache layout (capture)."""
     model: ModelConfig | None = None
     """Student (train)."""
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     """Parallel layout (train)."""
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     """Optimizer (train)."""
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
     """Loss (train)."""
     train: TrainConfig | None = None
     """Training run (train)."""

@@ -79,7 +79,7 @@ class TrainConfig(Section):
     Perfetto or chrome://tracing, and a table of what took longest; null means none."""
     peak_tflops: float | None = Field(default=None, gt=0)
     """Peak of a device in 1e12 operations per second, for `mfu`; null knows common GPUs in bf16."""
-    bad_steps: BadStepsConfig = BadStepsConfig()
+    bad_steps: BadStepsConfig = Field(default_factory=BadStepsConfig)
     """What becomes of a step with NaN, infinity or a jump of the loss."""
     stuck_after_s: float | None = Field(default=1800.0, gt=0)
     """Seconds without progress of any rank (a step; a tensor or file read, written, hashed or exported) after which a

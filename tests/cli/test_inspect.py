@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from small_cache import SmallCache, upload
 
 from distill_pretrain.cache.codec.hc.codec import HcCodec
@@ -236,6 +237,15 @@ def test_nothing_that_is_inspected_loads_torch(small_cache: SmallCache, tmp_path
     command = [sys.executable, "-c", code, *map(str, paths), str(run / "checkpoints/step-00000002")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_recipe_of_a_cache_is_read_once(
+    small_cache: SmallCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, loads = yaml.load, []
+    monkeypatch.setattr(yaml, "load", lambda *a, **k: loads.append(k["Loader"]) or read(*a, **k))
+    assert main(["inspect", str(small_cache.folder)]) == 0
+    assert loads == [getattr(yaml, "CSafeLoader", yaml.SafeLoader)]
 
 
 def test_anything_else_says_what_was_looked_for(
