@@ -34,6 +34,13 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 COUNTED_ARCHITECTURES = ("sm_90", "sm_100")
 MOST_SPILLED_BYTES = 32
 
+HEAD = """\
+# Registers of the CUDA kernels
+
+`python tools/compile_kernels.py`, every kernel for every architecture. Not yet run on hardware.
+
+"""
+
 USAGE = re.compile(
     r"Compiling entry function '(?P<name>\w+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
@@ -183,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(text)
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text, encoding="utf-8")
+        options.output.write_text(HEAD + text, encoding="utf-8")
     too_many = spilling(usages)
     for usage in too_many:
         print(

@@ -87,7 +87,9 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
     "kept sums are relative to their own maximum": [
         ("        move_to<GENERAL>(kept, whole.max, settings);\n", "")
     ],
-    "kept columns count among the others too": [("            values[i] = -infinity();\n", "")],
+    "kept columns count among the others too": [
+        ("        vector.set(i, Format<T>::from_bits(Format<T>::MINUS_INFINITY));\n", "")
+    ],
     "only the last part knows the others' maximum": [
         (
             "fmaxf(whole.outside_max, parts.first[i * parts.stride].outside_max)",
@@ -104,15 +106,15 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
     ],
     "the total is not moved": [("partial.count * (anchor", "0.0f * (anchor")],
     "warps' totals are not moved": [("a.count * (anchor(a.others.max) - base)", "0.0f")],
-    "kept columns count as outside": [("if (GENERAL && kept != 0)", "if (false)")],
+    "kept columns count as outside": [("    if (kept == 0) return;\n", "    return;\n")],
     "kept sums of a warp are not merged": [
         ("        merged<GENERAL>(a.kept, b.kept, settings),\n", "        a.kept,\n")
     ],
     "no column is tempered": [
-        ("if (settings.is_tempered) exponential =", "if (false) exponential =")
+        ("settings.is_tempered ? tempered.of(logit) : exponential", "exponential")
     ],
     "padding counts in the total": [
-        ("settings.has_floor && (real >> i & 1)", "settings.has_floor")
+        ("settings.has_floor && (real >> j & 1)", "settings.has_floor")
     ],
     "padding counts as columns": [("float(__popc(real))", "float(Vector<T>::SIZE)")],
     "the label's logit is not shifted": [("picks[0] - base", "picks[0]")],
@@ -143,9 +145,7 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
     ],
     "the bucket does not push kept columns down": [("(target_mass + bucket)", "target_mass")],
     "the floor has no mass": [("mass + a.vocab_size * floor", "mass")],
-    "the floor is not subtracted": [
-        (" + bulk.tempered * other - floor;", " + bulk.tempered * other;")
-    ],
+    "the floor is not subtracted": [(" + tempered * other - floor;", " + tempered * other;")],
     "the floor's gradient lacks the target's weight": [("at_target * floor;", "floor;")],
     "a kept label is not subtracted": [("(is_label ? a.ce_weight : 0.0f)", "0.0f")],
     "a kept label is written twice": [("has_label && !label_is_kept ?", "has_label ?")],
@@ -156,6 +156,48 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
     ],
     "rows that take no part are computed": [
         ("if (scalars.is_active == 0.0f) loaded[i] = Vector<T>::filled(0);", "")
+    ],
+    "rows that take no part are read": [
+        (
+            "scalars.is_active != 0.0f ? view.load(vector) : Vector<T>::filled(0)",
+            "view.load(vector)",
+        )
+    ],
+    "tiles of rows that take no part are read": [
+        ("if (scalars.is_active != 0.0f && past <= end", "if (past <= end")
+    ],
+    "vectors before a row count as whole": [("begin * SIZE >= offset && end", "end")],
+    "vectors after a row count as whole": [(" && end * SIZE <= real_end;", ";")],
+    "a tile is not cut at a chunk's end": [("past <= end && view", "view")],
+    "the sum is not moved to a tile's maximum": [
+        (
+            "        others.plain *= exp2_approx(__fmul_rn(others.max, LOG2_E) - Exponent(max, LOG2_E).shift);\n",
+            "",
+        )
+    ],
+    "the tempered sum is not moved to a tile's maximum": [
+        (
+            "exp2_approx(__fmul_rn(others.max, tempered_scale) - Exponent(max, tempered_scale).shift)",
+            "1.0f",
+        )
+    ],
+    "what an exponent's rounding left out stays out of the sums": [
+        ("    others.plain *= Exponent(others.max, LOG2_E).correction(others.max);\n", "")
+    ],
+    "what an exponent's rounding left out stays out of the tempered sums": [
+        (
+            "Exponent(others.max, LOG2_E * settings.inverse_tau).correction(others.max)",
+            "1.0f",
+        )
+    ],
+    "what an exponent's rounding left out stays out of the gradient": [
+        ("plain(bulk.plain * plain_exponent.correction(bulk.max))", "plain(bulk.plain)")
+    ],
+    "what an exponent's rounding left out stays out of the tempered gradient": [
+        (
+            "tempered(bulk.tempered * tempered_exponent.correction(bulk.max))",
+            "tempered(bulk.tempered)",
+        )
     ],
     "padding of a vector is read": [
         ("position + i < real_end) partial.set", "position + i < end) partial.set")
@@ -175,7 +217,7 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
     "rows count as aligned": [("offset = i32(((u64)first & 15) / sizeof(T));", "offset = 0;")],
     "a second tempered exponential is left out": [
         (
-            "settings.is_tempered ? exp_approx(shifted * settings.inverse_tau) : exponential",
+            "settings.is_tempered ? tempered_exponent.of(logit) : exponential",
             "exponential",
         )
     ],
@@ -183,7 +225,13 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
 
 CAPPED_MUTANTS: dict[str, list[tuple[str, str]]] = {
     "sums are of logits that are not capped": [
-        ("values[i] = seen<CAPPED>(values[i], settings);\n    }", "values[i] += 0.0f;\n    }")
+        ("const float logit = seen<CAPPED>(values[j], settings);", "const float logit = values[j];")
+    ],
+    "kept logits are not capped": [
+        (
+            "seen<CAPPED>(Format<T>::value(vector.get(i)), settings)",
+            "Format<T>::value(vector.get(i))",
+        )
     ],
     "the gradient is at logits that are not capped": [
         ("const float logit = seen<CAPPED>(values[i], settings);", "const float logit = values[i];")

@@ -80,6 +80,17 @@ __device__ __forceinline__ u32 fp16_pair(float low, float high) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
     return pair;
 }
+// The larger of each half; of a number and NaN the number, as fmaxf has it.
+__device__ __forceinline__ u32 bf16_larger(u32 a, u32 b) {
+    u32 pair;
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+    return pair;
+}
+__device__ __forceinline__ u32 fp16_larger(u32 a, u32 b) {
+    u32 pair;
+    asm("max.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+    return pair;
+}
 __device__ __forceinline__ float fp16_value(u16 half) {
     float value;
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
@@ -120,7 +131,7 @@ struct fp16 {
 typedef float fp32;
 
 template <class T>
-struct Format;  // of 16 or 32 bits
+struct Format;  // of 16 or 32 bits; `larger` compares words value by value, `largest` is that of a word
 
 template <>
 struct Format<bf16> {
@@ -128,6 +139,8 @@ struct Format<bf16> {
     static __device__ __forceinline__ float low(u32 word) { return __uint_as_float(word << 16); }
     static __device__ __forceinline__ float high(u32 word) { return __uint_as_float(word & 0xFFFF0000u); }
     static __device__ __forceinline__ u32 pair(float low, float high) { return bf16_pair(low, high); }
+    static __device__ __forceinline__ u32 larger(u32 a, u32 b) { return bf16_larger(a, b); }
+    static __device__ __forceinline__ float largest(u32 word) { return fmaxf(low(word), high(word)); }
     static __device__ __forceinline__ float value(bf16 stored) { return low(stored.bits); }
     static __device__ __forceinline__ u32 to_bits(bf16 stored) { return stored.bits; }
     static __device__ __forceinline__ bf16 from_bits(u32 bits) { return {(u16)bits}; }
@@ -140,6 +153,8 @@ struct Format<fp16> {
     static __device__ __forceinline__ float low(u32 word) { return fp16_value((u16)word); }
     static __device__ __forceinline__ float high(u32 word) { return fp16_value((u16)(word >> 16)); }
     static __device__ __forceinline__ u32 pair(float low, float high) { return fp16_pair(low, high); }
+    static __device__ __forceinline__ u32 larger(u32 a, u32 b) { return fp16_larger(a, b); }
+    static __device__ __forceinline__ float largest(u32 word) { return fmaxf(low(word), high(word)); }
     static __device__ __forceinline__ float value(fp16 stored) { return fp16_value(stored.bits); }
     static __device__ __forceinline__ u32 to_bits(fp16 stored) { return stored.bits; }
     static __device__ __forceinline__ fp16 from_bits(u32 bits) { return {(u16)bits}; }
@@ -149,6 +164,8 @@ struct Format<fp16> {
 template <>
 struct Format<fp32> {
     static constexpr u32 MINUS_INFINITY = 0xFF800000u;
+    static __device__ __forceinline__ u32 larger(u32 a, u32 b) { return __float_as_uint(fmaxf(__uint_as_float(a), __uint_as_float(b))); }
+    static __device__ __forceinline__ float largest(u32 word) { return __uint_as_float(word); }
     static __device__ __forceinline__ float value(fp32 stored) { return stored; }
     static __device__ __forceinline__ u32 to_bits(fp32 stored) { return __float_as_uint(stored); }
     static __device__ __forceinline__ fp32 from_bits(u32 bits) { return __uint_as_float(bits); }

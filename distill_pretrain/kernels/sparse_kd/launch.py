@@ -24,7 +24,7 @@ from distill_pretrain.kernels.sparse_kd.problem import (
 from distill_pretrain.kernels.sparse_kd.settings import TERMS, LossSettings
 
 MAX_CLUSTER = 8
-FUSED_BYTES = 64
+FUSED_BYTES = 128
 """Of a row, in the registers of each thread of `fused_`."""
 
 WARP = 32
@@ -68,7 +68,7 @@ class Blocks:
         combine: of `combine`, a row per warp.
         gradient: of `gradient_`.
         gradient_vectors: vectors of 16 bytes per thread of `gradient_`.
-        fused: of `fused_`; more where a cluster of `max_cluster` such blocks cannot hold a row, up to 1024.
+        fused: of `fused_`; more where a cluster of `max_cluster` such blocks cannot hold a row, up to 512.
         max_cluster: blocks of a cluster of `fused_`; 1 on devices without clusters.
     """
 
@@ -225,7 +225,9 @@ def fused_(
     arguments = Arguments.of(problem, losses=losses, terms=terms)
     arguments.set_incoming(grad_losses)
     shared = problem.num_entries * ENTRY_BYTES + MAX_CLUSTER * STATISTICS_BYTES
-    shared += WARP * PARTIAL_BYTES + SCALARS_BYTES + (3 * problem.num_entries + 2) * 4
+    shared += (
+        WARP * (FUSED_BYTES + PARTIAL_BYTES) + SCALARS_BYTES + (3 * problem.num_entries + 2) * 4
+    )
     if problem.has_bucket:
         shared += _bits_bytes(threads * FUSED_BYTES // problem.logits.element_size())
     _launch(
@@ -253,7 +255,7 @@ def _fused_shape(problem: Problem, blocks: Blocks) -> tuple[int, int] | None:
     while cluster < blocks.max_cluster and cluster * blocks.fused < num_threads:
         cluster *= 2
     threads = WARP * math.ceil(num_threads / (cluster * WARP))
-    return (cluster, threads) if threads <= 1024 else None
+    return (cluster, threads) if threads <= 512 else None
 
 
 def _launch(

@@ -4,7 +4,9 @@
 // place, one read and one write). Or, where a cluster of blocks holds a row in registers, all of it in fused.
 //
 // A row is read as aligned vectors of 16 bytes, whatever its address: a position counts values from the aligned address
-// at or below the row's first column, so position = column + offset, and the vectors at the ends are partial.
+// at or below the row's first column, so position = column + offset, and the vectors at the ends are partial. Tiles of
+// vectors all of whose values are real columns go a way of their own, without questions: there a logit costs five or six
+// instructions (docs/results/kernels/predictions.md), and each question per vector would add half of one.
 //
 // s is a logit less the largest one known, q = softmax(z / tau); "kept" columns are those that a target names, where
 // targets have a bucket for the others. The others' sums are relative to a maximum of their own: beside a kept column of
@@ -18,9 +20,22 @@
 namespace sparse_kd {
 
 constexpr int MAX_CLUSTER = 8;
-constexpr int TILE = 4;  // vectors that a thread has in flight, or keeps
-constexpr int FUSED_THREADS = 1024;
+constexpr int TILE = 4;  // vectors that a thread has in flight
+constexpr int KEPT = 8;  // vectors that a thread of fused keeps
+constexpr int FUSED_THREADS = 512;
 constexpr int THREADS = 512;
+
+// Blocks of fused that a multiprocessor should hold: of two, one moves its row while the other waits for its cluster. That
+// leaves 64 registers to a thread, half of them for its part of the row: too few, without a stack, but for the plain form
+// of 16-bit logits on Hopper.
+template <class T>
+__host__ __device__ constexpr int fused_blocks(bool general) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+    return general || sizeof(T) > 2 ? 1 : 2;
+#else
+    return 1;
+#endif
+}
 
 // Shapes: T rows, K entries. All arrays are contiguous but the logits. Mirrored in problem.py.
 struct Arguments {
@@ -140,12 +155,31 @@ struct Row {
         return position >= offset && position + SIZE <= limit;
     }
 
+    // Whether all values of the vectors [begin, end) are real columns.
+    __device__ __forceinline__ bool are_whole(i32 begin, i32 end) const {
+        return begin * SIZE >= offset && end * SIZE <= real_end;
+    }
+
+    // The vectors first, first + step, ...; `whole` as are_whole says. All loads are issued before the first is used:
+    // their waits overlap, and the row is read at the memory's speed, not at its latency.
+    template <int N>
+    __device__ __forceinline__ void load(Vector<T> (&vectors)[N], i32 first, i32 step, bool whole) const {
+        if (whole) {
+#pragma unroll
+            for (int i = 0; i < N; ++i) vectors[i] = Vector<T>::load(aligned + (first + i * step) * SIZE);
+        } else {
+#pragma unroll
+            for (int i = 0; i < N; ++i) vectors[i] = load(first + i * step);
+        }
+    }
+
     // A vector; what is not a real column is -inf.
     __device__ __forceinline__ Vector<T> load(i32 vector) const {
         const i32 position = vector * SIZE;
         if (is_within(position, real_end)) return Vector<T>::load(aligned + position);
+        // Unrolled: a value that is set by a variable would have to leave the registers, and its vector with it.
         Vector<T> partial = Vector<T>::filled(Format<T>::MINUS_INFINITY);
-#pragma unroll 1
+#pragma unroll
         for (int i = 0; i < SIZE; ++i) {
             if (position + i >= offset && position + i < real_end) partial.set(i, aligned[position + i]);
         }
@@ -164,11 +198,26 @@ struct Row {
         const i32 position = vector * SIZE;
         if (position >= real_end) values = Vector<T>::filled(0);
         if (is_within(position, position < real_end ? real_end : end)) return values.store(aligned + position);
-#pragma unroll 1
+#pragma unroll
         for (int i = 0; i < SIZE; ++i) {
             if (position + i < offset || position + i >= end) continue;
             aligned[position + i] = position + i < real_end ? values.get(i) : T{};
         }
+    }
+};
+
+// exp(s), or exp(s / tau), as a power of two: 2^(z scale - shift), one multiply-add to a logit. The shift is max scale
+// rounded; `correction`, the same for all logits, makes up for what the rounding left out.
+struct Exponent {
+    float scale, shift;
+
+    // Not contracted with what is done to it, or it would not be the number that `correction` is of.
+    __device__ __forceinline__ Exponent(float max, float scale) : scale(scale), shift(__fmul_rn(anchor(max), scale)) {}
+
+    __device__ __forceinline__ float of(float logit) const { return exp2_approx(__fmaf_rn(logit, scale, -shift)); }
+
+    __device__ __forceinline__ float correction(float max) const {
+        return exp2_approx(-__fmaf_rn(anchor(max), scale, -shift));
     }
 };
 
@@ -234,46 +283,78 @@ __device__ __forceinline__ Partial merged(Partial a, Partial b, const Settings& 
     };
 }
 
-// `real` and `kept` have a bit per value of the vector; a column that is not real must be -inf.
-template <bool GENERAL, bool CAPPED, class T>
-__device__ __forceinline__ void accumulate(Partial& partial, const Vector<T>& vector, u32 real, u32 kept,
-                                           const Settings& settings) {
-    float values[Vector<T>::SIZE];
-    vector.unpack(values);
-    if (CAPPED) {
-#pragma unroll
-        for (int i = 0; i < Vector<T>::SIZE; ++i) values[i] = seen<CAPPED>(values[i], settings);
-    }
-    if (GENERAL && kept != 0) {
-#pragma unroll
-        for (int i = 0; i < Vector<T>::SIZE; ++i) {
-            if ((kept >> i & 1) == 0) continue;
-            partial.kept = merged<GENERAL>(partial.kept, {values[i], 1.0f, 1.0f}, settings);
-            values[i] = -infinity();
-        }
-    }
-    // The vector's own maximum first: the sums are moved once per vector at most, and after the first few hardly ever,
-    // where a comparison per value would cost an exponential each.
-    Sums& others = partial.others;
-    float max = values[0];
-#pragma unroll
-    for (int i = 1; i < Vector<T>::SIZE; ++i) max = fmaxf(max, values[i]);
-    if (max > others.max) {
-        if (GENERAL) partial.total += partial.count * (anchor(others.max) - anchor(max));
-        move_to<GENERAL>(others, max, settings);
-    }
-    const float base = anchor(others.max);
+// Moves a vector's kept columns, a bit each, to sums of their own. It is left with -inf there, which counts nowhere.
+template <bool CAPPED, class T>
+__device__ __forceinline__ void take_kept(Partial& partial, Vector<T>& vector, u32 kept, const Settings& settings) {
+    if (kept == 0) return;
+    // Unrolled, as in Row::load.
 #pragma unroll
     for (int i = 0; i < Vector<T>::SIZE; ++i) {
-        const float shifted = values[i] - base;
-        float exponential = exp_approx(shifted);
-        others.plain += exponential;
-        if (!GENERAL) continue;
-        if (settings.is_tempered) exponential = exp_approx(shifted * settings.inverse_tau);
-        others.tempered += exponential;
-        if (settings.has_floor && (real >> i & 1)) partial.total += shifted;
+        if ((kept >> i & 1) == 0) continue;
+        const float logit = seen<CAPPED>(Format<T>::value(vector.get(i)), settings);
+        partial.kept = merged<true>(partial.kept, {logit, 1.0f, 1.0f}, settings);
+        vector.set(i, Format<T>::from_bits(Format<T>::MINUS_INFINITY));
     }
-    if (GENERAL) partial.count += float(__popc(real));
+}
+
+template <int N, class T>
+__device__ __forceinline__ float largest(const Vector<T> (&vectors)[N]) {
+    // Word by word: values of 16 bits are compared two at a time.
+    u32 word = Format<T>::MINUS_INFINITY;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) word = Format<T>::larger(word, vectors[i].words[j]);
+    }
+    return Format<T>::largest(word);
+}
+
+// Add the vectors first, first + step, ... of a row. Until `settled` the sums of the others are those of Exponent::of.
+template <bool GENERAL, bool CAPPED, int N, class T>
+__device__ __forceinline__ void accumulate(Partial& partial, const Vector<T> (&vectors)[N], const Row<T>& view,
+                                           i32 first, i32 step, bool whole, const Settings& settings) {
+    // The vectors' own maximum first: the sums are moved once per tile at most, and after the first few hardly ever,
+    // where a comparison per value would cost an exponential each.
+    Sums& others = partial.others;
+    const float max = seen<CAPPED>(largest(vectors), settings);
+    const float tempered_scale = LOG2_E * settings.inverse_tau;
+    if (max > others.max) {
+        if (GENERAL) partial.total += partial.count * (anchor(others.max) - anchor(max));
+        // Of no columns the maximum is -inf, and 0 the factor of sums that are 0.
+        others.plain *= exp2_approx(__fmul_rn(others.max, LOG2_E) - Exponent(max, LOG2_E).shift);
+        if (GENERAL) {
+            others.tempered *= exp2_approx(__fmul_rn(others.max, tempered_scale) - Exponent(max, tempered_scale).shift);
+        }
+        others.max = max;
+    }
+    const float base = anchor(others.max);
+    const Exponent plain(others.max, LOG2_E), tempered(others.max, tempered_scale);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        float values[Vector<T>::SIZE];
+        vectors[i].unpack(values);
+        const u32 every = (1u << Vector<T>::SIZE) - 1;
+        const u32 real = !GENERAL ? 0 : whole ? every : view.real_bits(first + i * step);
+#pragma unroll
+        for (int j = 0; j < Vector<T>::SIZE; ++j) {
+            const float logit = seen<CAPPED>(values[j], settings);
+            const float exponential = plain.of(logit);
+            others.plain += exponential;
+            if (!GENERAL) continue;
+            others.tempered += settings.is_tempered ? tempered.of(logit) : exponential;
+            if (settings.has_floor && (real >> j & 1)) partial.total += logit - base;
+        }
+        if (GENERAL) partial.count += float(__popc(real));
+    }
+}
+
+// The sums of `accumulate`, relative to their maximum itself.
+template <bool GENERAL>
+__device__ __forceinline__ Partial settled(Partial partial, const Settings& settings) {
+    Sums& others = partial.others;
+    others.plain *= Exponent(others.max, LOG2_E).correction(others.max);
+    if (GENERAL) others.tempered *= Exponent(others.max, LOG2_E * settings.inverse_tau).correction(others.max);
+    return partial;
 }
 
 template <bool GENERAL>
@@ -562,27 +643,39 @@ __device__ __forceinline__ float incoming_gradient(const Arguments& a, i64 row) 
     return a.grad_losses ? a.grad_losses[row * a.grad_stride] : 1.0f;
 }
 
-template <bool GENERAL>
-__device__ __forceinline__ float gradient_at(float logit, const Bulk& bulk, float floor, const Settings& settings) {
-    const float shifted = logit - bulk.max;
-    const float exponential = exp_approx(shifted);
-    if (!GENERAL) return (bulk.plain + bulk.tempered) * exponential;
-    const float other = settings.is_tempered ? exp_approx(shifted * settings.inverse_tau) : exponential;
-    return bulk.plain * exponential + bulk.tempered * other - floor;
-}
+// A bulk's gradient as a function of the logit.
+struct Curve {
+    Exponent plain_exponent, tempered_exponent;
+    float plain, tempered, floor;
+
+    __device__ __forceinline__ Curve(const Bulk& bulk, float floor, const Settings& settings)
+        : plain_exponent(bulk.max, LOG2_E),
+          tempered_exponent(bulk.max, LOG2_E * settings.inverse_tau),
+          plain(bulk.plain * plain_exponent.correction(bulk.max)),
+          tempered(bulk.tempered * tempered_exponent.correction(bulk.max)),
+          floor(floor) {}
+
+    template <bool GENERAL>
+    __device__ __forceinline__ float at(float logit, const Settings& settings) const {
+        const float exponential = plain_exponent.of(logit);
+        if (!GENERAL) return (plain + tempered) * exponential;
+        const float other = settings.is_tempered ? tempered_exponent.of(logit) : exponential;
+        return plain * exponential + tempered * other - floor;
+    }
+};
 
 template <bool GENERAL, bool CAPPED, class T>
-__device__ __forceinline__ void write_gradient(const Row<T>& view, i32 index, const Vector<T>& vector,
-                                               const BulkScalars& scalars, const Settings& settings) {
+__device__ __forceinline__ Vector<T> gradient_of(const Vector<T>& vector, const Curve& curve,
+                                                 const Settings& settings) {
     float values[Vector<T>::SIZE];
     vector.unpack(values);
 #pragma unroll
     for (int i = 0; i < Vector<T>::SIZE; ++i) {
         const float logit = seen<CAPPED>(values[i], settings);
-        values[i] = gradient_at<GENERAL>(logit, scalars.bulk, scalars.floor, settings);
+        values[i] = curve.at<GENERAL>(logit, settings);
         if (CAPPED) values[i] *= slope<CAPPED>(logit, settings);
     }
-    view.store(index, Vector<T>::pack(values));
+    return Vector<T>::pack(values);
 }
 
 // Overwrite the columns at positions [begin, end) that the label and the targets name. Never corrected from the bulk,
@@ -599,7 +692,7 @@ __device__ __forceinline__ void write_entries(const Arguments& a, i64 row, const
         const i32 position = view.position_of(id, begin, end);
         if (position < 0 || taken == not_written()) continue;
         const Bulk columns = GENERAL && i > 0 ? times(scalars.kept, incoming) : outside.bulk;
-        const float bulk = gradient_at<GENERAL>(picks[i], columns, outside.floor, settings);
+        const float bulk = Curve(columns, outside.floor, settings).at<GENERAL>(picks[i], settings);
         const float gradient = bulk - taken * incoming;
         view.aligned[position] =
             Format<T>::rounded(CAPPED ? gradient * slope<CAPPED>(picks[i], settings) : gradient);
@@ -608,7 +701,7 @@ __device__ __forceinline__ void write_entries(const Arguments& a, i64 row, const
 
 // A block per row. Shared memory: 32 Partials; with buckets, a bit per position.
 template <class T, bool GENERAL, bool CAPPED = false>
-__global__ void __launch_bounds__(THREADS) row_statistics(const Arguments a) {
+__global__ void __launch_bounds__(THREADS, GENERAL ? 2 : 3) row_statistics(const Arguments a) {
     SHARED_MEMORY(shared);
     Partial* const partials = reinterpret_cast<Partial*>(shared);
     u32* const kept = reinterpret_cast<u32*>(partials + WARP_SIZE);
@@ -623,26 +716,22 @@ __global__ void __launch_bounds__(THREADS) row_statistics(const Arguments a) {
     if (GENERAL && settings.has_bucket) mark_kept(kept, a, row, view, 0, end);
 
     Partial partial = nothing();
-    for (i32 first = thread; first < num_vectors; first += TILE * num_threads) {
-        // All loads of a tile are issued before the first is used: their waits overlap, and the row is read at the
-        // memory's speed, not at its latency.
+    for (i32 tile = 0; tile < num_vectors; tile += TILE * num_threads) {
+        const bool whole = view.are_whole(tile, tile + TILE * num_threads);
+        const i32 first = tile + thread;
         Vector<T> loaded[TILE];
+        view.load(loaded, first, num_threads, whole);
+        if (GENERAL && settings.has_bucket) {
 #pragma unroll
-        for (int i = 0; i < TILE; ++i) {
-            const i32 vector = first + i * num_threads;
-            loaded[i] = vector < num_vectors ? view.load(vector) : Vector<T>::filled(Format<T>::MINUS_INFINITY);
-        }
-#pragma unroll
-        for (int i = 0; i < TILE; ++i) {
-            const i32 vector = first + i * num_threads;
-            u32 real_here = 0, kept_here = 0;
-            if (GENERAL && vector < num_vectors) {
-                real_here = view.real_bits(vector);
-                if (settings.has_bucket) kept_here = kept_bits<T>(kept, vector);
+            for (int i = 0; i < TILE; ++i) {
+                const i32 vector = first + i * num_threads;
+                const u32 kept_here = vector < num_vectors ? kept_bits<T>(kept, vector) : 0;
+                take_kept<CAPPED>(partial, loaded[i], kept_here, settings);
             }
-            accumulate<GENERAL, CAPPED>(partial, loaded[i], real_here, kept_here, settings);
         }
+        accumulate<GENERAL, CAPPED>(partial, loaded, view, first, num_threads, whole, settings);
     }
+    partial = settled<GENERAL>(partial, settings);
     partial = block_merged<GENERAL>(partial, partials, settings);
     if (thread >= WARP_SIZE) return;
     const Statistics statistics = statistics_of<GENERAL>(partial, picks, a, row, view, 0, end, settings);
@@ -681,18 +770,24 @@ __global__ void __launch_bounds__(THREADS) gradient(const Arguments a) {
     const i32 begin = blockIdx.y * a.vectors_per_block;
     const i32 num_vectors = (view.end + Vector<T>::SIZE - 1) / Vector<T>::SIZE;
     const i32 end = begin + a.vectors_per_block < num_vectors ? begin + a.vectors_per_block : num_vectors;
-    for (i32 first = begin + thread; first < end; first += TILE * num_threads) {
-        Vector<T> loaded[TILE];
+    const Curve curve(scalars.bulk, scalars.floor, settings);
+    for (i32 tile = begin; tile < end; tile += TILE * num_threads) {
+        const i32 first = tile + thread, past = tile + TILE * num_threads;
+        if (scalars.is_active != 0.0f && past <= end && view.are_whole(tile, past)) {
+            Vector<T> loaded[TILE];
+            view.load(loaded, first, num_threads, true);
 #pragma unroll
-        for (int i = 0; i < TILE; ++i) {
-            const i32 vector = first + i * num_threads;
-            const bool is_read = vector < end && scalars.is_active != 0.0f;
-            loaded[i] = is_read ? view.load(vector) : Vector<T>::filled(0);
+            for (int i = 0; i < TILE; ++i) {
+                const Vector<T> values = gradient_of<GENERAL, CAPPED>(loaded[i], curve, settings);
+                values.store(view.aligned + (first + i * num_threads) * Vector<T>::SIZE);
+            }
+            continue;
         }
-#pragma unroll
-        for (int i = 0; i < TILE; ++i) {
-            const i32 vector = first + i * num_threads;
-            if (vector < end) write_gradient<GENERAL, CAPPED>(view, vector, loaded[i], scalars, settings);
+#pragma unroll 1
+        for (i32 vector = first; vector < end && vector < past; vector += num_threads) {
+            // A row that takes no part is not read: what is there may be NaN.
+            const Vector<T> loaded = scalars.is_active != 0.0f ? view.load(vector) : Vector<T>::filled(0);
+            view.store(vector, gradient_of<GENERAL, CAPPED>(loaded, curve, settings));
         }
     }
     __syncthreads();
@@ -702,13 +797,15 @@ __global__ void __launch_bounds__(THREADS) gradient(const Arguments a) {
 }
 
 // A cluster per row, which it holds in registers: loss, and the gradient over the logits, in one read and one write.
-// Shared memory: K Entries, 8 Statistics, 32 Partials, RowScalars, 3 K + 2 floats; with buckets, a bit per position.
+// Shared memory: 32 x KEPT vectors, K Entries, 8 Statistics, 32 Partials, RowScalars, 3 K + 2 floats; with buckets, a bit
+// per position.
 template <class T, bool GENERAL, bool CAPPED = false>
-__global__ void __launch_bounds__(FUSED_THREADS) fused(const Arguments a) {
+__global__ void __launch_bounds__(FUSED_THREADS, fused_blocks<T>(GENERAL)) fused(const Arguments a) {
     constexpr int SIZE = Vector<T>::SIZE;
     cluster_arrive();  // a block's shared memory may be written once the block has started: waited for below
     SHARED_MEMORY(shared);
-    Entry* const entries = reinterpret_cast<Entry*>(shared);
+    Vector<T>* const held = reinterpret_cast<Vector<T>*>(shared);
+    Entry* const entries = reinterpret_cast<Entry*>(held + WARP_SIZE * KEPT);
     Statistics* const statistics = reinterpret_cast<Statistics*>(entries + a.num_entries);
     Partial* const partials = reinterpret_cast<Partial*>(statistics + MAX_CLUSTER);
     RowScalars* const shared_scalars = reinterpret_cast<RowScalars*>(partials + WARP_SIZE);
@@ -722,11 +819,11 @@ __global__ void __launch_bounds__(FUSED_THREADS) fused(const Arguments a) {
     const i64 row = blockIdx.x / num_blocks;
     const Row<T> view(a, row);
     const Settings settings = settings_of(a);
-    const i32 width = num_threads * TILE * SIZE, begin = rank * width, end = begin + width;
+    const i32 width = num_threads * KEPT * SIZE, begin = rank * width, end = begin + width;
     const i32 first = begin / SIZE + thread;
-    Vector<T> loaded[TILE];
-#pragma unroll
-    for (int i = 0; i < TILE; ++i) loaded[i] = view.load(first + i * num_threads);
+    const bool whole = view.are_whole(begin / SIZE, end / SIZE);
+    Vector<T> loaded[KEPT];
+    view.load(loaded, first, num_threads, whole);
 
     pick<CAPPED>(picks, a, row, view, begin, end, settings);
     read_entries(entries, a, row, thread, num_threads);
@@ -735,12 +832,18 @@ __global__ void __launch_bounds__(FUSED_THREADS) fused(const Arguments a) {
     merge_entries(probs, entries, a.num_entries, thread, num_threads);
 
     Partial partial = nothing();
+    if (GENERAL && settings.has_bucket) {
 #pragma unroll
-    for (int i = 0; i < TILE; ++i) {
-        const i32 vector = first + i * num_threads;
-        u32 kept_here = 0;
-        if (GENERAL && settings.has_bucket) kept_here = kept_bits<T>(kept, vector - begin / SIZE);
-        accumulate<GENERAL, CAPPED>(partial, loaded[i], GENERAL ? view.real_bits(vector) : 0, kept_here, settings);
+        for (int i = 0; i < KEPT; ++i) {
+            take_kept<CAPPED>(partial, loaded[i], kept_bits<T>(kept, thread + i * num_threads), settings);
+        }
+    }
+    accumulate<GENERAL, CAPPED>(partial, loaded, view, first, num_threads, whole, settings);
+    partial = settled<GENERAL>(partial, settings);
+    // The first warp finishes the row for all: for that it needs the registers which its part of the row takes.
+    if (thread < WARP_SIZE) {
+#pragma unroll
+        for (int i = 0; i < KEPT; ++i) held[i * WARP_SIZE + thread] = loaded[i];
     }
     partial = block_merged<GENERAL>(partial, partials, settings);
     cluster_wait();
@@ -755,15 +858,23 @@ __global__ void __launch_bounds__(FUSED_THREADS) fused(const Arguments a) {
         const Parts parts = {statistics, 1, num_blocks, width, view.offset};
         const RowScalars scalars = finish_row(a, row, parts, entries, probs, subtracted, rank == 0);
         if (thread == 0) *shared_scalars = scalars;
+#pragma unroll
+        for (int i = 0; i < KEPT; ++i) loaded[i] = held[i * WARP_SIZE + thread];
     }
     __syncthreads();
     const float incoming = incoming_gradient(a, row);
     const BulkScalars scalars = bulk_of(*shared_scalars, incoming);
+    const Curve curve(scalars.bulk, scalars.floor, settings);
 #pragma unroll
-    for (int i = 0; i < TILE; ++i) {
+    for (int i = 0; i < KEPT; ++i) {
         const i32 vector = first + i * num_threads;
         if (scalars.is_active == 0.0f) loaded[i] = Vector<T>::filled(0);
-        if (vector * SIZE < view.end) write_gradient<GENERAL, CAPPED>(view, vector, loaded[i], scalars, settings);
+        const Vector<T> values = gradient_of<GENERAL, CAPPED>(loaded[i], curve, settings);
+        if (whole) {
+            values.store(view.aligned + vector * SIZE);
+        } else if (vector * SIZE < view.end) {
+            view.store(vector, values);
+        }
     }
     __syncthreads();
     write_entries<GENERAL, CAPPED>(a, row, view, begin, end, picks, subtracted, *shared_scalars, incoming, settings);

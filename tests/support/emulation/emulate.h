@@ -487,3 +487,12 @@ inline float fp16_value(uint16_t half) {
 }
 inline uint32_t bf16_pair(float low, float high) { return bf16_bits(low) | uint32_t(bf16_bits(high)) << 16; }
 inline uint32_t fp16_pair(float low, float high) { return fp16_bits(low) | uint32_t(fp16_bits(high)) << 16; }
+inline uint32_t bf16_larger(uint32_t a, uint32_t b) {
+    const auto low = [](uint32_t word) { return __uint_as_float(word << 16); };
+    return bf16_pair(std::fmax(low(a), low(b)), std::fmax(low(a >> 16), low(b >> 16)));
+}
+inline uint32_t fp16_larger(uint32_t a, uint32_t b) {
+    const auto low = [](uint32_t word) { return fp16_value(uint16_t(word)); };
+    return fp16_pair(std::fmax(low(a), low(b)), std::fmax(low(a >> 16), low(b >> 16)));
+}
+
