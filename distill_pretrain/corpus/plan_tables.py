@@ -36,7 +36,7 @@ Int64s = npt.NDArray[np.int64]
 
 TABLES_VERSION = 1
 STORED_FROM = 1 << 20
-"""Documents from which a plan is stored; the tables of fewer take less than 16 MiB of a process."""
+"""Documents from which a plan is stored; the tables of fewer, and their lengths, are 24 MiB at most."""
 MANIFEST = "plan.json"
 _CHUNK = 1 << 21
 _BUCKET = 1 << 20

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distill_pretrain.corpus import index_tables, plan_tables
+from distill_pretrain.corpus import index_tables, plan_tables, sequence_plan
 from distill_pretrain.corpus.document_order import document_order
 from distill_pretrain.corpus.index_tables import IndexTables
 from distill_pretrain.corpus.sequence_plan import SequencePlan
@@ -197,6 +197,14 @@ def test_a_damaged_or_foreign_stored_plan_is_built_again(
     assert built == [100]
     require_equal(plan_of(prefix), in_memory["cut"])
     assert built == [100]
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_shares_do_not_depend_on_how_much_is_looked_at_at_once(in_memory, packing, monkeypatch):
+    shares = in_memory[packing].shares
+    for chunk in (1, 7, 99, 100):
+        monkeypatch.setattr(sequence_plan, "_CHUNK", chunk)
+        assert in_memory[packing].shares == shares
 
 
 def test_a_stored_packing_of_other_sequences_is_built_again(in_memory, stored, prefix, monkeypatch):
