@@ -183,7 +183,7 @@ def sparse_kl(
     mass = probs.sum(-1)
     cross = torch.where(mass > 0, sums[:, 5] / temperature - mass * log_sum, 0.0)
     # T log T at the kept ids, of which 0 log 0 is 0; below that of u at the others.
-    kl = -torch.special.entr(at_kept).sum(-1) - cross
+    kl: torch.Tensor = -torch.special.entr(at_kept).sum(-1) - cross
     if floor is not None:
         others = vocab_size - targets.kept.sum(-1)
         all_log_probs = sums[:, 3] / temperature - vocab_size * log_sum
