@@ -239,7 +239,7 @@ def train_student(
             return False
         if newest is not None:
             weights = None
-        check_kernels(objective)
+        check_kernels(objective, logit_cap=model.logit_cap)
         check_targets(sources, objective)
         check_teacher(teacher, sources[0].sequences, objective)
         on_first_rank(lambda: drop_unfinished(train.output_dir))

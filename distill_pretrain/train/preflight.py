@@ -16,6 +16,7 @@ from distill_pretrain.data.config import DataConfig
 from distill_pretrain.data.kept_mass import KeptShare
 from distill_pretrain.data.sources import SequenceData, TrainingSource
 from distill_pretrain.errors import ConfigError, TeacherError
+from distill_pretrain.kernels.sparse_kd.launch import CAPPED, SOURCE
 from distill_pretrain.losses.backend import LossBackend, choose_backend
 from distill_pretrain.losses.config import ObjectiveConfig
 from distill_pretrain.losses.schedule import extremes
@@ -51,16 +52,21 @@ def ignored_caches(
         yield f"not read, since train.eval_interval is not set: {data.held_out_cache} (data.held_out_cache)"
 
 
-def check_kernels(objective: ObjectiveConfig) -> None:
+def check_kernels(objective: ObjectiveConfig, *, logit_cap: float | None) -> None:
     """Refuse, on every rank and before anything is built, kernels that are insisted on and that some rank cannot run.
 
-    Every rank of the job calls it.
+    Every rank of the job calls it. What it compiles is what the student's loss will launch.
+
+    Args:
+        objective: the loss.
+        logit_cap: of the student; capped logits have kernels of their own.
 
     Raises:
         ConfigError: see `choose_backend`.
     """
     if objective.kernel == "cuda":
-        choose_backend("cuda", local_device(), dist.group.WORLD)
+        source = CAPPED if logit_cap else SOURCE
+        choose_backend("cuda", local_device(), dist.group.WORLD, source=source)
 
 
 def check_positions(objective: ObjectiveConfig, parallel: ParallelConfig) -> None:

@@ -12,10 +12,15 @@ import torch
 from distill_pretrain.data.config import DataConfig
 from distill_pretrain.data.kept_mass import KeptShare
 from distill_pretrain.errors import ConfigError, TeacherError
+from distill_pretrain.kernels.sparse_kd.launch import source_of
+from distill_pretrain.losses import backend
 from distill_pretrain.losses.config import ObjectiveConfig
+from distill_pretrain.losses.sparse_kd import DistillationObjective
 from distill_pretrain.mcore.model.config import ParallelConfig
+from distill_pretrain.processes.process import process_group
 from distill_pretrain.train.config import TrainConfig
 from distill_pretrain.train.preflight import (
+    check_kernels,
     check_positions,
     check_targets,
     check_teacher,
@@ -110,6 +115,17 @@ def test_kernels_that_are_insisted_on_must_take_every_token():
         said("topk", 513, kernel="cuda")
     with pytest.raises(ConfigError, match=r"objective\.kernel: cuda; found: 513 target entries"):
         said("topk", 512, kernel="cuda", residual="label")
+
+
+@pytest.mark.parametrize("cap", [None, 30.0])
+def test_kernels_that_are_insisted_on_are_those_that_the_loss_launches(cap, monkeypatch):
+    tried = []
+    monkeypatch.setattr(backend, "loading_problem", lambda source, _: tried.append(source))
+    asked = ObjectiveConfig(kd_weight=1.0, kernel="cuda")
+    with process_group():
+        check_kernels(asked, logit_cap=cap)
+    loss = DistillationObjective(asked, vocab_size=VOCAB, tensor_group=None, logit_cap=cap)
+    assert tried == [source_of(loss.settings)] * 2
 
 
 BUCKET = {"residual": "ghost", "divergence": "jensen_shannon"}
