@@ -232,7 +232,7 @@ def families_table() -> str:
         "|---|---|---|---|---|---|",
     ]
     for family in families().values():
-        prunes = "yes" if family.prunes else "no"
+        prunes = "yes" if family.unpruned is None else f"no: {family.unpruned}"
         always = [f"`{name}`" for name in sorted(family.always)]
         options = [f"`{name}`" for name in sorted(family.options)]
         pieces = ", ".join(always)

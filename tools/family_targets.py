@@ -1,8 +1,9 @@
 """How many positions' targets move between the two engines: every family, captured as kind hf and as kind megatron.
 
     python -m tools.family_targets --output docs/results/families/targets.json
-    python -m tools.family_targets --only Qwen3Config
+    python -m tools.family_targets --only Qwen3Config --output docs/results/families/targets.json
 
+With `--only`, rows that the file has of other families stay, if they were measured with the same versions.
 For each family a random model of transformers' own class, captured by the real verb as either kind in fp32 and in bf16,
 and the share of positions whose stored targets differ. All draw with the same random numbers, so exact arithmetic would
 move none. It prints the table of docs/results/families.
@@ -24,7 +25,7 @@ from distill_pretrain.corpus.token_writer import TokenIndexWriter
 from distill_pretrain.data.config import DataConfig
 from distill_pretrain.data.sources import open_cache, open_sequences
 from tests.checkpoint.test_families import CONFIGS, save_random
-from tools.reporting import command_line, environment, run, write_json
+from tools.reporting import command_line, environment, kept_rows, run, write_json
 
 VOCAB_SIZE, SEQ_LEN, NUM_DRAWS = 150, 64, 50
 PAIRS = {
@@ -102,6 +103,9 @@ def measure(
     }
 
 
+VERSIONS = ("torch", "megatron-core", "transformers")
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [f"| class of the configuration | {' | '.join(PAIRS)} |", "|---" + "|--:" * 3 + "|"]
@@ -133,9 +137,12 @@ def main() -> int:
                 folder / "train", folder / config, folder / f"{config}, captured", PAIRS
             )
             rows.append({"config": config, **found})
+    report: dict[str, Any] = {"environment": environment(*VERSIONS), "num_draws": NUM_DRAWS}
+    if arguments.only:
+        rows += kept_rows(arguments.output, report, {"config": arguments.only}, VERSIONS)
+        rows.sort(key=lambda row: [*CONFIGS].index(row["config"]))
     print(table(rows))
-    about = environment("torch", "megatron-core", "transformers")
-    write_json(arguments.output, {"environment": about, "num_draws": NUM_DRAWS, "rows": rows})
+    write_json(arguments.output, {**report, "rows": rows})
     return 0
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -69,6 +69,30 @@ def append_line(path: Path | None, figures: dict[str, Any]) -> None:
             file.write(json.dumps(figures) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def kept_rows(
+    path: Path | None,
+    report: Mapping[str, Any],
+    measured: Mapping[str, Sequence[str]],
+    versions: Sequence[str],
+) -> list[Any]:
+    """Rows of an earlier report that still stand: not measured again, with the same settings and versions.
+
+    Args:
+        path: of the earlier report; one that is not there has no rows.
+        report: the new one without rows: `environment`, and settings.
+        measured: key of a row -> its values in the rows that are measured again.
+        versions: keys of `environment` that must be the same.
+    """
+    if path is None or not path.is_file():
+        return []
+    found = json.loads(path.read_text())
+    theirs, ours = found["environment"], report["environment"]
+    same = all(found[key] == value for key, value in report.items() if key != "environment")
+    if not same or any(theirs[name] != ours[name] for name in versions):
+        return []
+    return [row for row in found["rows"] if all(row[key] not in measured[key] for key in measured)]
 
 
 def write_json(path: Path | None, report: dict[str, Any]) -> None:

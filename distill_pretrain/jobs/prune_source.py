@@ -65,8 +65,8 @@ def open_source(
     checkpoint = find_checkpoint(place)
     trained = trained_model(checkpoint.identity, checkpoint.folder)
     family = family_of(trained.model)
-    if not family.prunes:
-        raise unsupported(place, family.model_type)
+    if family.unpruned is not None:
+        raise unsupported(place, family)
     _require_same_tokens(place, trained, sequences)
     _require_positions(place, trained.seq_len, data)
     _require_fitting(place, trained.model, trained.vocab_size, sequences, targets)

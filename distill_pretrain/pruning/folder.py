@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_pretrain.checkpoint.hf.config import CONFIG, hf_config, read_hf_model
-from distill_pretrain.checkpoint.hf.family import DTYPE_NAMES
+from distill_pretrain.checkpoint.hf.family import DTYPE_NAMES, Family
 from distill_pretrain.checkpoint.hf.files import (
     DTYPES,
     Tensor,
@@ -66,8 +66,9 @@ class Source:
                 the model's.
         """
         found = read_hf_model(folder)
-        if not families()[found.family].prunes:
-            raise unsupported(folder, found.family)
+        family = families()[found.family]
+        if family.unpruned is not None:
+            raise unsupported(folder, family)
         return cls(
             folder=folder,
             config=_own_config(folder),
@@ -121,14 +122,15 @@ def _own_config(folder: Path) -> dict[str, Any]:
     return {**config, "architectures": [families()[config["model_type"]].architecture]}
 
 
-def unsupported(where: Path, family: str) -> CheckpointError:
-    """Make what to raise for a model of another kind."""
+def unsupported(where: Path, family: Family) -> CheckpointError:
+    """Make what to raise for a model of a family that is not pruned."""
     return CheckpointError(
         "models of this family cannot be pruned",
         where=where,
-        found=family,
-        expected=", ".join(name for name, kind in families().items() if kind.prunes),
-        remedy="choose another source",
+        found=f"{family.title} ({family.model_type}): {family.unpruned}",
+        expected=", ".join(name for name, kind in families().items() if kind.unpruned is None),
+        remedy="prune a model of one of these families; or set the sizes of a smaller student in the section model, "
+        "and train it from fresh weights",
     )
 
 

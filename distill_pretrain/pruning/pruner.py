@@ -160,8 +160,16 @@ class Pruner:
 
     def _cuts(self, model: ModelConfig, kept: Kept) -> list[Cut]:
         shares = self.scores.norm_shares if self._config.rescale_norms else None
-        source, vocab_size = self.source.model, self.source.vocab_size
-        return list(cuts(model, kept, source=source, vocab_size=vocab_size, norm_shares=shares))
+        return list(
+            cuts(
+                model,
+                kept,
+                source=self.source.model,
+                vocab_size=self.source.vocab_size,
+                norm_shares=shares,
+                family=self.source.config["model_type"],
+            )
+        )
 
     def _built(self, model: ModelConfig, tensors: Sequence[Cut]) -> Any:
         weights = {cut.name: cut.read(self.source.files) for cut in tensors}

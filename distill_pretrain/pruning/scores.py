@@ -105,8 +105,10 @@ class _Collector:
         for number, layer in enumerate(self._trunk.layers):
             for name, norm in self._norms_of(layer):
                 yield norm, self._norm_hook(f"model.layers.{number}.{name}.weight")
-            yield layer.self_attn.q_proj, self._channels_hook(f"hidden.{number}.attention")
-            yield layer.mlp.gate_proj, self._channels_hook(f"hidden.{number}.mlp")
+            attention = getattr(layer.self_attn, "qkv_proj", None) or layer.self_attn.q_proj
+            yield attention, self._channels_hook(f"hidden.{number}.attention")
+            gate = getattr(layer.mlp, "gate_up_proj", None) or layer.mlp.gate_proj
+            yield gate, self._channels_hook(f"hidden.{number}.mlp")
             yield layer.self_attn.o_proj, self._heads_hook(f"heads.{number}")
             yield layer.mlp.down_proj, self._channels_hook(f"ffn.{number}")
             yield layer, self._point

@@ -37,6 +37,8 @@ _AXES: dict[str, tuple[str, ...]] = {
     "mlp.gate_proj.weight": ("ffn", "hidden"),
     "mlp.up_proj.weight": ("ffn", "hidden"),
     "mlp.down_proj.weight": ("hidden", "ffn"),
+    "self_attn.qkv_proj.weight": ("heads, groups, groups", "hidden"),
+    "mlp.gate_up_proj.weight": ("ffn, ffn", "hidden"),
 }
 """Tensor, below its layer if it is in one -> what its rows (and columns) are."""
 _OF_WHOLE_NORMS = {"self_attn.q_norm.weight": ("heads",), "self_attn.k_norm.weight": ("groups",)}
@@ -83,6 +85,7 @@ def cuts(
     source: ModelConfig,
     vocab_size: int,
     norm_shares: Mapping[str, torch.Tensor] | None,
+    family: str | None = None,
 ) -> Iterator[Cut]:
     """Yield every tensor of the smaller model, in the order of its parameters.
 
@@ -92,22 +95,30 @@ def cuts(
         source: architecture that it is cut out of.
         vocab_size: rows of the embedding.
         norm_shares: see `Scores`; None leaves the weights of the norms as they are.
+        family: model_type that the smaller model keeps; None means that of the class which is written for its pieces.
     """
     width = pruned.kv_channels
     assert width is not None
     axes_of = {**_AXES, **(_OF_WHOLE_NORMS if pruned.qk_norm_whole else {})}
     factors = _embedding_factors(pruned, source)
     offset = 1.0 if pruned.zero_centred_norms else 0.0
-    for name, shape in (
-        correspondence(pruned, vocab_size=vocab_size, max_positions=0).shapes().items()
-    ):
+    names = correspondence(pruned, vocab_size=vocab_size, max_positions=0, family=family)
+    for name, shape in names.shapes().items():
         layer, inner, origin = _place(name, kept)
+        heads, groups = (_channels(of[layer], width) for of in (kept.heads, kept.groups))
+        ffn = torch.tensor(kept.ffn[layer])
         places = {
             "all": None,
             "hidden": torch.tensor(kept.hidden),
-            "heads": _channels(kept.heads[layer], width),
-            "groups": _channels(kept.groups[layer], width),
-            "ffn": torch.tensor(kept.ffn[layer]),
+            "heads": heads,
+            "groups": groups,
+            "ffn": ffn,
+            "heads, groups, groups": _joined(
+                (heads, source.num_attention_heads * width),
+                (groups, (source.num_query_groups or source.num_attention_heads) * width),
+                (groups, 0),
+            ),
+            "ffn, ffn": _joined((ffn, source.ffn_hidden_size), (ffn, 0)),
         }
         scale = factors.get(name, 1.0)
         axes = tuple(places[axis] for axis in axes_of[inner])
@@ -159,6 +170,15 @@ def _place(name: str, kept: Kept) -> tuple[int, str, str]:
         return 0, name, name
     layer = int(parts[2])
     return layer, parts[3], f"model.layers.{kept.layers[layer]}.{parts[3]}"
+
+
+def _joined(*parts: tuple[torch.Tensor, int]) -> torch.Tensor:
+    """Return the places kept of projections in one tensor, one after another: of each its places, and all its rows."""
+    found, start = [], 0
+    for places, size in parts:
+        found.append(places + start)
+        start += size
+    return torch.cat(found)
 
 
 def _channels(heads: tuple[int, ...], width: int) -> torch.Tensor:

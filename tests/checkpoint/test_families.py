@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import torch
 
 from distill_pretrain.checkpoint.hf import read_hf_model
 from distill_pretrain.checkpoint.hf.registry import correspondence, families
-from distill_pretrain.errors import ConfigError
+from distill_pretrain.errors import CheckpointError, ConfigError
 from distill_pretrain.mcore.model.config import ModelConfig, ParallelConfig
 from distill_pretrain.mcore.model.flops import training_flops_per_token
 from distill_pretrain.planning.parameters import num_parameters
@@ -240,6 +241,19 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         ),
         30_532_122_624,
     ),
+    "OLMo-2-1124-7B": (
+        facts(
+            "olmo2",
+            100352,
+            (32, 4096, 11008, 32, 32),
+            4096,
+            rope_theta=500000,
+            rms_norm_eps=1e-6,
+            attention_bias=False,
+            tie_word_embeddings=False,
+        ),
+        7_298_617_344,
+    ),
     "Olmo-3-1025-7B": (
         facts(
             "olmo3",
@@ -368,9 +382,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "GPT2Config": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
     "LlamaConfig": {"attention_bias": True, "mlp_bias": True},
     "MistralConfig": {"sliding_window": 11},
+    "Qwen2Config": {},
     "Qwen3Config": {"head_dim": 8},
     "SmolLM3Config": {"pad_token_id": None},
     "Ministral3Config": {"head_dim": 8, "rope_parameters": {**MINISTRAL_YARN}},
+    "Olmo2Config": {},
     "Olmo3Config": {"sliding_window": 7},
     "Phi3Config": {
         "pad_token_id": 0,
@@ -450,6 +466,39 @@ def test_the_targets_of_kind_megatron_are_those_of_kind_hf(one_process, name, tm
     assert moved <= 5
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_separate_documents_are_what_transformers_computes_one_by_one(one_process, name, tmp_path):
+    """Documents of 9, 1 and 38 tokens, the last beyond windows and original contexts, in one sequence of training."""
+    from distill_pretrain.checkpoint.hf import load_hf_weights
+    from distill_pretrain.mcore.model.chunks import build_model_chunks
+    from distill_pretrain.mcore.student.base import piece_positions
+
+    save_random(name, tmp_path)
+    tokens = torch.randint(0, 150, (2, 48), generator=torch.Generator().manual_seed(0))
+    (chunk,) = build_model_chunks(
+        read_hf_model(tmp_path).model,
+        ParallelConfig(),
+        vocab_size=150,
+        seq_len=64,
+        precision="fp32",
+        seed=None,
+    )
+    load_hf_weights([chunk.eval()], tmp_path)
+    ends = [[0, 9, 10, 48], [0, 38, 47, 48]]
+    pieces = torch.tensor(
+        [[row, *span] for row in (0, 1) for span in itertools.pairwise(ends[row])]
+    )
+    places = torch.arange(48)
+    found = chunk(tokens, piece_positions(pieces, 2, places), pieces)[..., :150]
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    for row, start, stop in pieces.tolist():
+        alone = model(tokens[row : row + 1, start:stop]).logits[0]
+        torch.testing.assert_close(found[row, start:stop], alone, rtol=1e-5, atol=2e-5)
+    joined = chunk(tokens, places.expand(2, 48), None)[..., :150]
+    assert (joined - found)[0, 9:].abs().max() > 1e-3
+
+
 def test_a_layer_that_stays_keeps_its_kind_of_attention(tmp_path):
     from distill_pretrain.checkpoint.start import open_weights
     from distill_pretrain.pruning.choice import choose
@@ -478,7 +527,25 @@ def test_a_layer_that_stays_keeps_its_kind_of_attention(tmp_path):
         assert torch.equal(pruned(tokens).logits, expected)
 
 
-@pytest.mark.parametrize("name", ["Gemma2Config", "Gemma3TextConfig", "Olmo3Config"])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("Qwen3MoeConfig", r"found: Qwen3-MoE \(qwen3_moe\): what each expert does"),
+        ("GptOssConfig", r"found: gpt-oss \(gpt_oss\): what each expert does"),
+        ("GPT2Config", r"found: GPT-2 \(gpt2\): norms that subtract a mean"),
+    ],
+)
+def test_a_family_that_is_not_pruned_is_refused_by_name_with_what_to_do(name, reason, tmp_path):
+    from distill_pretrain.pruning.folder import Source
+
+    save_random(name, tmp_path)
+    with pytest.raises(CheckpointError, match=reason) as error:
+        Source.open(tmp_path)
+    assert "phi3, qwen2, qwen3, smollm3" in str(error.value)
+    assert "sizes of a smaller student in the section model" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["Gemma2Config", "Gemma3TextConfig", "Olmo3Config", "Phi3Config"])
 def test_a_pruned_folder_is_the_same_model_here(one_process, name, tmp_path):
     from distill_pretrain.pruning.choice import choose
     from distill_pretrain.pruning.folder import Source, write_folder
@@ -497,6 +564,7 @@ def test_a_pruned_folder_is_the_same_model_here(one_process, name, tmp_path):
     kept = choose(scores, Shape.of(source.model), shape, (0, 1, 3))
     smaller = with_shape(source.model, shape, kept.layers)
     of_source = {"source": source.model, "vocab_size": 150}
+    of_source["family"] = source.config["model_type"]
     pieces = list(cuts(smaller, kept, **of_source, norm_shares=scores.norm_shares))
     write_folder(tmp_path / "out", source, source.config_of(smaller), pieces, {})
     engine = open_engine("megatron", tmp_path / "out", "fp32", vocab_size=150, seq_len=64)
@@ -557,8 +625,8 @@ def test_training_and_scoring_see_the_capped_logits_of_transformers(
 
 
 def test_dense_families_of_the_kind_of_llama_are_pruned():
-    pruned = {name for name, family in families().items() if family.prunes}
-    likes = {"llama", "mistral", "ministral3", "qwen2", "qwen3", "smollm3"}
+    pruned = {name for name, family in families().items() if family.unpruned is None}
+    likes = {"llama", "mistral", "ministral3", "phi3", "qwen2", "qwen3", "smollm3"}
     assert pruned == likes | {"gemma2", "gemma3_text", "olmo2", "olmo3"}
 
 

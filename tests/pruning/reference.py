@@ -50,6 +50,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         }
     },
     "olmo2": {},
+    "phi3": {},
+    "phi3 partial": {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.7}},
     "olmo3": {"sliding_window": 5, "layer_types": KINDS},
     "gemma2": {
         **GEMMA3,
@@ -71,6 +73,21 @@ PLACES: dict[str, tuple[str, str, str, str]] = {
     "": ("input_layernorm", "", "post_attention_layernorm", ""),
 }
 """Beginning of a model_type -> norms before and after attention, before and after the feed-forward block."""
+
+
+def weights_of(layer: Any) -> dict[str, torch.Tensor]:
+    """The weights of a layer's projections, q to v and gate and up; parts of one tensor where a family joins them."""
+    config = layer.self_attn.config
+    found = {name: getattr(layer.self_attn, f"{name}_proj", None) for name in "qkv"}
+    found |= {name: getattr(layer.mlp, f"{name}_proj", None) for name in ("gate", "up")}
+    if found["q"] is not None:
+        return {name: linear.weight for name, linear in found.items()}
+    rows = [6 * config.num_attention_heads, *[6 * config.num_key_value_heads] * 2]
+    parts = [
+        *layer.self_attn.qkv_proj.weight.split(rows),
+        *layer.mlp.gate_up_proj.weight.chunk(2),
+    ]
+    return dict(zip(found, parts, strict=True))
 
 
 def exists(name: str) -> bool:
@@ -125,6 +142,11 @@ class Reference:
         self.config = config = model.config
         self.masks = masks or everything(config)
         self.weights = {n: t.double().numpy() for n, t in model.state_dict().items()}
+        for number, layer in enumerate(model.model.layers):
+            for name, weight in weights_of(layer).items():
+                block = "mlp" if name in ("gate", "up") else "self_attn"
+                place = f"model.layers.{number}.{block}.{name}_proj.weight"
+                self.weights[place] = weight.detach().double().numpy()
         kind = config.model_type
         self.places = next(p for start, p in PLACES.items() if kind.startswith(start))
         self.is_gemma, self.is_olmo = kind.startswith("gemma"), kind.startswith("olmo")
@@ -220,14 +242,15 @@ class Reference:
         turned = getattr(self.config, "no_rope_layers", None)
         if turned and not turned[layer]:
             return z
-        length, _, width = z.shape
+        length = len(z)
         by_kind = "layer_type" in inspect.signature(type(self.rotary).forward).parameters
         tables = self.rotary(
             torch.zeros(1, length, 1), torch.arange(length)[None], *([kind] if by_kind else [])
         )
-        cos, sin = (t[0, :, None, : width // 2].double().numpy() for t in tables)
-        first, second = z[..., : width // 2], z[..., width // 2 :]
-        return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        half = tables[0].shape[-1] // 2
+        cos, sin = (t[0, :, None, :half].double().numpy() for t in tables)
+        first, second, rest = z[..., :half], z[..., half : 2 * half], z[..., 2 * half :]
+        return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], -1)
 
 
 def capped(x: Array, cap: float | None) -> Array:

@@ -11,13 +11,15 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from reference import FAMILIES, SIZES, Masks, Reference, exists, make_model, save
+from reference import FAMILIES, SIZES, Masks, Reference, exists, make_model, save, weights_of
 
 from distill_pretrain.checkpoint.hf.config import read_hf_model
 from distill_pretrain.checkpoint.start import open_weights
 from distill_pretrain.pruning.choice import Kept, choose, choose_layers
+from distill_pretrain.pruning.config import PruneConfig, TargetConfig
 from distill_pretrain.pruning.folder import Source, write_folder
 from distill_pretrain.pruning.model import build_model, load_model
+from distill_pretrain.pruning.pruner import Pruner
 from distill_pretrain.pruning.scores import Scores, collect_scores
 from distill_pretrain.pruning.shapes import Shape, num_parameters, with_shape
 from distill_pretrain.pruning.slicing import cuts, norm_scale
@@ -52,14 +54,15 @@ def idle_parts(model: Any, channels: list[int] = IDLE) -> None:
                 if number == 2:
                     linear.weight.zero_()
             idle = slice(0, 6) if number % 2 else slice(6, 12)
-            layer.self_attn.v_proj.weight[idle] = 0
+            weights_of(layer)["v"][idle] = 0
             if model.config.model_type.startswith("olmo"):
                 # Under a norm over all heads an idle one must not count.
                 layer.self_attn.k_proj.weight[idle] = 0
                 layer.self_attn.q_proj.weight[3 * idle.start : 3 * idle.stop] = 0
-            if layer.self_attn.v_proj.bias is not None:
-                layer.self_attn.v_proj.bias[idle] = 0
-            layer.mlp.up_proj.weight[[(number + 3 * i) % 20 for i in range(7)]] = 0
+            value = getattr(layer.self_attn, "v_proj", None)
+            if value is not None and value.bias is not None:
+                value.bias[idle] = 0
+            weights_of(layer)["up"][[(number + 3 * i) % 20 for i in range(7)]] = 0
 
 
 def pruned(
@@ -72,7 +75,8 @@ def pruned(
     model = with_shape(source.model, shape, kept.layers)
     shares = scores.norm_shares if rescale else None
     of_source = {"source": source.model, "vocab_size": source.vocab_size}
-    tensors = list(cuts(model, kept, **of_source, norm_shares=shares))
+    family = source.config["model_type"]
+    tensors = list(cuts(model, kept, **of_source, norm_shares=shares, family=family))
     return source, source.config_of(model), tensors, kept
 
 
@@ -269,3 +273,20 @@ def test_a_width_that_the_heads_do_not_divide_is_a_mistral(tmp_path):
     assert config["model_type"] == "mistral"
     assert logits(load_model(tmp_path / "out", "fp32", CPU)).shape == (6, 12, 40)
     assert read_hf_model(tmp_path / "out").model == with_shape(source.model, shape)
+
+
+def test_a_phi_that_computes_what_a_llama_does_stays_a_phi(tmp_path):
+    source = Source.open(save(make_model("phi3"), tmp_path / "source"))
+    batches = [(TOKENS[:, :-1], TOKENS[:, 1:])]
+    config = PruneConfig(source=tmp_path, output_dir=tmp_path)
+    pruner = Pruner(source, config, scored=batches, reported=batches, vocab_size=40, device=CPU)
+    target = {"num_layers": 2, "ffn_hidden_size": 13, "num_query_groups": 1}
+    found = pruner.prune("t", TargetConfig(**target))
+    write_folder(tmp_path / "out", source, source.config_of(found.model), found.cuts, {})
+    small = load_model(tmp_path / "out", "fp32", CPU)
+    assert type(small).__name__ == "Phi3ForCausalLM"
+    assert small.num_parameters() == found.parameters
+    loss = torch.nn.functional.cross_entropy(
+        logits(small)[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten()
+    )
+    assert found.loss == pytest.approx(float(loss), abs=1e-5)

@@ -6,6 +6,7 @@ import pytest
 
 from tests.checkpoint.test_families import save_random
 from tools import family_targets
+from tools.reporting import kept_rows, write_json
 
 ENGINES = {"engines": ("hf fp32", "megatron fp32")}
 
@@ -32,3 +33,16 @@ def test_a_draw_that_goes_to_another_id_is_one(monkeypatch):
     assert found == {"positions": 2, "moved": 1, "draws": 6, "draws_moved": 1}
     row = {"config": "Some", **dict.fromkeys(family_targets.PAIRS, found)}
     assert family_targets.table([row]).splitlines()[2].startswith("| `Some` | 50.00% (16.667%) |")
+
+
+def test_rows_of_other_families_stay_where_they_were_measured_alike(tmp_path):
+    rows = [{"config": "Qwen2Config"}, {"config": "Qwen3Config"}]
+    report = {"environment": {"torch": "1", "date": "today"}, "num_draws": 50}
+    asked = {"config": ["Qwen3Config"]}, ["torch"]
+    file = tmp_path / "targets.json"
+    assert kept_rows(file, report, *asked) == []
+    write_json(file, {**report, "rows": rows})
+    later = {"environment": {"torch": "1", "date": "tomorrow"}, "num_draws": 50}
+    assert kept_rows(file, later, *asked) == rows[:1]
+    assert kept_rows(file, {**report, "num_draws": 1}, *asked) == []
+    assert kept_rows(file, {**report, "environment": {"torch": "2"}}, *asked) == []

@@ -38,6 +38,8 @@ _KEYS = (
 )
 NO_ROPE, WINDOW = "attention_layers: n", "attention_layers: w"
 EXPERT_BIASES, CLAMPED_SWIGLU = "experts: biases", "experts: swiglu_limit"
+UNPRUNED_EXPERTS = "what each expert does is not scored"
+"""Why `prune` takes no family with experts."""
 REORDERED, SANDWICH = "norm_placement: reordered", "norm_placement: sandwich"
 
 
@@ -86,7 +88,7 @@ class Family:
         always: pieces (`pieces_of`) that every model of the family has.
         options: pieces that it may have.
         cannot_write: why a model with these pieces is not one of its class; None where it is.
-        prunes: whether `prune` takes it.
+        unpruned: why `prune` does not take it; None where it does.
         longest: key of config.json that says the longest sequence.
     """
 
@@ -101,7 +103,7 @@ class Family:
     always: frozenset[str] = frozenset()
     options: frozenset[str] = frozenset()
     cannot_write: Callable[[ModelConfig], str | None] = lambda model: None
-    prunes: bool = False
+    unpruned: str | None = None
     longest: str = "max_position_embeddings"
 
     def has(self, model: ModelConfig) -> bool:

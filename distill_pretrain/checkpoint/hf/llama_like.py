@@ -37,7 +37,7 @@ def llama_like(
     section: Callable[[Raw], dict[str, Any]] = lambda raw: {},
     cannot_write: Callable[[ModelConfig], str | None] = lambda model: None,
     tensors: type[Correspondence] = LlamaTensors,
-    prunes: bool = True,
+    unpruned: str | None = None,
     scalings: frozenset[str] = SCALINGS,
     experts: bool = False,
     activations: tuple[str, ...] = ("silu", "swish"),
@@ -61,7 +61,7 @@ def llama_like(
         section: keys of the section model beside those that all of them have.
         cannot_write: see `Family`.
         tensors: see `Family`.
-        prunes: see `Family`.
+        unpruned: see `Family`.
         scalings: of SCALINGS those that a model may have.
         experts: whether it has experts.
         activations: values of hidden_act that mean the family's activation.
@@ -108,7 +108,7 @@ def llama_like(
         always=always,
         options=options | scalings,
         cannot_write=cannot_write,
-        prunes=prunes,
+        unpruned=unpruned,
     )
 
 

@@ -148,6 +148,7 @@ FAMILIES = (
         problems=_problems,
         options=frozenset({"activation"}),
         cannot_write=_cannot_write,
+        unpruned="norms that subtract a mean are not corrected for channels that go",
         longest="n_positions",
     ),
 )

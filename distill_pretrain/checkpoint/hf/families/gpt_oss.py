@@ -7,6 +7,7 @@ from typing import Any
 from distill_pretrain.checkpoint.hf.family import (
     CLAMPED_SWIGLU,
     EXPERT_BIASES,
+    UNPRUNED_EXPERTS,
     WINDOW,
     Raw,
     shortest_pattern,
@@ -192,7 +193,7 @@ FAMILIES = (
         problems=_problems,
         cannot_write=_cannot_write,
         tensors=GptOssTensors,
-        prunes=False,
+        unpruned=UNPRUNED_EXPERTS,
         experts=True,
         rotary=(
             lambda raw: rope_problems(_with_yarn(raw)),

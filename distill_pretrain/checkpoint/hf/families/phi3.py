@@ -97,7 +97,6 @@ FAMILIES = (
         section=_section,
         cannot_write=_cannot_write,
         tensors=Phi3Tensors,
-        prunes=False,
         scalings=frozenset(),
         rotary=(_rotary_problems, _rotary_section, _rotary_config),
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from distill_pretrain.checkpoint.hf.family import Raw
+from distill_pretrain.checkpoint.hf.family import UNPRUNED_EXPERTS, Raw
 from distill_pretrain.checkpoint.hf.llama_like import (
     ATTENTION_BIASES,
     attention_biases,
@@ -94,7 +94,7 @@ FAMILIES = (
         problems=_problems,
         cannot_write=half_of_the_biases,
         tensors=ExpertTensors,
-        prunes=False,
+        unpruned=UNPRUNED_EXPERTS,
         experts=True,
     ),
 )
