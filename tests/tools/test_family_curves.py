@@ -17,6 +17,13 @@ def test_every_family_of_a_student_is_measured():
     assert of_names == set(families())
 
 
+def test_a_row_may_have_another_limit_of_its_clamp():
+    clamped, published = (family_curves.section(name) for name in ("gpt_oss", "gpt_oss-limit-7"))
+    assert clamped["experts"].pop("swiglu_limit") == 0.3
+    assert published["experts"].pop("swiglu_limit") == 7.0
+    assert clamped == published
+
+
 @pytest.mark.slow
 def test_a_family_with_experts_learns_alike_under_expert_and_pipeline_parallelism():
     row = family_curves.measure("qwen3_moe", ["PP2", "EP2"], 4)
