@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from distill_pretrain import __version__
-from distill_pretrain.checkpoint.identity import differences
 from distill_pretrain.checkpoint.lineage import phase_folders
 from distill_pretrain.checkpoint.record import RECORD, Checkpoint, hash_files, on_first_rank
 from distill_pretrain.errors import CheckpointError
@@ -315,6 +314,8 @@ class CheckpointStore:
 
 def require_same_run(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
     """Raise CheckpointError listing every key of the recipe in which a checkpoint and this run differ."""
+    from distill_pretrain.checkpoint.identity import differences
+
     found = differences(checkpoint.identity, identity, checkpoint.folder, step=checkpoint.step)
     if found:
         raise CheckpointError(

@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +20,9 @@ from distill_pretrain.cache.writer import CacheWriter
 from distill_pretrain.cli.main import main
 from distill_pretrain.corpus.sequence_plan import SequencePlan
 from distill_pretrain.corpus.token_index import TokenIndex
+from distill_pretrain.data.config import DataConfig
 from distill_pretrain.files.storage import open_storage
-from distill_pretrain.jobs.inspect.cache import bins
+from distill_pretrain.jobs.inspect.cache import CapturedData, bins
 
 
 def inspect(path: Path | str, capsys: pytest.CaptureFixture[str], *, status: int = 0) -> str:
@@ -224,19 +227,59 @@ def test_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert shown["seq_len"] == "16"
 
 
-def test_nothing_that_is_inspected_loads_torch(small_cache: SmallCache, tmp_path: Path) -> None:
+def test_nothing_that_is_inspected_loads_torch_or_checks_recipes(
+    small_cache: SmallCache, tmp_path: Path
+) -> None:
     run = make_run(tmp_path / "run")
     paths = [small_cache.folder, small_cache.tokens, small_cache.tokens.parent, run]
     code = (
         "import sys\n"
         "from distill_pretrain.cli.main import main\n"
         "codes = [main(['inspect', path]) for path in sys.argv[1:]]\n"
-        "loaded = [name for name in ('torch', 'megatron') if name in sys.modules]\n"
+        "loaded = [name for name in ('torch', 'megatron', 'pydantic') if name in sys.modules]\n"
         "sys.exit(f'{codes}, loaded {loaded}' if any(codes) or loaded else 0)\n"
     )
     command = [sys.executable, "-c", code, *map(str, paths), str(run / "checkpoints/step-00000002")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_is_read_of_a_captures_recipe_has_the_defaults_of_the_section() -> None:
+    for field in fields(CapturedData):
+        default = DataConfig.model_fields[field.name].get_default()
+        if field.name in ("tokens", "seq_len"):
+            assert DataConfig.model_fields[field.name].is_required()
+        else:
+            assert field.default == default, field.name
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {},
+        [],
+        {"tokens": None, "seq_len": 16},
+        {"tokens": "a\0b/c", "seq_len": 16},
+        {"tokens": "x" * 300, "seq_len": 16},
+        {"tokens": "no/such/folder", "seq_len": 16},
+        {"tokens": "{tokens}", "seq_len": "16"},
+        {"tokens": "{tokens}", "seq_len": 16, "seed": [7]},
+        {"tokens": "{tokens}", "seq_len": 16, "seed": 7, "packing": {}},
+        {"tokens": "{tokens}", "seq_len": 16, "seed": 7, "documents": []},
+        {"tokens": "{tokens}", "seq_len": 16, "seed": 8},
+        {"tokens": "{tokens}"},
+    ],
+)
+def test_a_cache_whose_recipe_leads_to_no_corpus_is_described_without_its_text(
+    data: Any, small_cache: SmallCache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if isinstance(data, dict) and data.get("tokens") == "{tokens}":
+        data = {**data, "tokens": str(small_cache.tokens)}
+    path = small_cache.folder / "recipe.yaml"
+    path.chmod(0o644)
+    path.write_text(yaml.safe_dump({"data": data}))
+    text = inspect(small_cache.folder, capsys)
+    assert "example: sequence 0" in text and "after" not in text
 
 
 def test_the_recipe_of_a_cache_is_read_once(

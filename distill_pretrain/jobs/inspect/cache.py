@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +22,6 @@ from distill_pretrain.corpus.sequence_plan import SequencePlan
 from distill_pretrain.corpus.token_index import TokenIndex
 from distill_pretrain.corpus.token_names import TokenNames
 from distill_pretrain.corpus.tokens_record import document_end_of
-from distill_pretrain.data.config import DataConfig
 from distill_pretrain.errors import DistillPretrainError
 from distill_pretrain.files.storage import Storage, is_remote, open_storage
 from distill_pretrain.jobs.console import say
@@ -225,7 +226,7 @@ def bins(counts: npt.NDArray[np.int64]) -> list[tuple[int, int, float]]:
 
 
 def _show_example(
-    shards: FinishedShards, corpus: SequencePlan | None, data: DataConfig | None
+    shards: FinishedShards, corpus: SequencePlan | None, data: CapturedData | None
 ) -> None:
     """One position with its targets, as text if the corpus and its tokenizer are found."""
     plan, shard = shards.plan, next(iter(shards.records))
@@ -253,14 +254,40 @@ def _largest(targets: RaggedTargets, row: int) -> list[tuple[int, float]]:
     return sorted(pairs, key=lambda pair: (-pair[1], pair[0]))[:MOST_ENTRIES]
 
 
-def _captured_data(storage: Storage) -> DataConfig | None:
-    """The section `data` of the recipe that the capture left in the cache."""
+@dataclass(frozen=True, kw_only=True)
+class CapturedData:
+    """What a capture's recipe says of its sequences, unchecked: what they are is judged by their plan's identity.
+
+    The recipe's own class would check it, for a third of the time that all of `inspect` takes. The keys and the values
+    that a key not given has are those of `DataConfig`.
+    """
+
+    tokens: Path
+    seq_len: int
+    seed: int = 1234
+    documents: str = "joined"
+    packing: Any = "cut"
+
+    @classmethod
+    def of(cls, section: dict[str, Any]) -> CapturedData:
+        """Take what is needed of the section `data`.
+
+        Raises:
+            OSError, ValueError, LookupError, TypeError: it names no folder, or is no such section.
+        """
+        tokens = Path(section["tokens"])
+        os.stat(tokens.parent)
+        known = {key: section[key] for key in cls.__dataclass_fields__ if key in section}
+        return cls(**{**known, "tokens": tokens})
+
+
+def _captured_data(storage: Storage) -> CapturedData | None:
+    """The section `data` of the recipe that the capture left in the cache; None where it leads nowhere."""
     try:
-        # The other sections, and the seconds that their classes take, are not needed.
         sections = yaml.load(storage.read("recipe.yaml"), Loader=_LOADER)
-        return DataConfig.model_validate(sections["data"])
+        return CapturedData.of(sections["data"])
     except (
-        FileNotFoundError,
+        OSError,
         DistillPretrainError,
         yaml.YAMLError,
         ValueError,
@@ -270,7 +297,7 @@ def _captured_data(storage: Storage) -> DataConfig | None:
         return None
 
 
-def _places(storage: Storage, data: DataConfig | None) -> list[Path]:
+def _places(storage: Storage, data: CapturedData | None) -> list[Path]:
     """Folders in which the tokenizer may be."""
     places = [data.tokens.parent] if data else []
     if not is_remote(storage.location):
@@ -280,7 +307,7 @@ def _places(storage: Storage, data: DataConfig | None) -> list[Path]:
     return places
 
 
-def _corpus_of(data: DataConfig | None, plan: CachePlan) -> SequencePlan | None:
+def _corpus_of(data: CapturedData | None, plan: CachePlan) -> SequencePlan | None:
     """Open the sequences that were captured, if the capture's recipe leads to the very corpus."""
     if data is None:
         return None
@@ -292,7 +319,7 @@ def _corpus_of(data: DataConfig | None, plan: CachePlan) -> SequencePlan | None:
             document_end=document_end_of(data.documents, data.tokens),
             packing=data.packing,
         )
-    except DistillPretrainError:
+    except (DistillPretrainError, OSError, ValueError, TypeError):
         return None
     return corpus if corpus.plan_id == plan.sequence_plan_id else None
 

@@ -120,8 +120,6 @@ def _named(tokenizer: TokenNames | None, token_id: int | None) -> str:
 def _show_run(folder: Path) -> None:
     from distill_pretrain.checkpoint.lineage import phase_folders
     from distill_pretrain.checkpoint.store import CheckpointStore
-    from distill_pretrain.config import load_recipe
-    from distill_pretrain.jobs.recipe import Recipe
     from distill_pretrain.reports.curves import FILE_NAME, TrainingCurve
 
     phases = phase_folders(folder)
@@ -153,6 +151,9 @@ def _show_run(folder: Path) -> None:
         _show_mapping("model", newest.identity.get("model"))
         _show_mapping("started from", newest.identity.get("start_from"))
     elif (folder / "recipe.yaml").is_file():
+        from distill_pretrain.config import load_recipe
+        from distill_pretrain.jobs.recipe import Recipe
+
         model = load_recipe(Recipe, folder / "recipe.yaml").model
         _show_mapping("model", None if model is None else model.model_dump(mode="json"))
 
