@@ -81,18 +81,25 @@ def compiled(source: KernelSource, architecture: str) -> Iterator[Usage]:
         )
 
 
-def main_paths(architecture: str, dtypes: Sequence[str] = tuple(BYTES)) -> dict[str, MainPath]:
+def main_paths(
+    architecture: str, dtypes: Sequence[str] = tuple(BYTES), source: KernelSource = SPARSE_KD
+) -> dict[str, MainPath]:
     """The main paths of the loss's kernels over logits, by their names without the namespace.
+
+    Args:
+        architecture: such as sm_90.
+        dtypes: of the logits.
+        source: the kernels, or those of capped logits.
 
     Raises:
         DisassemblerMissing: there is no nvdisasm.
         nvrtc.NvrtcMissing: there is no compiler.
     """
     found = {}
-    stages = re.compile(rf"sparse_kd::(({'|'.join(STAGES)})<({'|'.join(dtypes)}), \w+>)")
-    wanted = {name: match for name in SPARSE_KD.kernels if (match := stages.fullmatch(name))}
+    stages = re.compile(rf"sparse_kd::(({'|'.join(STAGES)})<({'|'.join(dtypes)}), [\w, ]+>)")
+    wanted = {name: match for name in source.kernels if (match := stages.fullmatch(name))}
     options = (f"--gpu-architecture={architecture}", *OPTIONS)
-    source = replace(SPARSE_KD, kernels=tuple(wanted))
+    source = replace(source, kernels=tuple(wanted))
     image = nvrtc.load().compile(source.text(), source.headers(), source.kernels, options)
     codes = read_code(disassembled(image.data))
     for name, match in wanted.items():
@@ -111,7 +118,10 @@ def per_logit(kernel: str, path: MainPath) -> float:
 
 def count_instructions(architectures: Sequence[str], output: Path | None) -> None:
     """Print the table, and write it as JSON."""
-    paths = {architecture: main_paths(architecture) for architecture in architectures}
+    paths = {
+        architecture: main_paths(architecture) | main_paths(architecture, source=CAPPED)
+        for architecture in architectures
+    }
     table = {
         architecture: {kernel: per_logit(kernel, path) for kernel, path in found.items()}
         for architecture, found in paths.items()
