@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -27,17 +27,13 @@ from distill_pretrain.cache.names import (
     shard_name,
     shards_in,
 )
+from distill_pretrain.cache.open_shards import OpenShards
 from distill_pretrain.cache.own_plan import require_own_plan
 from distill_pretrain.cache.plan import CachePlan
 from distill_pretrain.cache.requests import require_readable
-from distill_pretrain.cache.shard import Frame, ShardFile, ShardSpec, token_hash
+from distill_pretrain.cache.shard import ShardFile, ShardSpec, token_hash
 from distill_pretrain.contracts import RaggedTargets
-from distill_pretrain.errors import (
-    CacheCorrupt,
-    CacheIncomplete,
-    CacheMismatch,
-    CacheUnreadable,
-)
+from distill_pretrain.errors import CacheCorrupt, CacheIncomplete, CacheMismatch
 from distill_pretrain.files.closing import Closing
 from distill_pretrain.files.storage import Storage, open_storage
 
@@ -58,7 +54,7 @@ class CacheHead:
 
 
 class CacheReader(Closing):
-    """A finished cache; not for use by several threads at once.
+    """A finished cache; several threads may read it at once, and the last of them closes it.
 
     Attributes:
         location: folder or URL of the cache.
@@ -75,8 +71,8 @@ class CacheReader(Closing):
         self._storage = storage
         self._codecs = CodecFiles(storage, self.plan)
         self.bytes_read = 0
-        self._max_open = max_open
-        self._open: OrderedDict[int, ShardFile] = OrderedDict()
+        self._lock = Lock()
+        self._shards = OpenShards(self._open_shard, most=max_open)
 
     @classmethod
     def open(cls, location: str | Path, *, max_open: int = 256) -> CacheReader:
@@ -225,7 +221,10 @@ class CacheReader(Closing):
         shard, row = divmod(sequence, plan.shard_sequences)
         first_part, last_part = start // plan.block_tokens, (stop - 1) // plan.block_tokens
         first = row * plan.blocks_per_sequence + first_part
-        file, frames = self._frames(shard, first, last_part - first_part + 1)
+        with self._shards.use(shard) as file:
+            frames = file.frames(first, last_part - first_part + 1)
+        with self._lock:
+            self.bytes_read += sum(frame.length for frame in frames)
         parts = []
         offset = first_part * plan.block_tokens
         for block, frame in enumerate(frames, start=first):
@@ -246,27 +245,13 @@ class CacheReader(Closing):
 
     def close(self) -> None:
         """Close every shard file."""
-        while self._open:
-            self._open.popitem()[1].close()
+        self._shards.close()
 
-    def _frames(self, shard: int, first: int, count: int) -> tuple[ShardFile, list[Frame]]:
-        file = self._shard(shard)
-        try:
-            frames = file.frames(first, count)
-        except CacheUnreadable:
-            # A file handle that went stale stays so.
-            self._open.pop(shard).close()
-            raise
-        self.bytes_read += sum(frame.length for frame in frames)
-        return file, frames
-
-    def _shard(self, shard: int) -> ShardFile:
-        if shard in self._open:
-            self._open.move_to_end(shard)
-            return self._open[shard]
+    def _open_shard(self, shard: int) -> ShardFile:
         name = shard_name(self.plan, shard)
         where = f"{self.location}/{name}, sequences {sequence_ranges(self.plan, [shard])}"
-        record = self.manifest.shards[shard]
+        with self._lock:  # a cached property has no lock of its own from Python 3.12 on
+            record = self.manifest.shards[shard]
         codec = self._codecs.get(record.codec_sha256)
         try:
             data = self._storage.open(name)
@@ -285,11 +270,7 @@ class CacheReader(Closing):
                 expected=f"{record.size} bytes",
                 remedy="copy the shard again, or recapture its sequences",
             )
-        file = ShardFile(data, ShardSpec(self.plan, shard, codec), f"{self.location}/{name}")
-        self._open[shard] = file
-        if len(self._open) > self._max_open:
-            self._open.popitem(last=False)[1].close()
-        return file
+        return ShardFile(data, ShardSpec(self.plan, shard, codec), f"{self.location}/{name}")
 
 
 def concatenate_targets(parts: list[RaggedTargets]) -> RaggedTargets:

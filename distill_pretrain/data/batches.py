@@ -7,9 +7,10 @@ position.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import tee
+from itertools import islice, tee
 from typing import Protocol
 
 import numpy as np
@@ -44,7 +45,7 @@ class SequenceSource(Protocol):
 
 
 class TargetSource(Protocol):
-    """What this module needs of a cache."""
+    """What this module needs of a cache; with `read_threads` above 1 it must serve several threads at once."""
 
     def read(
         self,
@@ -169,7 +170,7 @@ class StudentBatches:
     """Endless micro-batches of one rank, resumable at any step.
 
     The global batch of step n holds positions first_sequence + n * global_batch_size onwards of the visiting order,
-    whatever the number of ranks and the micro-batch size. Not for use by several threads at once: the caches are not.
+    whatever the number of ranks and the micro-batch size. Not for use by several threads at once.
 
     Args:
         sources: corpora of one seq_len, all with caches or all without.
@@ -182,6 +183,7 @@ class StudentBatches:
         context_rank: this rank's place among `context_size`.
         context_size: ranks that share each sequence; see `context_spans`.
         read_retry_s: see `DataConfig`.
+        read_threads: threads that read the targets of a step; 1 reads them in the caller's.
         first_sequence: position of the visiting order that step 0 begins with.
 
     Attributes:
@@ -203,6 +205,7 @@ class StudentBatches:
         context_rank: int = 0,
         context_size: int = 1,
         read_retry_s: float = 0.0,
+        read_threads: int = 1,
         first_sequence: int = 0,
     ) -> None:
         self.sources = tuple(sources)
@@ -220,6 +223,8 @@ class StudentBatches:
         self.data_size = data_size
         self.device = device
         self._read_retry_s = read_retry_s
+        self._read_threads = read_threads
+        self._readers: ThreadPoolExecutor | None = None
         self._first_sequence = first_sequence
         self._spans = context_spans(self.seq_len, context_rank, context_size)
         self.positions = np.concatenate([np.arange(*span, dtype=np.int64) for span in self._spans])
@@ -248,40 +253,82 @@ class StudentBatches:
 
     def host_batches(self, step: int, with_targets: bool) -> list[HostBatch]:
         """Read the same batches, before they go to the device; pinned when that is a GPU."""
-        batches = [
-            self._batch(*self.sequences(step, number), with_targets)
-            for number in range(self.num_micro_batches)
+        numbers = [self.sequences(step, number) for number in range(self.num_micro_batches)]
+        texts = [self._text(*of_batch) for of_batch in numbers]
+        reads = [
+            partial(self._read_targets, source, sequence, row, span)
+            for (sources, sequences), (tokens, _) in zip(numbers, texts, strict=True)
+            for source, sequence, row in zip(sources, sequences.tolist(), tokens, strict=True)
+            for span in self._spans
         ]
-        return [batch.pinned() for batch in batches] if self.device.type == "cuda" else batches
+        # Whatever order they come in, they are taken in this one.
+        parts = self._in_order(reads) if with_targets and self.has_targets else iter(())
+        batches = []
+        for of_batch, text in zip(numbers, texts, strict=True):
+            batch = self._batch(*of_batch, *text, parts)
+            batches.append(batch.pinned() if self.device.type == "cuda" else batch)
+        return batches
 
-    def _batch(
+    def close(self) -> None:
+        """End the threads that read; a later read starts them anew."""
+        if self._readers is not None:
+            self._readers.shutdown(cancel_futures=True)
+            self._readers = None
+
+    def _in_order(self, reads: Sequence[Callable[[], RaggedTargets]]) -> Iterator[RaggedTargets]:
+        """What the reads return, in their order; the first failure in that order is raised, and no read goes on."""
+        if self._read_threads == 1:
+            yield from (read() for read in reads)
+            return
+        if self._readers is None:
+            self._readers = ThreadPoolExecutor(self._read_threads, "read")
+        try:
+            for future in [self._readers.submit(read) for read in reads]:
+                yield future.result()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_targets(
         self,
-        sources: npt.NDArray[np.int64],
-        sequences: npt.NDArray[np.int64],
-        with_targets: bool,
-    ) -> HostBatch:
+        source: int,
+        sequence: int,
+        tokens: npt.NDArray[np.int32],
+        span: tuple[int, int],
+    ) -> RaggedTargets:
+        cache = self.sources[source].cache
+        assert cache is not None
+        read = partial(cache.read, sequence, tokens, *span)
+        targets = read_with_retries(read, retry_s=self._read_retry_s)
+        alive()
+        return targets
+
+    def _text(
+        self, sources: npt.NDArray[np.int64], sequences: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """Tokens and labels of sequences, int32[B, L] each."""
         shape = (len(sequences), self.seq_len)
         tokens, labels = np.empty(shape, np.int32), np.empty(shape, np.int32)
         for number in np.unique(sources):
             rows = sources == number
             tokens[rows], labels[rows] = self.sources[number].plan.read(sequences[rows])
-        parts = []
-        if with_targets and self.has_targets:
-            for number, sequence, row in zip(sources, sequences.tolist(), tokens, strict=True):
-                cache = self.sources[number].cache
-                assert cache is not None
-                parts += [
-                    read_with_retries(
-                        partial(cache.read, sequence, row, *span), retry_s=self._read_retry_s
-                    )
-                    for span in self._spans
-                ]
-                alive()
         alive()
+        return tokens, labels
+
+    def _batch(
+        self,
+        sources: npt.NDArray[np.int64],
+        sequences: npt.NDArray[np.int64],
+        tokens: npt.NDArray[np.int32],
+        labels: npt.NDArray[np.int32],
+        parts: Iterator[RaggedTargets],
+    ) -> HostBatch:
+        """A micro-batch of these tokens and labels [B, L], and of the next B * spans of the parts, if there are any."""
+        targets = list(islice(parts, len(sequences) * len(self._spans)))
         return HostBatch(
             tokens=torch.from_numpy(tokens[:, self.positions]),
             labels=torch.from_numpy(labels[:, self.positions]),
-            targets=PackedTargets.of(parts, rows=len(sequences)) if parts else None,
+            targets=PackedTargets.of(targets, rows=len(sequences)) if targets else None,
             pieces=self._pieces(sources, tokens),
             weights=self._weights(sources, sequences),
         )

@@ -8,6 +8,10 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from distill_pretrain.config import Section, nameable
+from distill_pretrain.files.storage import is_remote
+
+REMOTE_THREADS = 8
+"""Threads that read caches at URLs; the client of S3 has 10 connections."""
 
 
 def _prefix(path: Path | None) -> Path | None:
@@ -71,6 +75,9 @@ class DataConfig(Section):
     """More corpora to train on (train): a list of {tokens, cache, weight, num_sequences, seed}."""
     prefetch_steps: int = Field(default=2, ge=0, le=1 << 20)
     """Steps that a background thread reads and decodes ahead of training; 0 reads when they are needed."""
+    read_threads: int | None = Field(default=None, ge=1, le=256)
+    """Threads of each process that read and decode the targets of a step at the same time, in any order and to the same
+    batches; null takes 1 for caches in folders and 8 where one is at a URL."""
     read_retry_s: float = Field(default=60.0, ge=0)
     """Seconds for which a read of the cache that disk, network or store fails is tried again; 0 fails at once."""
     canary: Literal["refuse", "warn"] = "refuse"
@@ -78,6 +85,14 @@ class DataConfig(Section):
 
     _cache_can_be_named = field_validator("cache", "held_out_cache")(nameable)
     _tokens_have_a_name = field_validator("tokens", "held_out_tokens")(_prefix)
+
+    @property
+    def threads_to_read(self) -> int:
+        """`read_threads`, or the number that suits where the caches are."""
+        if self.read_threads is not None:
+            return self.read_threads
+        caches = [*(source.cache for source in self.sources), self.held_out_cache]
+        return REMOTE_THREADS if any(c is not None and is_remote(c) for c in caches) else 1
 
     @property
     def sources(self) -> tuple[DataConfig, ...]:

@@ -17,7 +17,7 @@ class PrefetchedBatches:
 
     Use it in a `with` block: leaving it ends the thread, after the step it is reading, whatever happened. The thread
     reads, decodes, packs and pins; `micro_batches` starts copies to the device, in stream order. Results are those of
-    `StudentBatches.host_batches`. Meanwhile nobody else may use the batches: caches serve one thread.
+    `StudentBatches.host_batches`. Meanwhile nobody else may use the batches. Leaving the block ends their threads, too.
 
     Args:
         batches: where they come from.
@@ -55,6 +55,7 @@ class PrefetchedBatches:
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
             self._thread = None
+        self._batches.close()
         self._ahead.clear()
 
     def host_batches(self, step: int) -> list[HostBatch]:

@@ -266,6 +266,7 @@ def train_student(
                 context_rank=dist.get_rank(groups.context),
                 context_size=dist.get_world_size(groups.context),
                 read_retry_s=data.read_retry_s,
+                read_threads=data.threads_to_read,
             )
             batches = batches_of(
                 [source.for_batches for source in sources],

@@ -151,7 +151,7 @@ def test_bytes_read_are_those_of_the_blocks_that_were_read(folder):
     for step in range(2):  # an epoch: every sequence once
         source.step_batches(step, with_targets=True)
     frames = sum(
-        int(reader._shard(shard).index["length"].sum()) for shard in range(PLAN.num_shards)
+        int(reader._open_shard(shard).index["length"].sum()) for shard in range(PLAN.num_shards)
     )
     assert source.bytes_read == frames > 0
     source.step_batches(2, with_targets=False)

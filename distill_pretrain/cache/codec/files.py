@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from functools import cached_property
 from pathlib import Path
+from threading import Lock
 
 from distill_pretrain.cache.codec.hc.codec import HcCodec
 from distill_pretrain.cache.codec.hc.tables import HcTables
@@ -43,12 +43,17 @@ def read_tables(path: Path, plan: CachePlan) -> HcTables:
 
 
 class CodecFiles:
-    """The codecs of one cache: that of the plan is loaded once, those of single shards are not kept."""
+    """The codecs of one cache: that of the plan is loaded once, those of single shards are not kept.
+
+    Safe to use from several threads.
+    """
 
     def __init__(self, storage: Storage, plan: CachePlan) -> None:
         """Load from `storage` what `plan` and its shards name."""
         self._storage = storage
         self._plan = plan
+        self._lock = Lock()
+        self._of_plan: BlockCodec | None = None
 
     def get(self, sha256: str | None) -> BlockCodec:
         """Return the codec with these tables; None for a codec without.
@@ -56,11 +61,12 @@ class CodecFiles:
         Raises:
             CacheCorrupt: the tables are missing, damaged, or of another vocabulary or N.
         """
-        return self._of_plan if sha256 == self._plan.codec_sha256 else self._load(sha256)
-
-    @cached_property
-    def _of_plan(self) -> BlockCodec:
-        return self._load(self._plan.codec_sha256)
+        if sha256 != self._plan.codec_sha256:
+            return self._load(sha256)
+        with self._lock:
+            if self._of_plan is None:
+                self._of_plan = self._load(sha256)
+            return self._of_plan
 
     def _load(self, sha256: str | None) -> BlockCodec:
         plan = self._plan

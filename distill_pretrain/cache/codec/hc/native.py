@@ -75,6 +75,8 @@ class NativeCoder:
     ) -> bytes:
         """Encode rows: lengths int32[T], ids int32[E], counts or log-probability codes int32[E]."""
         out = np.empty(tables.payload_bounds(len(lengths), len(ids))[1] + _SLACK, np.uint8)
+        # Held until C is done: from Python 3.12 on two threads may both make a cached property, and one's is freed.
+        ranks, words = tables.ranks_by_id, tables.codes
         size = self._library.hc_encode(
             tables.kind == "counts",
             _pointer(lengths),
@@ -82,8 +84,8 @@ class NativeCoder:
             _pointer(codes),
             len(lengths),
             tables.num_draws,
-            _pointer(tables.ranks_by_id),
-            _pointer(tables.codes),
+            _pointer(ranks),
+            _pointer(words),
             _pointer(tables.code_lengths),
             _pointer(out),
             len(out),
@@ -103,6 +105,7 @@ class NativeCoder:
         out = np.empty(num_tokens + 2 * num_entries, np.int32)
         first_id, first_code = num_tokens, num_tokens + num_entries
         start = _pointer(out)
+        lookup = tables.lookup  # held, as above
         status = self._library.hc_decode(
             tables.kind == "counts",
             _pointer(raw),
@@ -111,7 +114,7 @@ class NativeCoder:
             num_entries,
             tables.num_draws,
             tables.vocab_size,
-            _pointer(tables.lookup),
+            _pointer(lookup),
             _pointer(tables.ids_by_rank),
             start,
             start + 4 * first_id,
